@@ -1,0 +1,135 @@
+"""The command line, `tensorway`: arguments in, exit code out. The room for people, above all others.
+
+Room `cli`; may import every room. A command never shows a traceback unless it is asked to with `--debug`: every
+failure has three lines and an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tensorway
+from tensorway.cli import exits
+from tensorway.cli.output import Output
+from tensorway.errors import TensorwayError
+from tensorway.types import KINDS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    out = Output(as_json=arguments.json, debug=arguments.debug)
+    # What the host warns of, it also reports; on a terminal that would be said twice.
+    logging.getLogger("tensorway").addHandler(logging.StreamHandler() if out.debug else logging.NullHandler())
+    try:
+        return _run(arguments, out)
+    except KeyboardInterrupt:
+        return exits.INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`| head`); Python would complain about it once more while it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.OK
+    except Exception as error:
+        if out.debug:
+            raise
+        return _explain(error, out)
+
+
+def _run(arguments: argparse.Namespace, out: Output) -> int:
+    """Each command imports only what it needs: `--help` must not pay for `doctor`."""
+    match arguments.command:
+        case "doctor":
+            from tensorway.cli import doctor
+
+            return doctor.run(out, arguments.backend, arguments.probe_timeout)
+        case "plugins":
+            from tensorway.cli import plugins
+
+            if arguments.action == "show":
+                return plugins.show(out, arguments.name, arguments.kind)
+            return plugins.list_all(out, arguments.kind)
+        case "why":
+            from tensorway.cli import why
+
+            return why.run(out, arguments.kind, arguments.name, arguments.device, arguments.needs)
+        case "new-plugin":
+            from tensorway.cli import new_plugin
+
+            return new_plugin.command(out, arguments.name, arguments.kind, arguments.dir)
+        case _:
+            from tensorway.cli import demo
+
+            return demo.run(out)
+
+
+def _explain(error: Exception, out: Output) -> int:
+    """Three lines on stderr, or one JSON object on stdout."""
+    code = exits.code_for(error)
+    if not isinstance(error, TensorwayError):
+        error = TensorwayError(
+            f"tensorway stopped: {type(error).__name__}: {error}",
+            "This is a defect of tensorway, or of Python's environment.",
+            "Run the command again with --debug, and report what it prints.",
+        )
+    name = type(error).__name__
+    out.json(
+        "tensorway.error/1",
+        {"error": name, "asked": error.asked, "true": error.true, "to_do": error.to_do, "exit_code": code},
+    )
+    if not out.as_json:
+        out.notes.write(f"{name}: {error}\n")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object of a documented schema")
+    common.add_argument("--debug", action="store_true", help="show tracebacks, logs and what probes printed")
+    parser = argparse.ArgumentParser(
+        prog="tensorway",
+        description="Moves the state of LLM inference over whichever fabric the machine has.",
+        epilog="Exit codes. " + " ".join(f"{code}: {text}" for code, text in exits.MEANING.items()),
+    )
+    parser.add_argument("--version", action="version", version=f"tensorway {tensorway.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[common])
+
+    command("demo", "Do the main job with what is installed, step by step.")
+    doctor = command("doctor", "Say what is installed, what works here, and what to do about the rest.")
+    doctor.add_argument("--backend", metavar="NAME", help="examine only this one: name, name@dist or kind:name")
+    doctor.add_argument("--probe-timeout", type=_seconds, metavar="SECONDS", help="how long one probe may take")
+    text = "List the installed backends, or show one."
+    _add_plugins(commands.add_parser("plugins", help=text, description=text), common)
+    why = command("why", "Say which backend would be chosen, and why not the others.")
+    why.add_argument("kind", metavar="KIND", help=f"one of: {', '.join(KINDS)}")
+    why.add_argument("name", metavar="NAME", nargs="?", default="auto", help="name, name@dist, or auto (default)")
+    why.add_argument("--device", default="", help="memory that it must address: cpu, cuda, rocm, xpu")
+    why.add_argument("--needs", action="append", default=[], metavar="CAPABILITY", help="may be given several times")
+    new = command("new-plugin", "Write a plugin dist that installs, is discovered and passes its own tests.")
+    new.add_argument("name", metavar="NAME", help="the backend's name: letters, digits, '-' and '_'")
+    new.add_argument("--kind", required=True, metavar="KIND", help=f"one of: {', '.join(KINDS)}")
+    new.add_argument("--dir", type=Path, default=Path(), help="folder to write it into (default: here)")
+    return parser
+
+
+def _add_plugins(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|show")
+    listing = actions.add_parser("list", help="every backend, from metadata alone", parents=[common])
+    listing.add_argument("--kind", help="only this kind")
+    show = actions.add_parser("show", help="everything about one backend", parents=[common])
+    show.add_argument("name", metavar="NAME", help="name or name@dist")
+    show.add_argument("--kind", help="only this kind")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 86_400:
+        raise argparse.ArgumentTypeError("a number of seconds above 0 and up to 86400")
+    return seconds

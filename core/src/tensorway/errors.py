@@ -1,0 +1,96 @@
+"""Every exception that tensorway raises on purpose: one class per situation, three lines each.
+
+Ground: imports nothing of tensorway, so that every room and every plugin may import it.
+"""
+
+from __future__ import annotations
+
+
+class TensorwayError(Exception):
+    """Something that was asked for cannot be done; the text says what, why, and what to do about it."""
+
+    def __init__(self, asked: str, true: str, to_do: str) -> None:
+        # All three go to Exception.args, so that the error survives pickling between processes.
+        super().__init__(asked, true, to_do)
+        #: What was asked, in the caller's words.
+        self.asked = asked
+        #: What is true instead.
+        self.true = true
+        #: What the reader can do next.
+        self.to_do = to_do
+
+    def __str__(self) -> str:
+        return f"{self.asked}\n  {self.true}\n  {self.to_do}"
+
+
+class BackendNotFound(TensorwayError, LookupError):
+    """No installed plugin offers a backend of this name."""
+
+
+class BackendConflict(TensorwayError, LookupError):
+    """Two dists offer a backend of the same name, and the request does not say which one is meant."""
+
+
+class BackendUnavailable(TensorwayError, RuntimeError):
+    """The backend is installed, but it cannot be used on this machine or for this request."""
+
+
+class PluginDefect(TensorwayError, RuntimeError):
+    """A plugin is broken (not merely unusable here), and strict mode does not go on without it."""
+
+
+class OptionsInvalid(TensorwayError, ValueError):
+    """The options given to a backend do not fit the options that it declares."""
+
+
+class SettingInvalid(TensorwayError, ValueError):
+    """An environment variable that tensorway reads holds something that it cannot mean."""
+
+
+class OfferInvalid(TensorwayError, TypeError):
+    """What a plugin offers does not satisfy the contract of the hook that it offers it for."""
+
+
+class HostBusy(TensorwayError, TimeoutError):
+    """Another thread has been loading a plugin for longer than the deadline."""
+
+
+class NewPluginRefused(TensorwayError, ValueError):
+    """`tensorway new-plugin` was asked for something that it will not write."""
+
+
+class MemoryInvalid(TensorwayError, ValueError):
+    """Memory that was given cannot be what it is given for: not contiguous, not registered, out of range."""
+
+
+class DescriptionInvalid(TensorwayError, ValueError):
+    """What should describe a peer does not: damaged, foreign, or of another transport."""
+
+
+class DeadlineExceeded(TensorwayError, TimeoutError):
+    """Something did not happen in the time that it was given."""
+
+
+class PeerLost(TensorwayError, ConnectionError):
+    """The peer was killed, closed, restarted, or cannot be reached any more."""
+
+    @classmethod
+    def because(cls, asked: str, reason: str) -> PeerLost:
+        """The error for a peer that was there, and why it is not any more."""
+        return cls(asked, f"The peer is lost: {reason}.", "Connect to it anew when it is back.")
+
+
+class TransferFailed(TensorwayError, OSError):
+    """The fabric could not move the bytes, and the peer is still there."""
+
+
+class TransferCancelled(TensorwayError, RuntimeError):
+    """The transfer was cancelled by who started it."""
+
+
+class Unsupported(TensorwayError, NotImplementedError):
+    """The backend does not have the capability that was asked of it, and said so."""
+
+
+class Closed(TensorwayError, RuntimeError):
+    """The object was closed, or belongs to the process that this one was forked from."""

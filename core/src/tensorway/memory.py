@@ -1,0 +1,131 @@
+"""Memory as a transport sees it: an address, a length, a device. No tensor type, no engine type.
+
+Ground: may import `errors`. A `Region` is made from anything that says where its bytes are, and keeps it alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from typing import Any, Final
+
+import attrs
+
+from tensorway.errors import MemoryInvalid
+
+#: Addresses end here on every machine that we run on; sums that stay below cannot wrap around in native code.
+ADDRESS_LIMIT: Final = 1 << 63
+_DEVICE: Final = re.compile(r"[a-z][a-z0-9_]{0,15}(:[0-9]{1,4})?", re.ASCII)
+
+
+@attrs.frozen
+class Region:
+    """Contiguous memory. Construct it with `Region.of`, or from numbers for memory that nobody here owns."""
+
+    address: int
+    nbytes: int
+    #: `cpu`, or an accelerator with its index: `cuda:0`.
+    device: str = "cpu"
+    #: What the memory belongs to; kept so that it is not freed, never looked at.
+    owner: object = attrs.field(default=None, eq=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        whole = type(self.address) is int and type(self.nbytes) is int
+        if not whole or self.address <= 0 or self.nbytes <= 0 or self.address + self.nbytes > ADDRESS_LIMIT:
+            raise MemoryInvalid(
+                f"A region of {self.nbytes!r} bytes at {self.address!r} was given.",
+                "Both are whole numbers above zero, and the end lies below 2**63.",
+                "Give the address and the length of memory that exists.",
+            )
+        if not _DEVICE.fullmatch(self.device):
+            raise MemoryInvalid(
+                f"A region on device {self.device[:40]!r} was given.",
+                "A device is a kind, and an index where there are several: 'cpu', 'cuda:0'.",
+                "Name it so.",
+            )
+
+    @property
+    def end(self) -> int:
+        """The first address behind it."""
+        return self.address + self.nbytes
+
+    @classmethod
+    def of(cls, source: object) -> Region:
+        """The memory of a tensor, an array or a writable buffer; it stays alive as long as the region does."""
+        if isinstance(source, Region):
+            return source
+        for read in (_from_tensor, _from_array, _from_buffer):
+            region = read(source)
+            if region is not None:
+                return region
+        raise MemoryInvalid(
+            f"A region was to be made of a {type(source).__name__}.",
+            "It has no data_ptr, no __array_interface__, no __cuda_array_interface__ and is no buffer.",
+            "Give a tensor, an array, a bytearray or a memoryview; or Region(address, nbytes, device).",
+        )
+
+
+def _from_tensor(source: Any) -> Region | None:
+    """torch and what looks like it."""
+    pointer = getattr(source, "data_ptr", None)
+    if not callable(pointer):
+        return None
+    if not source.is_contiguous():
+        raise _not_contiguous(source)
+    device = getattr(source, "device", "cpu")
+    index = getattr(device, "index", None)
+    kind = str(getattr(device, "type", device))
+    name = kind if kind == "cpu" or index is None else f"{kind}:{index}"
+    return Region(int(pointer()), int(source.numel()) * int(source.element_size()), name, owner=source)
+
+
+def _from_array(source: Any) -> Region | None:
+    """numpy, and by CUDA's version of the same interface, cupy and numba."""
+    for attribute, device in (("__array_interface__", "cpu"), ("__cuda_array_interface__", "cuda:0")):
+        interface = getattr(source, attribute, None)
+        if interface is None or interface.get("data") is None:  # it may leave its address to the buffer
+            continue
+        address, read_only = interface["data"]
+        if read_only:
+            raise _read_only(source)
+        kind, size = interface["typestr"][1], re.match(r"[0-9]+", interface["typestr"][2:])
+        itemsize = int(size[0]) * (4 if kind == "U" else 1) if size else 0  # of text it says the characters
+        nbytes, expected = itemsize, []
+        for length in reversed(interface["shape"]):
+            expected.append(nbytes)
+            nbytes *= length
+        strides = interface.get("strides")
+        if strides is not None and tuple(strides) != tuple(reversed(expected)):
+            raise _not_contiguous(source)
+        return Region(address, nbytes, device, owner=source)
+    return None
+
+
+def _from_buffer(source: Any) -> Region | None:
+    try:
+        view = memoryview(source)
+    except TypeError:
+        return None
+    if view.readonly:
+        raise _read_only(source)
+    if not view.c_contiguous:
+        raise _not_contiguous(source)
+    # ctypes holds the buffer's export: a bytearray can then not be resized, and so not be moved.
+    held = (ctypes.c_char * view.nbytes).from_buffer(source)
+    return Region(ctypes.addressof(held), view.nbytes, owner=held)
+
+
+def _not_contiguous(source: object) -> MemoryInvalid:
+    return MemoryInvalid(
+        f"A region was to be made of a {type(source).__name__}.",
+        "It is not contiguous, so that it has no one address and length.",
+        "Give its base, and address parts of it with a block table's stride.",
+    )
+
+
+def _read_only(source: object) -> MemoryInvalid:
+    return MemoryInvalid(
+        f"A region was to be made of a {type(source).__name__}.",
+        "It is read-only, and a peer may write to what is registered.",
+        "Copy it into a bytearray or an array of its own.",
+    )

@@ -1,0 +1,159 @@
+"""What the environment says. The only module that reads or writes `os.environ`.
+
+Ground: may import `errors`. Every variable that core knows is a row of `VARIABLES`; docs and `doctor` are made from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Final
+
+import attrs
+
+from tensorway.errors import SettingInvalid
+
+PREFIX: Final = "TENSORWAY_"
+
+#: Every variable of ours, with one line for people.
+VARIABLES: Final[Mapping[str, str]] = {
+    "TENSORWAY_PLUGINS": "Which plugins may be used: `nixl,cpu` only these, `-rixl` all but this; `kind:name@dist`.",
+    "TENSORWAY_STRICT": "`1` raises on a broken plugin instead of going on without it.",
+    "TENSORWAY_PROBE_TIMEOUT": "Seconds that one probe may take (default 30).",
+    "TENSORWAY_LOCAL_RANK": "This process's rank on its host; only rank 0 logs what every rank would log.",
+}
+
+#: Where launchers write the rank of a process on its host, in the order of trust.
+_LOCAL_RANK_VARIABLES: Final = (
+    "TENSORWAY_LOCAL_RANK",
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "SLURM_LOCALID",
+)
+_TRUE: Final = frozenset({"1", "true", "yes", "on"})
+_FALSE: Final = frozenset({"", "0", "false", "no", "off"})
+
+
+@attrs.frozen
+class Settings:
+    """What the environment said when it was read; pass one explicitly to leave the environment out of it."""
+
+    #: Selectors that are allowed; empty means everything that is installed.
+    allow: tuple[str, ...] = ()
+    #: Selectors that are denied.
+    deny: tuple[str, ...] = ()
+    #: Raise on a broken plugin.
+    strict: bool = False
+    #: Seconds that one probe may take.
+    probe_timeout: float = 30.0
+    #: Rank of this process on its host; 0 also when nobody launched it as a rank.
+    local_rank: int = 0
+
+
+def from_environment(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read `Settings` from the environment; a value that cannot be meant raises `SettingInvalid`."""
+    environ = os.environ if environ is None else environ
+    allow, deny = _plugins(environ.get("TENSORWAY_PLUGINS", ""))
+    return Settings(
+        allow=allow,
+        deny=deny,
+        strict=_flag(environ, "TENSORWAY_STRICT"),
+        probe_timeout=_seconds(environ, "TENSORWAY_PROBE_TIMEOUT", Settings().probe_timeout),
+        local_rank=local_rank(environ),
+    )
+
+
+def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
+    """Variables that look like ours and are not, each with the nearest that is: a misspelling does nothing."""
+    environ = os.environ if environ is None else environ
+    # Compared without the prefix, which would make every name near to every other.
+    ours = {name.removeprefix(PREFIX): name for name in VARIABLES}
+    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in VARIABLES)
+    near = {name: difflib.get_close_matches(name.removeprefix(PREFIX), ours, n=1) for name in unknown}
+    return {name: ours[matches[0]] if matches else None for name, matches in near.items()}
+
+
+def get(name: str, default: str | None = None) -> str | None:
+    """One variable that belongs to somebody else (a driver, a launcher), read here so that all reading is here."""
+    return os.environ.get(name, default)
+
+
+def environment() -> dict[str, str]:
+    """A copy of all of it, to start a process with."""
+    return dict(os.environ)
+
+
+def set_default(name: str, value: str) -> bool:
+    """Set a variable of a native library unless the user has set it; true if this call set it."""
+    if name in os.environ:
+        return False
+    os.environ[name] = value
+    return True
+
+
+def terminal(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the user's terminal may be sent color (https://no-color.org, and terminals that say they are dumb)."""
+    environ = os.environ if environ is None else environ
+    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def _plugins(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    for item in items:
+        if not item.removeprefix("-").strip("-"):
+            raise SettingInvalid(
+                f"TENSORWAY_PLUGINS={text!r} was set.",
+                f"The item {item!r} names no plugin.",
+                "Write names with commas between them, a minus before each to deny: TENSORWAY_PLUGINS=nixl,cpu.",
+            )
+    allow = tuple(item for item in items if not item.startswith("-"))
+    deny = tuple(item[1:].strip() for item in items if item.startswith("-"))
+    return allow, deny
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    text = environ.get(name, "").strip().lower()
+    if text in _TRUE or text in _FALSE:
+        return text in _TRUE
+    raise SettingInvalid(
+        f"{name}={environ[name]!r} was set.",
+        "It is neither a yes nor a no.",
+        f"Set {name}=1 or {name}=0.",
+    )
+
+
+def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    # The upper end is a day: beyond that the deadline that every wait must have is one in name only (and `inf` and
+    # `nan` are none).
+    if 0 < seconds <= 86_400:
+        return seconds
+    raise SettingInvalid(
+        f"{name}={environ[name]!r} was set.",
+        "It is not a number of seconds above 0 and up to 86400.",
+        f"Set {name}={default:g}, or unset it.",
+    )
+
+
+def local_rank(environ: Mapping[str, str] | None = None) -> int:
+    """This process's rank on its host, as its launcher says; 0 when nobody launched it as a rank."""
+    environ = os.environ if environ is None else environ
+    for name in _LOCAL_RANK_VARIABLES:
+        text = environ.get(name, "").strip()
+        if text.isascii() and text.isdigit():
+            return int(text[:9])
+        if text and name.startswith(PREFIX):
+            raise SettingInvalid(
+                f"{name}={environ[name]!r} was set.",
+                "It is not a rank (0, 1, 2, ...).",
+                f"Unset {name}; the launcher's LOCAL_RANK is used then.",
+            )
+    return 0

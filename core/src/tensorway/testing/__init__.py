@@ -1,0 +1,37 @@
+"""For plugin authors: suites that a backend must pass, and fixtures that keep a test to itself.
+
+Room `testing`; may import everything but `cli`. Subclass a suite and say what it is about; a test that is replaced
+without a reason makes the suite itself fail. Names are loaded when they are first read, because pytest imports this
+package in every test run on the machine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Faults", "FaultyFabric", "OfferSuite", "PeerProcess", "TransportSuite", "probe_elsewhere"]
+
+_HOMES = {
+    "Faults": "faults",
+    "FaultyFabric": "faults",
+    "OfferSuite": "offers",
+    "PeerProcess": "peer",
+    "TransportSuite": "transports",
+    "probe_elsewhere": "elsewhere",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"tensorway.testing.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if TYPE_CHECKING:
+    from tensorway.testing.elsewhere import probe_elsewhere
+    from tensorway.testing.faults import Faults, FaultyFabric
+    from tensorway.testing.offers import OfferSuite
+    from tensorway.testing.peer import PeerProcess
+    from tensorway.testing.transports import TransportSuite

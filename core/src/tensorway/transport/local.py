@@ -1,0 +1,453 @@
+"""The fabric `local`: between endpoints of one process by memmove, between processes of one host by `process_vm_readv`.
+
+Room `transport`; may import the ground and its own room. The embedded default: pure Python and ctypes, nothing to
+install. The bytes are copied once, by the process that asks, in the thread that posts; the peer need not run for it.
+A Unix socket in the abstract namespace carries notifications, tells when the peer is gone, and proves by the kernel's
+word whose it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+import weakref
+from array import array
+from collections import deque
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import attrs
+import msgspec
+
+from tensorway.errors import (
+    DeadlineExceeded,
+    DescriptionInvalid,
+    PeerLost,
+    TensorwayError,
+    TransferFailed,
+    Unsupported,
+)
+from tensorway.memory import Region
+from tensorway.transport.blocks import BlockTable
+from tensorway.transport.contract import Capabilities, Description, Notification, Operation
+from tensorway.transport.description import identifier
+
+#: What one call of the kernel takes.
+_IOV_MAX: Final = 1024
+_MAX_NOTIFICATION: Final = 65_536
+#: Notifications that nobody has fetched; beyond that senders wait.
+_MAX_QUEUED: Final = 65_536
+#: Peers that may be connected to one endpoint.
+_MAX_SENDERS: Final = 4096
+#: So that the socket's address, of 108 bytes at most, can hold it.
+_MAX_INCARNATION: Final = 64
+_FULL_PAUSE: Final = 500e-6
+_CREDENTIALS: Final = struct.Struct("3i")
+_NOTE: Final = b"n"
+_ENDED: Final = "its process closed the connection or ended"
+
+
+class _Blob(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """The local part of a description."""
+
+    #: One kernel and one process namespace: numbers of processes mean the same here and there.
+    boot: str
+    namespace: str
+    pid: int
+    #: Where the endpoint's incarnation lies in the peer's memory, so that reading it proves that reading works.
+    canary: Annotated[int, msgspec.Meta(gt=0)]
+
+
+class _Hello(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """The first message on a connection."""
+
+    name: str
+    incarnation: str
+
+
+@attrs.define(eq=False)
+class _Link:
+    """A connection to one peer."""
+
+    #: The peer's name, for what is said to people.
+    name: str
+    pid: int
+    channel: socket.socket = attrs.field(repr=False)
+    same_process: bool
+    lost: str = ""
+
+
+#: What to do when the kernel refuses to copy between processes.
+PERMISSION: Final = (
+    "Run both as one user with kernel.yama.ptrace_scope=0, or give the reader CAP_SYS_PTRACE "
+    "(in a container: --cap-add SYS_PTRACE)."
+)
+_FREED: Final = "Keep memory alive while it is registered; deregister before it is freed."
+
+
+class LocalFabric:
+    """Moves host memory within one machine; see `contract.Fabric`."""
+
+    name = "local"
+    capabilities = Capabilities(
+        media=frozenset({"cpu"}),
+        max_notification=_MAX_NOTIFICATION,
+        max_pieces=_IOV_MAX,
+        max_in_flight=1,
+        synchronous=True,
+    )
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        for call in ("process_vm_readv", "process_vm_writev"):
+            getattr(self._libc, call).restype = ctypes.c_ssize_t
+        self._canary = ctypes.create_string_buffer(1)
+        self._links: weakref.WeakSet[_Link] = weakref.WeakSet()
+        self._queue: deque[Notification] = deque()
+        self._senders: dict[socket.socket, _Hello | None] = {}
+        self._closed = False
+
+    def open(self, name: str, incarnation: str) -> None:
+        """Listen under the incarnation, and start the thread that hears what peers send."""
+        self._hello = msgspec.msgpack.encode(_Hello(name, incarnation))
+        self._canary = ctypes.create_string_buffer(incarnation.encode())
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(_address(incarnation))
+        self._listener.listen(128)
+        self._listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._selector.register(self._wake_in, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._listen, name="tensorway-local-ears", daemon=True)
+        self._thread.start()
+        _by_incarnation[incarnation] = self
+
+    def attach(self, region: Region) -> None:
+        """Nothing to do: the kernel needs no registration, and the endpoint keeps the books."""
+
+    def detach(self, handle: object) -> None:
+        """Nothing to do."""
+
+    def describe(self) -> bytes:
+        """Who this is on this machine."""
+        return msgspec.msgpack.encode(_Blob(*_machine(), os.getpid(), ctypes.addressof(self._canary)))
+
+    def connect(self, description: Description, seconds: float) -> _Link:
+        """Connect to the peer's socket, check by the kernel whose it is, and read its incarnation from its memory."""
+        asked = f"Peer {description.name} was to be reached over transport local."
+        blob = _decode(description, asked)
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel.settimeout(seconds)
+        try:
+            _knock(channel, _address(description.incarnation), time.monotonic() + seconds)
+            pid, uid, _ = _CREDENTIALS.unpack(
+                channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            )
+            if pid != blob.pid or uid not in (os.getuid(), 0):
+                raise DescriptionInvalid(
+                    asked,
+                    f"Its socket belongs to process {pid} of user {uid}, not to {blob.pid}.",
+                    "Connect to no stranger.",
+                )
+            channel.sendall(self._hello)
+            channel.setblocking(False)
+            link = _Link(description.name, pid, channel, same_process=pid == os.getpid())
+            self._prove(link, blob.canary, description.incarnation.encode(), asked)
+        except TensorwayError:
+            channel.close()
+            raise
+        except (ConnectionError, FileNotFoundError) as error:
+            channel.close()
+            raise PeerLost(asked, f"Nobody listens for it: {error}.", "Connect to what is running now.") from error
+        except TimeoutError as error:
+            channel.close()
+            true = f"It did not answer within {seconds:g} s."
+            raise DeadlineExceeded(asked, true, "See whether it is stopped, or give a longer deadline.") from error
+        except BaseException:
+            channel.close()
+            raise
+        self._links.add(link)
+        return link
+
+    def lane(self, link: _Link) -> str:
+        """`memmove` within a process, `cma` (cross-memory attach) between two."""
+        return "memmove" if link.same_process else "cma"
+
+    def disconnect(self, link: _Link) -> None:
+        """Close the connection."""
+        link.lost = link.lost or "it was disconnected here"
+        link.channel.close()
+
+    def lost(self, link: _Link) -> str:
+        """Whether the peer's end of the connection is closed.
+
+        The kernel does that for a process that ends, however it ends.
+        """
+        if not link.lost:
+            try:
+                if link.channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b"":
+                    link.lost = _ENDED
+            except (BlockingIOError, InterruptedError):
+                pass  # nothing to read on an open connection: it is there
+            except ConnectionResetError:  # it ended with something of ours unread
+                link.lost = _ENDED
+            except OSError as error:
+                link.lost = f"its connection broke: {error.strerror}"
+        return link.lost
+
+    def prepare(self, link: _Link, local: BlockTable, remote: BlockTable) -> tuple[_Link, BlockTable, BlockTable]:
+        """Nothing is worth keeping: a piece costs less than looking one up."""
+        return link, local, remote
+
+    def post(
+        self,
+        operation: Operation,
+        prepared: tuple[_Link, BlockTable, BlockTable],
+        local_ids: array[int],
+        remote_ids: array[int],
+        seconds: float,
+    ) -> None:
+        """Copy, now."""
+        link, local, remote = prepared
+        if link.same_process:
+            _move(operation, local, remote, local_ids, remote_ids)
+        else:
+            self._copy(operation, link, local.vector(local_ids), remote.vector(remote_ids))
+        if self.lost(link):
+            # Its number may have become another process's while we copied: what we have is then nobody's data.
+            asked = f"A {operation} with peer {link.name} was asked for."
+            raise PeerLost.because(asked, link.lost)
+
+    def done(self, job: object) -> bool:
+        """Every post is done when it returns."""
+        return True
+
+    def settled(self, job: object) -> bool:
+        """Every post has let go when it returns."""
+        return True
+
+    def send(self, link: _Link, payload: bytes, seconds: float) -> None:
+        """Send one message; waits while the peer's queue is full."""
+        asked, deadline = f"Peer {link.name} was to be notified over local.", time.monotonic() + seconds
+        while True:
+            try:
+                # One byte in front, because an empty message would look like the end of the connection.
+                link.channel.send(_NOTE + payload)
+                return
+            except (BlockingIOError, InterruptedError):
+                if time.monotonic() >= deadline:
+                    true = f"The peer's queue stayed full for {seconds:g} s."
+                    raise DeadlineExceeded(asked, true, "See whether it runs and fetches its notifications.") from None
+                time.sleep(_FULL_PAUSE)
+            except OSError as error:
+                link.lost = link.lost or f"its connection broke: {error.strerror}"
+                raise PeerLost.because(asked, link.lost) from error
+
+    def receive(self) -> list[Notification]:
+        """What has arrived."""
+        arrived = []
+        while self._queue:
+            arrived.append(self._queue.popleft())
+        return arrived
+
+    def close(self) -> None:
+        """Stop listening; peers see their connections close."""
+        self._closed = True
+        self._wake_out.send(b"x")
+        self._thread.join(5)
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for channel in (self._listener, self._wake_in, self._wake_out, *self._senders):
+            channel.close()
+        self._selector.close()
+
+    # -- moving bytes
+
+    def _copy(self, operation: Operation, link: _Link, mine: array[int], theirs: array[int]) -> None:
+        call = self._libc.process_vm_readv if operation == "read" else self._libc.process_vm_writev
+        while mine:
+            ours, others = mine[: 2 * _IOV_MAX], theirs[: 2 * _IOV_MAX]
+            moved = call(link.pid, _iovec(ours), len(ours) // 2, _iovec(others), len(others) // 2, 0)
+            if moved <= 0:
+                raise self._failed(operation, link, ctypes.get_errno())
+            # Fewer bytes than asked for: one side had more pieces, or the kernel's limit for one call was reached.
+            mine, theirs = _behind(mine, moved), _behind(theirs, moved)
+
+    def _prove(self, link: _Link, canary: int, incarnation: bytes, asked: str) -> None:
+        """Read the incarnation out of the peer's memory: the capability is proven, and so is that it is this peer."""
+        seen = ctypes.create_string_buffer(len(incarnation))
+        if link.same_process:
+            own = _by_incarnation.get(incarnation.decode())
+            if own is None or ctypes.addressof(own._canary) != canary:
+                raise DescriptionInvalid(
+                    asked, "No endpoint of this process has its address.", "Connect to what runs now."
+                )
+            return
+        size = len(incarnation)
+        self._copy("read", link, array("Q", [ctypes.addressof(seen), size]), array("Q", [canary, size]))
+        if seen.raw != incarnation:
+            raise DescriptionInvalid(asked, "Its memory does not hold its incarnation.", "Connect to what runs now.")
+
+    def _failed(self, operation: Operation, link: _Link, code: int) -> PeerLost | TransferFailed:
+        asked, name = f"A {operation} with peer {link.name}, process {link.pid}, was asked for.", os.strerror(code)
+        if code == errno.ESRCH:
+            link.lost = link.lost or "its process ended"
+            return PeerLost.because(asked, link.lost)
+        if code == errno.EPERM:
+            return TransferFailed(asked, f"The kernel refused it: {name}.", PERMISSION)
+        if code == errno.EFAULT:
+            return TransferFailed(
+                asked, f"{name}: memory that was registered is not there, here or at the peer.", _FREED
+            )
+        return TransferFailed(asked, f"{name} (errno {code}).", "Look this up in the kernel's process_vm_readv(2).")
+
+    # -- hearing
+
+    def _listen(self) -> None:
+        while not self._closed:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj is not self._wake_in:
+                    self._hear(key.fileobj)  # type: ignore[arg-type]
+
+    def _accept(self) -> None:
+        try:
+            channel, _ = self._listener.accept()
+        except OSError:  # who knocked went away; or this process has no file left, and they stay at the door
+            time.sleep(_FULL_PAUSE)
+            return
+        credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        if _CREDENTIALS.unpack(credentials)[1] not in (os.getuid(), 0) or len(self._senders) >= _MAX_SENDERS:
+            channel.close()
+            return
+        channel.setblocking(False)
+        self._senders[channel] = None
+        self._selector.register(channel, selectors.EVENT_READ)
+
+    def _hear(self, channel: socket.socket) -> None:
+        """One message; anything that is not one costs its sender the connection, and nobody else anything."""
+        try:
+            message = channel.recv(_MAX_NOTIFICATION + 2)  # longer ones are cut, not split
+            if not 0 < len(message) <= _MAX_NOTIFICATION + 1:
+                raise ConnectionResetError
+            sender = self._senders[channel]
+            if sender is None:
+                self._senders[channel] = _greeting(message)
+            elif message[:1] == _NOTE:
+                self._enqueue(Notification(sender.name, sender.incarnation, message[1:]))
+            else:
+                raise ConnectionResetError
+        except (BlockingIOError, InterruptedError):
+            return
+        except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            self._selector.unregister(channel)
+            del self._senders[channel]
+            channel.close()
+
+    def _enqueue(self, notification: Notification) -> None:
+        # While nobody fetches, nobody is heard: the senders' queues fill, and their deadlines tell them.
+        while len(self._queue) >= _MAX_QUEUED and not self._closed:
+            time.sleep(_FULL_PAUSE)
+        self._queue.append(notification)
+
+
+#: Address and length.
+_Piece = tuple[int, int]
+
+
+def _iovec(vector: array[int]) -> Any:
+    """An array of `struct iovec` over the same memory."""
+    return (ctypes.c_uint64 * len(vector)).from_buffer(vector)
+
+
+def _behind(vector: array[int], moved: int) -> array[int]:
+    """What is left of a vector behind the first `moved` bytes: nothing, nearly always."""
+    if moved == sum(vector[1::2]):
+        return array("Q")
+    return array("Q", chain.from_iterable(_rest(list(zip(vector[0::2], vector[1::2], strict=True)), moved)))
+
+
+def _rest(pieces: list[_Piece], moved: int) -> list[_Piece]:
+    """What is left of the pieces behind the first `moved` bytes."""
+    for index, (address, length) in enumerate(pieces):
+        if moved < length:
+            return [(address + moved, length - moved), *pieces[index + 1 :]]
+        moved -= length
+    return []
+
+
+def _move(
+    operation: Operation, local: BlockTable, remote: BlockTable, local_ids: array[int], remote_ids: array[int]
+) -> None:
+    target, source = (local, remote) if operation == "read" else (remote, local)
+    target_ids, source_ids = (local_ids, remote_ids) if operation == "read" else (remote_ids, local_ids)
+    for to, start in zip(target.bases, source.bases, strict=True):
+        for here, there in zip(target_ids, source_ids, strict=True):
+            ctypes.memmove(to + target.stride * here, start + source.stride * there, target.block_bytes)
+
+
+def _greeting(message: bytes) -> _Hello:
+    hello = msgspec.msgpack.decode(message, type=_Hello)
+    if not (identifier(hello.name) and identifier(hello.incarnation)):
+        raise ConnectionResetError
+    return hello
+
+
+def _knock(channel: socket.socket, address: bytes, deadline: float) -> None:
+    while True:
+        try:
+            channel.connect(address)
+            return
+        except BlockingIOError:  # as many as may wait for it to accept them wait: it is stopped, or very busy
+            if time.monotonic() >= deadline:
+                raise TimeoutError from None
+            time.sleep(_FULL_PAUSE)
+
+
+def _address(incarnation: str) -> bytes:
+    return b"\0tensorway-local-" + incarnation.encode()
+
+
+def _machine() -> tuple[str, str]:
+    """The running kernel, and the namespaces in which process numbers and abstract sockets mean something."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return boot, " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))  # noqa: PTH115
+
+
+def _decode(description: Description, asked: str) -> _Blob:
+    try:
+        blob = msgspec.msgpack.decode(description.blob, type=_Blob)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise DescriptionInvalid(asked, f"Its local part cannot be read: {error}.", "Give it unchanged.") from None
+    if len(description.incarnation) > _MAX_INCARNATION:
+        raise DescriptionInvalid(asked, "Its incarnation is longer than one of local's.", "Give it unchanged.")
+    if (blob.boot, blob.namespace) != _machine():
+        true = "It is on another machine, or in a container with processes of its own."
+        raise Unsupported(asked, true, "Choose a transport that crosses machines: tensorway why transport auto.")
+    return blob
+
+
+#: The endpoints of this process, so that a description of one can be told from one that only says so.
+_by_incarnation: weakref.WeakValueDictionary[str, LocalFabric] = weakref.WeakValueDictionary()
+
+
+def _close_inherited() -> None:
+    """In a forked child: a copy of a socket would hide from peers that the parent has ended."""
+    for fabric in list(_by_incarnation.values()):
+        fabric._close_files()
+        for link in list(fabric._links):
+            link.channel.close()
+    _by_incarnation.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)

@@ -1,0 +1,232 @@
+"""One transfer: pending, then done or failed, and released when the fabric has let go of its memory.
+
+Room `transport`; may import the ground and its own room. `wait` it, poll it or `await` it; threads may share it. A
+transfer that failed or came too late is quarantined: its memory is kept, and not reported released, until the fabric
+cannot write to it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+import threading
+import time
+from array import array
+from collections.abc import Callable, Generator
+from typing import Any, Final
+
+import attrs
+
+from tensorway.errors import Closed, DeadlineExceeded, PeerLost, TensorwayError, TransferCancelled, TransferFailed
+from tensorway.transport.contract import Fabric, Operation, Route
+
+#: Seconds for which one look may wait until a notification can be sent.
+_SLICE: Final = 0.02
+#: Waiting: this many looks without a pause, then pauses that double from the first to the last.
+_SPINS: Final = 20
+_FIRST_PAUSE: Final = 20e-6
+_LAST_PAUSE: Final = 500e-6
+
+
+class State(enum.Enum):
+    """What became of a transfer."""
+
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@attrs.define(eq=False)
+class Transfer:
+    """Blocks on their way. Made by `Transport.read` and `write`."""
+
+    route: Route
+    operation: Operation
+    local_ids: array[int] = attrs.field(repr=False)
+    remote_ids: array[int] = attrs.field(repr=False)
+    notify: bytes | None
+    #: When it is too late, on the clock of `time.monotonic`.
+    deadline: float
+    _fabric: Fabric = attrs.field(repr=False)
+    state: State = State.PENDING
+    #: Why it failed.
+    error: TensorwayError | None = None
+    #: Seconds spent in the fabric's `post`, and from the first post to the end.
+    posting_seconds: float = 0.0
+    seconds: float = 0.0
+    _pid: int = attrs.field(factory=os.getpid, init=False, repr=False)
+    _started: float = attrs.field(factory=time.monotonic, init=False)
+    _posted: int = attrs.field(default=0, init=False)
+    _jobs: list[Any] = attrs.field(factory=list, init=False, repr=False)
+    _lock: threading.RLock = attrs.field(factory=threading.RLock, init=False, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it moves."""
+        return len(self.local_ids) * self.route.local.block_bytes * len(self.route.local.bases)
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces of memory that is, before neighbors are joined."""
+        return len(self.local_ids) * len(self.route.local.bases)
+
+    @property
+    def pending(self) -> bool:
+        """Whether it is still under way."""
+        return self.state is State.PENDING
+
+    @property
+    def released(self) -> bool:
+        """Whether its local memory may be used again: nothing will be written to it any more."""
+        self._check_process()
+        with self._lock:
+            return not self.pending and self._settle()
+
+    def poll(self) -> State:
+        """Move it on by one step and say where it is; raises nothing, but `Closed` in a forked child."""
+        self._check_process()
+        with self._lock:
+            if self.pending:
+                try:
+                    self._step()
+                except TensorwayError as error:
+                    self._fail(error)
+                except Exception as error:  # a defect of the fabric must not leave a transfer that never ends
+                    true = f"The fabric raised {type(error).__name__}: {error}"
+                    self._fail(TransferFailed(self._asked(), true, "Report this to the transport's author."))
+            return self.state
+
+    def wait(self, deadline: float | None = None) -> None:
+        """Return when it is done; raise what it failed with.
+
+        If `deadline` is sooner than its own, raise `DeadlineExceeded` then, and the transfer goes on.
+        """
+        until = None if deadline is None else time.monotonic() + deadline
+        pauses, moved = _pauses(), self._moved()
+        while self.poll() is State.PENDING:
+            if moved != (moved := self._moved()):
+                pauses = _pauses()
+            if until is not None and time.monotonic() >= until:
+                raise self._too_late(f"It is still under way after {deadline:g} s; it goes on until its own deadline.")
+            if pause := next(pauses):
+                time.sleep(pause)
+        if self.error is not None:
+            raise self.error
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._finish().__await__()
+
+    def cancel(self) -> None:
+        """Give it up. It has failed then; `released` says when its memory may be used again."""
+        self._check_process()
+        with self._lock:
+            if self.pending:
+                self._fail(TransferCancelled(self._asked(), "It was cancelled by who started it.", "Nothing is owed."))
+
+    async def _finish(self) -> None:
+        pauses, moved = _pauses(), self._moved()
+        while self.poll() is State.PENDING:
+            if moved != (moved := self._moved()):
+                pauses = _pauses()
+            await asyncio.sleep(next(pauses))
+        if self.error is not None:
+            raise self.error
+
+    def _step(self) -> None:
+        """Look at what is under way, post what fits, end when nothing is left."""
+        self._drop(self._finished)
+        peer = self.route.peer
+        if reason := peer.lost or self._fabric.lost(peer.link):
+            peer.lost = peer.lost or reason
+            raise PeerLost.because(self._asked(), reason)
+        if (left := self.deadline - time.monotonic()) <= 0:
+            raise self._too_late("It was not done by its deadline.")
+        if self._posted < len(self.local_ids):
+            self._post(left)
+        moved = self._posted == len(self.local_ids) and not self._jobs
+        if moved and (self.notify is None or self._sent(self.notify, left)):
+            self._end(State.DONE)
+
+    def _sent(self, payload: bytes, left: float) -> bool:
+        # In slices: while this waits, it holds the lock that `wait`, `cancel` and the endpoint's thread need.
+        try:
+            self._fabric.send(self.route.peer.link, payload, min(left, _SLICE))
+        except DeadlineExceeded:
+            if left <= _SLICE:
+                raise
+            return False
+        return True
+
+    def _post(self, left: float) -> None:
+        limits = self._fabric.capabilities
+        blocks = max(1, limits.max_pieces // len(self.route.local.bases))
+        for _ in range(limits.max_in_flight - len(self._jobs)):
+            part = slice(self._posted, self._posted + blocks)
+            local, remote = self.local_ids[part], self.remote_ids[part]
+            if not local:
+                return
+            started = time.perf_counter()
+            job = self._fabric.post(self.operation, self.route.prepared, local, remote, left)
+            self.posting_seconds += time.perf_counter() - started
+            self._posted += len(local)
+            if job is not None:
+                self._jobs.append(job)
+
+    def _check_process(self) -> None:
+        # Before the lock: in a forked child a thread that is not there may hold it for ever.
+        if os.getpid() != self._pid:
+            raise Closed(
+                self._asked(), "It belongs to the process that this one was forked from.", "Start workers by spawn."
+            )
+
+    def _moved(self) -> tuple[int, int]:
+        """Changes when the transfer makes progress; only then is it worth looking again at once."""
+        return self._posted, len(self._jobs)
+
+    def _finished(self, job: Any) -> bool:
+        return self._fabric.done(job) and self._fabric.settled(job)
+
+    def _settle(self) -> bool:
+        self._drop(self._let_go)
+        return not self._jobs
+
+    def _drop(self, over: Callable[[Any], bool]) -> None:
+        # One by one: if the fabric raises at one, those that it has let go of are gone, and never asked about again.
+        for index in reversed(range(len(self._jobs))):
+            if over(self._jobs[index]):
+                del self._jobs[index]
+
+    def _let_go(self, job: Any) -> bool:
+        try:
+            return self._fabric.settled(job)
+        except Exception:  # a fabric that cannot tell may still write: the memory stays in quarantine
+            return False
+
+    def _fail(self, error: TensorwayError) -> None:
+        self.error = error
+        self._end(State.FAILED)
+
+    def _end(self, state: State) -> None:
+        self.seconds = time.monotonic() - self._started
+        self.state = state
+
+    def _too_late(self, true: str) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            self._asked(),
+            true,
+            "See whether the peer runs (tensorway doctor there); give a longer deadline if it is busy.",
+        )
+
+    def _asked(self) -> str:
+        return f"A {self.operation} of {self.nbytes:,} bytes with peer {self.route.peer.name} was asked for."
+
+
+def _pauses() -> Generator[float, None, None]:
+    """How long to wait before each look: not at all at first, since most transfers end soon, then longer and longer."""
+    for _ in range(_SPINS):
+        yield 0.0
+    pause = _FIRST_PAUSE
+    while True:
+        yield pause
+        pause = min(2 * pause, _LAST_PAUSE)

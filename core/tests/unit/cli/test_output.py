@@ -1,0 +1,47 @@
+"""Plain text fits 80 columns, color is for terminals, and JSON is one object."""
+
+from __future__ import annotations
+
+import io
+import json
+
+from tensorway.cli.output import Output, wrapped
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_text_is_wrapped_at_80_columns_and_commands_stay_whole():
+    url = "--find-links=" + "x" * 100
+    lines = wrapped("word " * 40 + url, indent=6)
+    assert all(len(line) <= 80 for line in lines if url not in line)
+    assert all(line.startswith("      ") for line in lines)
+    assert any(url in line for line in lines)
+
+
+def test_color_goes_to_a_terminal_only(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\x1b[32mok\x1b[0m" == Output(stream=Terminal()).paint("ok", "good")
+    assert "ok" == Output(stream=io.StringIO()).paint("ok", "good")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "ok" == Output(stream=Terminal()).paint("ok", "good")
+
+
+def test_json_is_the_only_thing_on_the_stream():
+    stream, notes = io.StringIO(), io.StringIO()
+    out = Output(as_json=True, stream=stream, notes=notes)
+    out.progress("working ...")
+    out.line("for people")
+    out.text("for people")
+    out.json("tensorway.test/1", {"a": 1})
+    assert {"schema": "tensorway.test/1", "a": 1} == json.loads(stream.getvalue())
+    assert "working ...\n" == notes.getvalue()
+
+
+def test_without_json_no_json_is_written():
+    stream = io.StringIO()
+    Output(stream=stream).json("tensorway.test/1", {})
+    assert "" == stream.getvalue()

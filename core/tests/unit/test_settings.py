@@ -1,0 +1,81 @@
+"""The environment is read in one place, and what cannot be meant is refused there."""
+
+from __future__ import annotations
+
+import pytest
+
+from tensorway import settings
+from tensorway.errors import SettingInvalid
+from tensorway.settings import Settings, from_environment
+
+
+def test_an_empty_environment_gives_the_defaults():
+    assert Settings() == from_environment({})
+
+
+def test_every_variable_is_read():
+    environ = {
+        "TENSORWAY_PLUGINS": " nixl , -rixl,transport:cpu@acme ,",
+        "TENSORWAY_STRICT": "yes",
+        "TENSORWAY_PROBE_TIMEOUT": "2.5",
+        "TENSORWAY_LOCAL_RANK": "3",
+    }
+    assert set(environ) == set(settings.VARIABLES)
+    expected = Settings(("nixl", "transport:cpu@acme"), ("rixl",), strict=True, probe_timeout=2.5, local_rank=3)
+    assert expected == from_environment(environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TENSORWAY_STRICT", "maybe"),
+        ("TENSORWAY_PROBE_TIMEOUT", "soon"),
+        ("TENSORWAY_PROBE_TIMEOUT", "0"),
+        ("TENSORWAY_PROBE_TIMEOUT", "-1"),
+        ("TENSORWAY_PROBE_TIMEOUT", "inf"),
+        ("TENSORWAY_PROBE_TIMEOUT", "nan"),
+        ("TENSORWAY_PLUGINS", "nixl,-"),
+        ("TENSORWAY_LOCAL_RANK", "first"),
+        ("TENSORWAY_LOCAL_RANK", "-1"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_by_name(name, value):
+    with pytest.raises(SettingInvalid) as caught:
+        from_environment({name: value})
+    assert f"{name}={value!r} was set." == caught.value.asked
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"])
+def test_the_launchers_rank_is_understood(name):
+    assert 5 == from_environment({name: "5"}).local_rank
+
+
+def test_a_launchers_nonsense_is_not_our_error():
+    assert 0 == from_environment({"LOCAL_RANK": "n/a"}).local_rank
+
+
+def test_our_rank_counts_before_the_launchers():
+    assert 1 == from_environment({"TENSORWAY_LOCAL_RANK": "1", "LOCAL_RANK": "2"}).local_rank
+
+
+def test_a_misspelt_variable_is_found_with_the_one_that_is_meant():
+    found = settings.unknown_variables(
+        {"TENSORWAY_PLUGIN": "x", "TENSORWAY_STRICT": "1", "TENSORWAY_Q": "", "PATH": "x"}
+    )
+    assert {"TENSORWAY_PLUGIN": "TENSORWAY_PLUGINS", "TENSORWAY_Q": None} == found
+
+
+def test_a_default_is_set_only_where_the_user_set_nothing(monkeypatch):
+    monkeypatch.setenv("UCX_TEST_SET", "theirs")
+    monkeypatch.delenv("UCX_TEST_UNSET", raising=False)
+    assert (False, True) == (
+        settings.set_default("UCX_TEST_SET", "ours"),
+        settings.set_default("UCX_TEST_UNSET", "ours"),
+    )
+    assert ("theirs", "ours") == (settings.get("UCX_TEST_SET"), settings.get("UCX_TEST_UNSET"))
+    monkeypatch.delenv("UCX_TEST_UNSET")
+
+
+@pytest.mark.parametrize(("environ", "expected"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_a_terminal_may_refuse_color(environ, expected):
+    assert expected is settings.terminal(environ)

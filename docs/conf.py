@@ -1,0 +1,28 @@
+"""Sphinx: how the pages of this folder become a site. `nox -s docs` builds it with every warning an error."""
+
+from __future__ import annotations
+
+import tensorway
+
+project = "Tensorway"
+author = "The Tensorway authors"
+copyright = author
+version = release = tensorway.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"Tensorway {release}"
+# `[text](page.md#heading)` works for headings down to this level; tests/docs/test_links.py holds the same.
+myst_heading_anchors = 4
+myst_enable_extensions = ["deflist"]
+suppress_warnings = ["myst.header"]
+
+# Docstrings are plain text with names in single backticks.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}
+# What nitpicky mode cannot know: the standard library, attrs, pluggy and pytest have their own sites, and the builds
+# must work without a network. Names of tensorway are never ignored.
+nitpick_ignore_regex = [(r"py:.*", r"(?!tensorway).*")]

@@ -1,0 +1,251 @@
+"""Every check of the workspace: README's second command runs all of them, `nox -s NAME` one.
+
+Tests run against wheels that are built once per run, from a folder of their own, so that what passes is what users
+install and the checkout is never importable. The gate (`.ci/run`) runs exactly this file and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+DISTS = {"tensorway": ROOT / "core"} | {
+    f"tensorway-{folder.name}": folder
+    for folder in sorted(ROOT.glob("plugins/*"))
+    if (folder / "pyproject.toml").exists()
+}
+PLUGINS = [dist.removeprefix("tensorway-") for dist in DISTS if dist != "tensorway"]
+SOURCES = [folder / "src" for folder in DISTS.values()]
+
+#: What pip is given for each backend's library, in a call of its own. Everything is pinned here or in constraints.txt.
+LIBRARIES: dict[str, list[str]] = {
+    "cpu": [],
+    "gloo": ["torch"],
+    # The library alone: with its dependencies or under torch it would bring gigabytes of CUDA.
+    "nccl": ["--no-deps", "nvidia-nccl-cu12==2.32.3"],
+    "nixl": ["nixl-cu12==1.5.1"],
+    # No index has NIXL for ROCm. Its Python is NIXL's, so the tests present NIXL under ROCm's names.
+    "rixl": ["nixl-cu12==1.5.1"],
+}
+#: What the rixl tests unpack and nobody installs: an unrelated project of that name, and the NIXL that ROCm forked.
+UNPACKED = {"TENSORWAY_TEST_IMPOSTOR_WHEEL": "rixl==1.3.0", "TENSORWAY_TEST_OLDER_NIXL_WHEEL": "nixl-cu12==1.1.0"}
+
+CONSTRAINTS = ["-c", str(ROOT / "constraints.txt")]
+WORKSPACE = nox.project.load_toml(ROOT / "pyproject.toml")
+CORE = nox.project.load_toml(ROOT / "core" / "pyproject.toml")["project"]
+# The interpreter that runs nox is always there, so that at least one leg of `tests` is never skipped.
+PYTHONS = sorted({"3.10", "3.11", "3.12", "3.13", f"{sys.version_info.major}.{sys.version_info.minor}"})
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = False  # nox would make it an error where CI is set; a skip has its own line
+# Cheap checks first, then what most changes break, then what takes long.
+nox.options.sessions = ["lint", "types", "versions", "repo", "tests", "pluggy", "minimums"]
+nox.options.sessions += ["backend", "everything", "wheels", "docs", "bench"]
+
+# What a shell left behind must not decide what is tested.
+for variable in list(os.environ):
+    if variable.startswith("TENSORWAY_") or variable in {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}:
+        del os.environ[variable]
+# Compiling torch takes longer than installing it (17 s and 8 s); the interpreter compiles what it imports.
+os.environ["PIP_COMPILE"] = "0"
+# pyenv's shims run only the version that is selected; the others are found where they are installed.
+PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *map(str, sorted(PYENV.glob("3.*/bin")))])
+
+
+def group(name: str) -> list[str]:
+    """The requirements of one dependency group of the workspace."""
+    return list(nox.project.dependency_groups(WORKSPACE, name))
+
+
+def wheelhouse(session: nox.Session) -> Path:
+    """Where `build` puts the wheels of this run."""
+    return ROOT / session.cache_dir / "wheelhouse"
+
+
+def install(session: nox.Session, dists: list[str], *requirements: str) -> None:
+    """Install the built wheels of `dists` and what else a session needs, in one resolution."""
+    house = wheelhouse(session)
+    wheels = [str(path) for dist in dists for path in house.glob(f"{dist.replace('-', '_')}-*.whl")]
+    if len(wheels) != len(dists):
+        session.error(f"{house} does not hold one wheel for each of {dists}: nox -s build")
+    reused = any(session.env_dir.glob("bin/tensorway"))
+    session.install(*CONSTRAINTS, "--find-links", str(house), *wheels, *requirements)
+    if reused:  # by `nox -r`: the same version with other contents, which pip takes for installed
+        session.install("--no-deps", "--force-reinstall", *wheels)
+
+
+def pytest(session: nox.Session, *arguments: str | Path, **environment: str) -> None:
+    """Run tests from a folder that holds nothing; finding none is a failure (pytest exits with 5, or 4)."""
+    session.chdir(session.create_tmp())
+    options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    session.run("pytest", *options, *arguments, *session.posargs, env=environment)
+
+
+@nox.session(default=False)
+def build(session: nox.Session) -> None:
+    """Build every wheel, once for all sessions that need one."""
+    session.install(*group("build"))
+    house = wheelhouse(session)
+    shutil.rmtree(house, ignore_errors=True)
+    for folder in DISTS.values():
+        session.chdir(folder)
+        session.run("hatchling", "build", "-t", "wheel", "-d", str(house), silent=True)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, format, which room imports which, and a changelog that renders."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", "--no-cache", ".")
+    session.run("ruff", "format", "--no-cache", "--check", ".")
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": os.pathsep.join(map(str, SOURCES))})
+    session.run("towncrier", "build", "--draft", "--version", CORE["version"])
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy, strict, over the sources of all dists at once."""
+    session.install(*group("types"), *CORE["dependencies"], *CORE["optional-dependencies"]["testing"])
+    session.run("mypy", "--cache-dir", str(session.cache_dir / "mypy"), *SOURCES)
+
+
+VERSIONED = [*(folder / "pyproject.toml" for folder in DISTS.values()), *ROOT.glob("core/src/tensorway/__init__.py")]
+VERSION = re.compile(r'(?<=^version = ")[^"]+|(?<=^__version__ = ")[^"]+', re.MULTILINE)
+
+
+@nox.session(venv_backend="none")
+def versions(session: nox.Session) -> None:
+    """The version that each dist has; all are released together."""
+    found = {str(file.relative_to(ROOT)): VERSION.findall(file.read_text(encoding="utf-8")) for file in VERSIONED}
+    for file, matches in found.items():
+        session.log(f"{', '.join(matches) or 'none'}  {file}")
+    if len({tuple(matches) for matches in found.values()}) != 1:
+        session.error("the versions differ: nox -s bump -- X.Y.Z")
+
+
+@nox.session
+def repo(session: nox.Session) -> None:
+    """What must hold across the dists: names, versions, metadata, sizes."""
+    session.install(*group("test"))
+    pytest(session, ROOT / "tests" / "repo")
+
+
+@nox.session(python=PYTHONS, requires=["build"])
+def tests(session: nox.Session) -> None:
+    """The core alone: no plugin, no torch, no native library."""
+    install(session, ["tensorway"], *group("test"))
+    pytest(session, ROOT / "core" / "tests")
+
+
+@nox.session(requires=["build"])
+@nox.parametrize("version", ["1.5.0", "1.6.0", "1.7.0"], ids=["1.5.0", "1.6.0", "1.7.0"])
+def pluggy(session: nox.Session, version: str) -> None:
+    """The host on each pluggy that the core says it can live with."""
+    # pytest 9.2 needs pluggy 1.6.
+    older_pytest = ["pytest==8.2.*"] if version == "1.5.0" else []
+    install(session, ["tensorway"], *group("test"), f"pluggy=={version}", *older_pytest)
+    pytest(session, ROOT / "core" / "tests" / "unit", ROOT / "core" / "tests" / "hosting")
+
+
+@nox.session(python="3.11", requires=["build"])
+def minimums(session: nox.Session) -> None:
+    """The core on the oldest dependencies that its metadata admits (and the pytest that goes with that pluggy)."""
+    lowest = str(Path(session.create_tmp()).resolve() / "lowest.txt")
+    session.install("uv")
+    resolve = ["--resolution", "lowest-direct", "--python-version", "3.11", "--output-file", lowest]
+    # pip trusts what the machine trusts; uv does only when it is told to.
+    trust = {"UV_SYSTEM_CERTS": "true"}
+    session.run("uv", "pip", "compile", "--quiet", *resolve, str(ROOT / "core" / "pyproject.toml"), env=trust)
+    install(session, ["tensorway"], *group("test"), "pytest==8.2.*", "-c", lowest)
+    pytest(session, ROOT / "core" / "tests")
+
+
+LEGS = [(name, library) for name in PLUGINS for library in ("with", "without") if LIBRARIES[name] or library == "with"]
+
+
+@nox.session(requires=["build"])
+@nox.parametrize(("name", "library"), LEGS, ids=[f"{name}, {library}" for name, library in LEGS])
+def backend(session: nox.Session, name: str, library: str) -> None:
+    """One plugin alone on top of the core, with its library and without: what is missing is said, never raised."""
+    install(session, ["tensorway", f"tensorway-{name}"], *group("test"))
+    if library == "with" and LIBRARIES[name]:
+        session.install(*CONSTRAINTS, *LIBRARIES[name])
+    environment = {"TENSORWAY_TEST_LIBRARY": library}
+    for variable, requirement in UNPACKED.items() if name == "rixl" else ():
+        folder = Path(session.create_tmp()).resolve() / variable
+        session.run("python", "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), requirement)
+        environment[variable] = str(next(folder.glob("*.whl")))
+    pytest(session, ROOT / "plugins" / name / "tests", **environment)
+
+
+@nox.session(requires=["build"])
+def everything(session: nox.Session) -> None:
+    """All plugins in one environment, with NIXL and torch: what crosses dists, and the conformance kit."""
+    install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"])
+    elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("repo", "wheels", "bench")]
+    pytest(session, ROOT / "tests", *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
+
+
+@nox.session(requires=["build"])
+def wheels(session: nox.Session) -> None:
+    """What is in the wheels, and what `pip install` makes of them and of every extra."""
+    session.install(*group("test"), *group("build"))
+    session.run("check-wheel-contents", str(wheelhouse(session)))
+    pytest(session, ROOT / "tests" / "wheels", TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
+
+
+@nox.session(requires=["build"])
+def docs(session: nox.Session) -> None:
+    """The pages, with every warning an error; then every example in them, run."""
+    install(session, list(DISTS), *group("docs"))
+    built = ROOT / "docs" / "_build"
+    session.run(
+        "sphinx-build", "-q", "-n", "-W", "--keep-going", "-d", str(built / "doctrees"), "docs", str(built / "html")
+    )
+    pytest(session, ROOT / "docs", ROOT / "tests" / "docs", f"--ignore={built}")
+
+
+@nox.session(requires=["build"])
+def bench(session: nox.Session) -> None:
+    """The scripts of tests/bench, in short; `nox -s bench -- import_cost` runs the named ones in full."""
+    install(session, list(DISTS))
+    scripts = sorted((ROOT / "tests" / "bench").glob("*.py"))
+    wanted = {word for word in session.posargs if not word.startswith("-")}
+    if not scripts or wanted - {script.stem for script in scripts}:
+        session.error(f"tests/bench has {[script.stem for script in scripts]}; asked for {sorted(wanted) or 'all'}")
+    options = [word for word in session.posargs if word.startswith("-")] if session.posargs else ["--short"]
+    session.chdir(session.create_tmp())
+    for script in scripts:
+        if not wanted or script.stem in wanted:
+            session.run("python", str(script), *options)
+
+
+@nox.session(default=False, requires=["build"])
+def campaign(session: nox.Session) -> None:
+    """The fault campaign at length: `nox -s campaign -- 0 10000`; `tests` runs a short slice of it."""
+    install(session, ["tensorway"])
+    session.chdir(session.create_tmp())
+    session.run("python", "-m", "tensorway.testing.campaign", *(session.posargs or ["0", "10000"]))
+
+
+@nox.session(venv_backend="none", default=False)
+def bump(session: nox.Session) -> None:
+    """Write a version wherever one is kept: `nox -s bump -- 0.2.0`."""
+    match = re.fullmatch(r"(\d+)\.(\d+)\.\d+", session.posargs[0]) if len(session.posargs) == 1 else None
+    if match is None:
+        session.error("say which version: nox -s bump -- X.Y.Z")
+    version, major, minor = match[0], int(match[1]), int(match[2])
+    for file in VERSIONED:
+        text = VERSION.sub(version, file.read_text(encoding="utf-8"))
+        text = re.sub(r'("tensorway-[\w-]+(?:\[\w+\])?==)[^"]+', rf"\g<1>{version}", text)
+        text = re.sub(r'("tensorway>=)[^"]+', rf"\g<1>{major}.{minor}.0,<{major}.{minor + 1}", text)
+        file.write_text(text, encoding="utf-8")
+        session.log(f"{version} {file.relative_to(ROOT)}")

@@ -1,0 +1,3 @@
+"""Tensorway over gloo. Importing this, or `offers`, does not import torch; the probe does, in its own process."""
+
+from __future__ import annotations

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from tensorway.errors import OptionsInvalid
+from tensorway.hookspecs import API
+from tensorway.plugins.options import validated
+from tensorway.types import HookContext
+from tensorway_nccl.offers import eplb_communicator
+from tensorway_nccl.options import NcclOptions
+
+OFFER = eplb_communicator(HookContext(api=API, core_version="0"))
+
+
+def test_what_a_config_file_says_becomes_options():
+    assert NcclOptions(4, 5.0) == validated(OFFER, {"max_ctas": 4, "timeout_s": 5})
+    assert NcclOptions(None, 30.0) == validated(OFFER, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"max_ctas": 0}, "max_ctas"),
+        ({"max_ctas": 65}, "max_ctas"),
+        ({"max_ctas": 1.5}, "max_ctas"),
+        ({"timeout_s": -1}, "timeout_s"),
+        ({"max_cta": 4}, "'max_ctas'"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_with_the_reason(given, says):
+    with pytest.raises(OptionsInvalid) as refused:
+        validated(OFFER, given)
+
+    assert says in str(refused.value)

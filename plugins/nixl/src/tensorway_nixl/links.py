@@ -1,0 +1,67 @@
+"""What the fabric keeps of peers, routes and transfers.
+
+May import tensorway's ground, the transport's block tables and `agent`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import attrs
+
+from tensorway.errors import TensorwayError
+from tensorway.transport.blocks import BlockTable
+from tensorway_nixl.agent import List
+
+
+@attrs.define(eq=False)
+class Remote:
+    """One incarnation of a peer, as NIXL knows it; all links to it share it."""
+
+    name: str
+    incarnation: str
+    metadata: bytes = attrs.field(default=b"", repr=False)
+    #: How many links use it, and how many transfers with it are not over.
+    links: int = 0
+    jobs: int = 0
+    #: Why it is lost; empty while it is not known to be.
+    lost: str = ""
+
+
+@attrs.define(eq=False)
+class Link:
+    """One connection of the endpoint to a peer."""
+
+    remote: Remote
+    lane: str
+    closed: bool = False
+
+
+@attrs.define(eq=False)
+class Prepared:
+    """Two prepared lists; released when the last that uses them is gone."""
+
+    remote: Remote
+    local: BlockTable
+    far: BlockTable
+    ours: List
+    theirs: List
+
+
+@attrs.define(eq=False)
+class Job:
+    """One NIXL transfer."""
+
+    remote: Remote
+    #: What was asked for, for its errors.
+    asked: str
+    #: NIXL's handle until it is released; NIXL crashes on one that was.
+    handle: Any
+    #: The lists that it uses.
+    keep: object = attrs.field(repr=False)
+    #: What UCX expects it to take.
+    microseconds: int = 0
+    error: TensorwayError | None = None
+    #: When nothing of a failed one is under way any more.
+    quiet_at: float = math.inf

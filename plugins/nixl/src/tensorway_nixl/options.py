@@ -1,0 +1,40 @@
+"""What a user may set on a NIXL transport, on any build of NIXL. Imports attrs only."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import attrs
+
+#: UCX transports that reach this host only and cannot carry UCX's control messages with peer failure detection.
+_SAME_HOST: Final = frozenset({"cma", "knem", "posix", "self", "shm", "sm", "sysv", "xpmem", "cuda_copy", "cuda_ipc"})
+
+
+def _carries_control_messages(_instance: object, _attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
+    # UCX accepts such a list and then refuses every endpoint with "no active messages transport".
+    if value and _SAME_HOST.issuperset(value):
+        raise ValueError(f"ucx_tls {','.join(value)} has no transport for UCX's control messages; add tcp, or rc")
+
+
+def _each_names_something(_instance: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
+    # A comma inside a name would become two names: UCX takes them in one string.
+    if bad := [item for item in value if not item.strip() or set(item) & set(",= \t\n")]:
+        raise ValueError(f"{attribute.name} has the item {bad[0]!r}; give each name as an item of its own")
+
+
+@attrs.frozen
+class NixlOptions:
+    """Options of the transports `nixl` and `rixl`."""
+
+    #: Who this endpoint is for its peers; keep it over restarts. Empty makes one up.
+    name: str = ""
+    #: Network devices that UCX may use (`mlx5_0:1`, `eth0`); empty for all. UCX_NET_DEVICES wins over it.
+    network_devices: tuple[str, ...] = attrs.field(default=(), validator=_each_names_something)
+    #: UCX transports (`rc`, `tcp`, `cma`); empty for all. UCX_TLS wins over it.
+    ucx_tls: tuple[str, ...] = attrs.field(default=(), validator=[_each_names_something, _carries_control_messages])
+    #: Microseconds between two looks of the progress thread; at 0, NIXL's own default, it burns a core while idle.
+    progress_interval_us: int = attrs.field(
+        default=10_000, validator=[attrs.validators.ge(0), attrs.validators.le(1_000_000)]
+    )
+    #: Worker threads that split large requests; 0 for none.
+    num_threads: int = attrs.field(default=0, validator=[attrs.validators.ge(0), attrs.validators.le(256)])

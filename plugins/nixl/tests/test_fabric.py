@@ -1,0 +1,458 @@
+"""The transport over the real NIXL: the kit's suite over both lanes, and what the suite does not know of NIXL."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from array import array
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+import pytest
+
+import tensorway
+from tensorway.errors import DeadlineExceeded, DescriptionInvalid, PeerLost, TransferFailed, Unsupported
+from tensorway.memory import Region
+from tensorway.testing import PeerProcess, TransportSuite
+from tensorway.testing.peer import content, digest
+from tensorway.testing.transports import BLOCK, COUNT, NBYTES, route_to, wait_for
+from tensorway.transport import BlockTable
+from tensorway.transport import description as envelope
+from tensorway_nixl import wire
+
+pytestmark = pytest.mark.usefixtures("real_nixl")
+
+TCP = {"ucx_tls": ("tcp",)}
+#: Much more than what the sockets of a connection hold, so that a transfer with a stopped peer is under way for sure.
+LARGE = 32 << 20
+
+
+class TestOverSharedMemory(TransportSuite):
+    name = "nixl"
+
+
+class TestOverTcp(TransportSuite):
+    name = "nixl"
+    options = TCP
+    overridden: ClassVar = {
+        "test_many_transfers_and_connections_leave_nothing_behind": "known defect: on a busy machine UCX has been seen "
+        "to keep sockets over TCP for longer than the test waits"
+    }
+
+    @pytest.mark.xfail(strict=False, reason="known defect, see `overridden`")
+    def test_many_transfers_and_connections_leave_nothing_behind(self, pair):
+        super().test_many_transfers_and_connections_leave_nothing_behind(pair)
+
+
+@pytest.fixture
+def start():
+    """Endpoints here and in other processes, all closed in the end."""
+    started = []
+
+    def make(kind, **options):
+        one = PeerProcess("nixl", options) if kind == "peer" else tensorway.create("transport", "nixl", options)
+        started.append(one)
+        return one
+
+    yield make
+    for one in reversed(started):
+        one.close()
+
+
+@pytest.fixture
+def pair(start):
+    """An endpoint here, a peer with memory, its description."""
+    here, peer = start("here"), start("peer")
+    peer.register(NBYTES, seed=1)
+    return here, peer, peer.describe()
+
+
+def altered(description, **changed):
+    """The description with something else in the fabric's part."""
+    seen = envelope.decode(description, "nixl")
+    blob = msgspec.structs.replace(msgspec.msgpack.decode(seen.blob, type=wire.Blob), **changed)
+    parts = (seen.transport, seen.name, seen.incarnation, seen.regions, wire.encode(blob))
+    return envelope.encode(type(seen)(*parts))
+
+
+def blob_of(description):
+    return msgspec.msgpack.decode(envelope.decode(description, "nixl").blob, type=wire.Blob)
+
+
+def large(here, peer):
+    """A route over much memory, its buffer and its number of blocks."""
+    peer.register(LARGE, seed=3)
+    mine = bytearray(LARGE)
+    region = here.register(mine).regions[0]
+    other = here.connect(peer.describe())
+    local, remote = BlockTable.over(region, 1 << 16), BlockTable.over(other.regions[-1], 1 << 16)
+    return here.prepare(other, local, remote), mine, local.count
+
+
+def resident():
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- lanes
+
+
+@pytest.mark.parametrize(("options", "lane"), [({}, "cma"), (TCP, "tcp"), ({"ucx_tls": ("cma", "tcp")}, "cma")])
+def test_the_lane_is_the_one_that_bytes_take(start, caplog, options, lane):
+    here, peer = start("here", **options), start("peer", **options)
+
+    with caplog.at_level(logging.WARNING, "tensorway.nixl"):
+        assert lane == here.connect(peer.describe()).lane
+
+    assert [] == caplog.messages
+
+
+@pytest.mark.xfail(strict=False, reason="known defect: on a busy machine a canary over CMA is late, and taken for TCP")
+def test_a_fall_back_to_tcp_that_nobody_asked_for_is_said_once(start, caplog):
+    here, peer = start("here"), start("peer", **TCP)
+
+    with caplog.at_level(logging.WARNING, "tensorway.nixl"):
+        assert {"tcp"} == {here.connect(peer.describe()).lane for _ in range(2)}
+
+    (line,) = caplog.messages
+    assert "on this host by TCP" in line
+
+
+# -- descriptions
+
+
+def test_another_version_is_refused_before_nixl_sees_its_metadata(pair):
+    here, _, description = pair
+    other = altered(description, nixl="1.3.2", ucx="1.21.0")
+
+    with pytest.raises(DescriptionInvalid, match=r"NIXL 1\.3\.2 with UCX 1\.21\.0 .* NIXL 1\.5\.1 with UCX 1\.23\.0"):
+        here.connect(other)
+
+    # Had NIXL seen it, it would know the agent now.
+    assert {} == here._fabric._remotes == here._fabric._poisoned
+    here.connect(description)
+
+
+def test_metadata_that_nixl_cannot_read_is_refused_for_good_and_said_so(pair, start):
+    here, _, description = pair
+    damaged = altered(description, metadata=blob_of(description).metadata[:-40])
+
+    with pytest.raises(DescriptionInvalid, match="NIXL cannot read its metadata"):
+        here.connect(damaged)
+    # NIXL would answer the true one with "invalid parameter", for ever.
+    with pytest.raises(DescriptionInvalid, match="no other for this incarnation"):
+        here.connect(description)
+
+    start("here").connect(description)
+
+
+def test_what_a_peer_registers_later_is_reached_by_its_next_description(pair):
+    here, peer, description = pair
+    first, mine = here.connect(description), bytearray(NBYTES)
+    route = route_to(here, first, mine)
+    peer.register(NBYTES, seed=9)
+    region, later = here.register(more := bytearray(NBYTES)).regions[0], here.connect(peer.describe())
+
+    new = here.prepare(later, BlockTable.over(region, BLOCK), BlockTable.over(later.regions[1], BLOCK))
+    here.read(new, range(COUNT), range(COUNT)).wait()
+    here.read(route, range(COUNT), range(COUNT)).wait()
+
+    assert [digest(content(9, NBYTES)), digest(content(1, NBYTES))] == [digest(more), digest(mine)]
+    here.disconnect(first)
+    here.read(new, [0], [0]).wait()
+    here.disconnect(later)
+    assert {} == here._fabric._remotes
+
+
+# -- the canary
+
+
+def test_a_canary_that_is_not_registered_fails_and_leaves_nothing(pair):
+    here, _, description = pair
+
+    with pytest.raises(TransferFailed, match="nixlNotFoundError"):
+        here.connect(altered(description, canary=blob_of(description).canary - (1 << 30)))
+
+    assert {} == here._fabric._remotes
+    assert 63 == len(here._fabric._slots)
+    here.connect(description)
+
+
+def test_a_canary_that_sings_another_song_is_another_process(pair):
+    here, peer, description = pair
+    elsewhere = envelope.decode(description, "nixl").regions[0].address
+
+    with pytest.raises(PeerLost, match="taken its place"):
+        here.connect(altered(description, canary=elsewhere))
+
+    assert {} == here._fabric._remotes
+    here.connect(peer.describe())
+
+
+def test_a_stopped_peer_costs_its_deadline_and_is_reached_when_it_goes_on(pair):
+    here, peer, description = pair
+    peer.signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            here.connect(description, deadline=0.5)
+        assert time.monotonic() - started < 2
+    finally:
+        peer.signal(signal.SIGCONT)
+    here.connect(description)
+    assert wait_for(lambda: here._fabric._sweep() or 63 == len(here._fabric._slots))
+
+
+def test_a_killed_peer_is_not_connected_to(pair):
+    here, peer, description = pair
+    peer.signal(signal.SIGKILL)
+
+    with pytest.raises(PeerLost, match="cannot connect"):
+        here.connect(description, deadline=3)
+    assert {} == here._fabric._remotes == here._fabric._poisoned
+
+
+def test_a_connection_that_broke_is_replaced_by_the_next_connect(pair):
+    here, _, description = pair
+    first = here.connect(description)
+    route = route_to(here, first, bytearray(NBYTES))
+    first.link.remote.lost = "its connection broke"
+
+    with pytest.raises(PeerLost):
+        here.read(route, [0], [0]).wait()
+    again = route_to(here, here.connect(description), mine := bytearray(NBYTES))
+    here.read(again, range(COUNT), range(COUNT)).wait()
+
+    assert digest(content(1, NBYTES)) == digest(mine)
+
+
+# -- what NIXL goes on doing
+
+
+def test_a_transfer_that_came_too_late_keeps_its_memory_until_nixl_is_through(start):
+    here, peer = start("here", **TCP), start("peer", **TCP)
+    route, mine, count = large(here, peer)
+    peer.signal(signal.SIGSTOP)
+    try:
+        transfer = here.read(route, range(count), range(count), deadline=0.3)
+        with pytest.raises(DeadlineExceeded):
+            transfer.wait()
+        time.sleep(0.3)
+        assert not transfer.released
+    finally:
+        peer.signal(signal.SIGCONT)
+    wait_for(lambda: transfer.released)
+    mine[:] = bytes(LARGE)
+    time.sleep(0.3)
+    assert mine.count(0) == LARGE
+
+
+def test_a_peer_that_is_disconnected_meanwhile_stays_until_nixl_is_through(start):
+    here, peer = start("here", **TCP), start("peer", **TCP)
+    route, _, count = large(here, peer)
+    peer.signal(signal.SIGSTOP)
+    try:
+        transfer = here.read(route, range(count), range(count))
+        here.disconnect(route.peer)
+        with pytest.raises(PeerLost, match="disconnected here"):
+            transfer.wait()
+        assert [1] == [remote.jobs for remote in here._fabric._remotes.values()]
+        assert not transfer.released
+    finally:
+        peer.signal(signal.SIGCONT)
+    wait_for(lambda: transfer.released)
+    assert {} == here._fabric._remotes
+
+
+def test_a_peer_killed_in_the_middle_of_a_tcp_transfer_is_lost_and_nobody_else(start):
+    here, peer, other = start("here", **TCP), start("peer", **TCP), start("peer", **TCP)
+    route, mine, count = large(here, peer)
+    other.register(NBYTES, seed=1)
+    alive = route_to(here, here.connect(other.describe()), small := bytearray(NBYTES))
+    peer.signal(signal.SIGSTOP)
+    transfer = here.read(route, range(count), range(count), deadline=5)
+    assert transfer.pending
+    peer.signal(signal.SIGKILL)
+
+    with pytest.raises((PeerLost, DeadlineExceeded), match=route.peer.name):
+        transfer.wait()
+    wait_for(lambda: transfer.released)
+    mine[:] = bytes(LARGE)
+    here.read(alive, range(COUNT), range(COUNT)).wait()
+
+    assert digest(content(1, NBYTES)) == digest(small)
+    assert mine.count(0) == LARGE
+
+
+def test_closing_with_something_in_flight_keeps_the_agent_and_spares_the_peer(start, caplog):
+    here, peer = start("here", **TCP), start("peer", **TCP)
+    route, _, count = large(here, peer)
+    peer.signal(signal.SIGSTOP)
+    here.read(route, range(count), range(count))
+
+    here.close(deadline=0.2)
+
+    assert here._fabric._agent.native is not None
+    assert any("its agent stays until this process ends" in line for line in caplog.messages)
+    peer.signal(signal.SIGCONT)
+    assert peer.pid == peer.ask("ping")
+
+
+LEAVING = """
+import atexit, base64, sys
+from array import array
+# Registered first, so that it runs last: whether somebody else holds the agent by then.
+atexit.register(lambda: print(sys.getrefcount(agent) - before))
+import tensorway
+from tensorway.transport import BlockTable
+here = tensorway.create("transport", "nixl", {"ucx_tls": ["tcp"]})
+mine = bytearray(int(sys.argv[2]))
+region = here.register(mine).regions[0]
+peer = here.connect(base64.b64decode(sys.argv[1]))
+route = here.prepare(peer, BlockTable.over(region, 1 << 16), BlockTable.over(peer.regions[0], 1 << 16))
+ids = array("q", range(route.local.count))
+# Not by the endpoint, whose thread would keep the agent from being destroyed, by chance.
+jobs = [here._fabric.post("read", route.prepared, ids, ids, 5) for _ in range(16)]
+print(jobs[-1].handle is not None)
+agent = here._fabric._agent
+before = sys.getrefcount(agent)
+"""
+
+
+@pytest.mark.xfail(
+    strict=False,
+    reason="known defect of NIXL over TCP: an initiator that exits in the middle of a read may abort its peer",
+)
+def test_a_process_that_ends_in_the_middle_of_a_transfer_spares_the_peer(start):
+    peer = start("peer", **TCP)
+    peer.register(LARGE, seed=3)
+    command = [sys.executable, "-c", LEAVING, base64.b64encode(peer.describe()).decode(), str(LARGE)]
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (0, "True\n1\n") == (done.returncode, done.stdout), done.stderr
+        time.sleep(0.2)
+        assert peer.pid == peer.ask("ping")
+
+
+# -- what is left behind
+
+
+def test_routes_that_are_forgotten_release_their_lists(pair):
+    here, _, description = pair
+    other = here.connect(description)
+    mine = here.register(bytearray(NBYTES)).regions[0]
+    tables = BlockTable.over(mine, 64), BlockTable.over(other.regions[0], 64)
+
+    def prepare(times):
+        for _ in range(times):
+            here.prepare(other, *tables)
+        return resident()
+
+    route = here.prepare(other, *tables)
+    before = prepare(200)
+    assert prepare(2000) - before < 8 << 20
+    assert {route.prepared.ours.handle, route.prepared.theirs.handle} == here._fabric._agent.lists
+
+
+@pytest.mark.parametrize("options", [{}, TCP], ids=["cma", "tcp"])
+def test_thousands_of_transfers_leave_the_memory_as_it_was(start, options):
+    here, peer = start("here", **options), start("peer", **options)
+    peer.register(NBYTES, seed=1)
+    route = route_to(here, here.connect(peer.describe()), bytearray(NBYTES))
+
+    def read(times):
+        for _ in range(times):
+            here.read(route, range(COUNT), range(COUNT - 1, -1, -1)).wait()
+        return resident()
+
+    before = read(500)
+    assert read(3000) - before < 4 << 20
+    here.poll()
+    assert set() == here._fabric._agent.jobs
+
+
+def test_memory_that_is_registered_twice_is_deregistered_twice_and_no_more(pair):
+    here, _, description = pair
+    mine = bytearray(NBYTES)
+    route = route_to(here, here.connect(description), mine)
+    second = here.register(mine)
+    before = len(here._fabric._agent.regions)
+    for _ in range(2):
+        second.close()
+    assert before - 1 == len(here._fabric._agent.regions)
+    here.read(route, range(COUNT), range(COUNT)).wait()
+    assert digest(content(1, NBYTES)) == digest(mine)
+    here.close()
+    assert {} == here._fabric._agent.regions
+
+
+def test_a_route_over_memory_that_was_registered_anew_uses_the_new_registration(pair):
+    here, _, description = pair
+    mine = bytearray(NBYTES)
+    route = route_to(here, here.connect(description), mine)
+    (registration,) = here._registrations
+    # The old one's memory is freed in NIXL; a list that still points there breaks the connection, at best.
+    registration.close()
+    here.register(mine)
+
+    here.read(route, range(COUNT), range(COUNT)).wait()
+
+    assert digest(content(1, NBYTES)) == digest(mine)
+
+
+def test_memory_of_a_device_that_is_not_here_is_refused(start):
+    here = start("here")
+    with pytest.raises(Unsupported, match="no backend here"):
+        here.register(Region(1 << 20, 4096, "cuda:0"))
+
+
+def test_a_nixl_without_strided_lists_keeps_within_its_limit(pair, monkeypatch):
+    here, _, description = pair
+    agent = here._fabric._agent
+    agent._strided = False
+    route = route_to(here, here.connect(description), mine := bytearray(NBYTES))
+    here.read(route, range(COUNT), range(COUNT)).wait()
+    assert digest(content(1, NBYTES)) == digest(mine)
+
+    monkeypatch.setattr("tensorway_nixl.fabric._MAX_EXPANDED", COUNT - 1)
+    with pytest.raises(Unsupported, match=r"1\.5\.1 or newer"):
+        here.prepare(route.peer, route.local, route.remote)
+    assert {route.prepared.ours.handle, route.prepared.theirs.handle} == agent.lists
+
+
+def test_a_table_that_32_bits_cannot_index_is_refused(pair):
+    here, _, description = pair
+    other = here.connect(description)
+    with pytest.raises(Unsupported, match=r"2\*\*31"):
+        here._fabric.prepare(other.link, BlockTable((1,) * 2, 1, 1, 1 << 31), BlockTable((1,) * 2, 1, 1, 1 << 31))
+
+
+def test_a_long_post_does_not_stop_the_other_threads(start):
+    here, peer = start("here"), start("peer")
+    route, _, count = large(here, peer)
+    gaps, stop, last = [0.0], threading.Event(), time.monotonic()
+
+    def tick():
+        nonlocal last
+        while not stop.is_set():
+            time.sleep(0.001)
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    started = time.monotonic()
+    for _ in range(10):
+        here._fabric.post("read", route.prepared, array("q", range(count)), array("q", range(count)), 5)
+    took = time.monotonic() - started
+    stop.set()
+    ticker.join()
+    assert max(gaps) < max(took / 3, 0.05)

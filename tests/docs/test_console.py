@@ -1,0 +1,92 @@
+"""What runs the console blocks of the pages can tell right from wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("sybil", reason="the pages are run in the session `docs`")
+
+_spec = importlib.util.spec_from_file_location("docs_conftest", Path(__file__).parents[2] / "docs" / "conftest.py")
+runner = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(runner)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run one console block; what comes back is the text of the failure, or None."""
+    monkeypatch.setattr(runner, "ACCELERATORS", ())
+    shell = runner.Shell(tmp_path)
+    return lambda block: runner.run_console(SimpleNamespace(parsed=block, namespace={"_shell": shell}))
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("a\nb", "a\nb\n", True),
+        ("a", "a\nb\n", False),
+        ("a\nb", "a\n", False),
+        ("", "", True),
+        ("", "a\n", False),
+        ("took ... ms", "took 12.5 ms\n", True),
+        ("took ... ms", "took 12.5 s\n", False),
+        ("a ... c", "a\nb c\n", False),
+        ("a\n...\nc", "a\nc\n", True),
+        ("a\n...\nc", "a\nb\nb\nc\n", True),
+        ("a\n...", "a\nb\n", True),
+        ("...\nc", "a\nb\n", False),
+        ("a.c", "abc\n", False),
+        ("a", "a   \n", True),
+    ],
+)
+def test_three_dots_stand_for_anything_in_a_line_or_for_any_lines(shown, printed, same):
+    assert runner.matches(shown, printed) is same
+
+
+def test_a_block_is_commands_with_what_they_print():
+    block = "$ one\n1\n\n2\n$ two \\\n> more\n$ three\n"
+    assert [("one", "1\n\n2"), ("two \\\nmore", ""), ("three", "")] == runner.commands(block)
+    with pytest.raises(ValueError, match="starts with a command"):
+        runner.commands("no prompt\n")
+
+
+def test_folder_variables_and_status_last_from_block_to_block(run):
+    assert run("$ mkdir here && cd here && export WORD=kept\n$ false\n$ echo $?\n1") is None
+    assert run("$ echo $WORD in ${PWD##*/}\nkept in here") is None
+
+
+def test_a_command_that_fails_must_be_shown_to_fail(run):
+    assert "ended with 3" in run("$ (exit 3)")
+    assert run("$ (exit 3)\n$ echo $?\n3") is None
+
+
+def test_other_output_is_a_failure_that_shows_both(run):
+    text = run("$ echo there\nhere")
+    assert "-here" in text
+    assert "+there" in text
+
+
+def test_a_command_that_does_not_end_is_stopped(run, monkeypatch):
+    monkeypatch.setattr(runner, "DEADLINE", 0.5)
+    assert "no end after 0.5 s" in run("$ sleep 30 & sleep 30")
+
+
+def test_nothing_of_the_caller_reaches_the_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORWAY_STRICT", "perhaps")
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    shell = runner.Shell(tmp_path)
+    assert "core\nplugins" in shell.run("ls; env | grep -E '^(TENSORWAY_|PYTHONPATH)'")
+    assert "TENSORWAY_STRICT" not in shell.environment
+
+
+def test_tensorway_is_that_of_this_interpreter(tmp_path):
+    assert str(Path(sys.executable).parent / "tensorway") == runner.Shell(tmp_path).run("command -v tensorway").strip()
+
+
+def test_a_json_answer_is_checked_against_its_schema():
+    with pytest.raises(runner.jsonschema.ValidationError):
+        runner.valid({"schema": "tensorway.error/1", "error": "x"})

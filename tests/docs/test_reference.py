@@ -1,0 +1,170 @@
+"""Tables and lists of the reference pages say what the code says."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+
+import attrs
+import pytest
+import tomllib
+
+from tensorway import cli, settings
+from tensorway.cli import exits
+from tensorway.testing import OfferSuite
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    pytest.skip("the docs are tested on Python 3.11 and newer", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+BACKENDS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
+SCHEMAS = json.loads((resources.files("tensorway.cli") / "schemas.json").read_text("utf-8"))["$defs"]
+
+
+def commands(parser, words=("tensorway",)):
+    """Every command that can be run, as words, with its parser."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield " ".join(words), parser
+    for group in groups:
+        for name, below in group.choices.items():
+            yield from commands(below, (*words, name))
+
+
+COMMANDS = dict(commands(cli._parser()))
+
+
+def project(folder):
+    return tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def test_the_exit_codes_are_those_of_the_code(page):
+    shown = {int(code): meaning for code, meaning in page("reference/cli.md").rows(2, "Exit codes")}
+    assert exits.MEANING == shown
+
+
+def test_the_variables_are_those_of_the_code(page):
+    shown = {name.strip("`"): meaning for name, meaning in page("reference/environment.md").rows(0, "")[:4]}
+    assert settings.VARIABLES == shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_has_a_section_with_its_usage_and_each_of_its_options(command, page):
+    section = page("reference/cli.md").sections(2)[command]
+    usage = re.search(rf"^    {command}( .*)?$", section, re.MULTILINE)[0]
+    for action in COMMANDS[command]._actions:
+        for option in action.option_strings:
+            if option in ("-h", "--help"):
+                continue
+            argument = f" {action.metavar or action.dest.upper()}" if action.nargs != 0 else ""
+            assert f"{option}{argument}" in usage, option
+            if option not in ("--json", "--debug"):  # described once, for all commands
+                assert re.search(rf"^`{option}{argument}`\n: ", section, re.MULTILINE), option
+        if not action.option_strings:
+            assert (action.metavar or action.dest.upper()) in usage
+
+
+def test_no_section_describes_a_command_or_an_option_that_does_not_exist(page):
+    sections = page("reference/cli.md").sections(2)
+    assert set(COMMANDS) == {title for title in sections if title.startswith("tensorway")}
+    for command, parser in COMMANDS.items():
+        known = {option for action in parser._actions for option in action.option_strings}
+        assert set(re.findall(r"(?<![\w-])--[a-z-]+", sections[command].split("```")[0])) <= known, command
+
+
+def test_every_schema_has_an_example_that_is_run(page):
+    sections = page("reference/cli.md").sections(3)
+    names = [name for name in SCHEMAS if name.startswith("tensorway.")]
+    assert set(names) == {title for title in sections if title.startswith("tensorway.")}
+    for name in names:
+        (block,) = re.findall(r"^```console\n(.*?)^```$", sections[name], re.DOTALL | re.MULTILINE)
+        assert re.match(r"\$ tensorway .* --json\n", block) and f'"schema": "{name}"' in block
+
+
+def test_every_plugin_has_a_page_and_every_page_a_plugin():
+    core = tomllib.loads((ROOT / "core/pyproject.toml").read_text("utf-8"))["project"]["entry-points"]
+    expected = set(BACKENDS) | set(core["tensorway.transport"])
+    assert expected == {path.stem for path in (ROOT / "docs/backends").glob("*.md")} - {"index"}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_page_of_a_backend_says_how_to_get_it_and_lists_its_options(name, page):
+    text = page(f"backends/{name}.md").text
+    assert f"# {name}\n" == text[: len(name) + 3]
+    table = project(BACKENDS[name])
+    assert f"`{table['name']}`" in text
+    for requirements in table.get("optional-dependencies", {}).values():
+        for requirement in requirements:
+            assert f"`{requirement}`" in text, "the requirement of its extra"
+    for group, entries in table["entry-points"].items():
+        if group != "tensorway.api":
+            assert f"../hooks/{group.removeprefix('tensorway.')}.md" in text
+            module, _, function = entries[name].partition(":")
+            try:
+                hook = getattr(importlib.import_module(module), function)
+            except ModuleNotFoundError:
+                pytest.skip(f"tensorway-{name} is not installed")
+            options = [field.name for field in attrs.fields(hook(ctx=None).options)]
+            assert [f"`{option}`" for option in options] == [
+                row[0] for row in page(f"backends/{name}.md").rows(2, "Options")
+            ]
+
+
+def test_every_extra_that_a_page_names_exists_and_every_backend_has_one():
+    extras = set(project(ROOT / "core")["optional-dependencies"])
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    named = {extra for path in pages for extra in re.findall(r"tensorway\[([\w,-]+)\]", path.read_text("utf-8"))}
+    assert {part for extra in named for part in extra.split(",")} <= extras
+    assert set(BACKENDS) <= extras
+
+
+def test_the_tutorial_lists_what_the_suite_checks(page):
+    tests = [name for name in dir(OfferSuite) if name.startswith("test_")]
+    assert sorted(tests) == sorted(row[0].strip("`") for row in page("authoring.md").rows(2, "What the suite checks"))
+
+
+def test_the_readme_s_demo_is_what_getting_started_runs(page):
+    (demo,) = re.findall(
+        r"^```sh\n(.* tensorway demo|.*/tensorway demo)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert f"$ {demo}\n" in page("getting-started.md").text
+
+
+def pattern(node):
+    """What a string of the source can look like, as a regular expression; None if too little of it is fixed."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    fixed = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+    if sum(len(text) for text in fixed if text) < 8:
+        return None
+    return "".join(".+" if text is None else re.escape(text) for text in fixed)
+
+
+def reasons(folder):
+    """Every reason that the sources of a plugin give, for a yes and for a no."""
+    for file in folder.glob("src/*/*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            match node:
+                case ast.Call(func=ast.Attribute(attr="failed" | "passed") | ast.Name(id="Absent"), args=[value, *_]):
+                    yield value
+                case ast.Assign(targets=[ast.Name(id="reason" | "what")], value=value):
+                    yield value
+                case ast.keyword(arg="reason", value=value):
+                    yield value
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_page_of_a_backend_shows_every_reason_that_its_sources_give_and_no_other(name, page):
+    shown = [row[0].strip("`") for row in page(f"backends/{name}.md").rows(2, "How it fails")]
+    folders = [BACKENDS[name], *([BACKENDS["nixl"]] if name == "rixl" else [])]
+    own, known = ([p for p in map(pattern, reasons(folder)) if p] for folder in (folders[0], folders[-1]))
+    text = page(f"backends/{name}.md").text
+    assert own or known
+    assert [] == [p for p in own if not re.search(p, text)], "reasons that the page does not show"
+    assert [] == [reason for reason in shown if not any(re.search(p, reason) for p in {*own, *known})]

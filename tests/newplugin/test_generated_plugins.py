@@ -1,0 +1,296 @@
+"""What `tensorway new-plugin` writes installs, is discovered and passes its own tests at once, for every kind.
+
+One environment for the whole file: core from a wheel (of the folder TENSORWAY_TEST_WHEELHOUSE, or built from the
+checkout), one generated dist per kind, each dist's own tests in a process of their own. And the other way round: where
+an author breaks something, the tests that came with the dist say so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+
+from tensorway.types import KINDS
+
+# Making the environment counts for the first test that asks for it.
+pytestmark = pytest.mark.timeout(600)
+
+CHECKOUT = Path(__file__).parents[2]
+_GENERATE = """
+import json, sys, pathlib
+from tensorway.cli import new_plugin
+into = pathlib.Path(sys.argv[1])
+for kind in sys.argv[2:]:
+    new_plugin.run("acme-" + kind.replace("_", "-"), kind, into)
+"""
+
+
+def backend_of(kind):
+    return f"acme-{kind.replace('_', '-')}"
+
+
+def dist_of(kind):
+    return f"tensorway-{backend_of(kind)}"
+
+
+def package_of(kind):
+    return f"tensorway_acme_{kind}"
+
+
+@attrs.frozen
+class Lab:
+    """An environment with core and one generated dist per kind."""
+
+    python: Path
+    dists: Path
+
+    @property
+    def site(self):
+        return Path(self.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+
+    def run(self, *arguments, cwd=None, env=None, check=True):
+        command = [str(self.python), *map(str, arguments)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=500, check=False, cwd=cwd, env=_clean(env or {})
+        )
+        assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def pip(self, *arguments):
+        self.run("-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", *arguments)
+
+    def own_tests(self, kind, overlay=None):
+        """Run the tests of one generated dist; an overlay folder is imported from before anything installed."""
+        env = {"PYTHONPATH": str(overlay)} if overlay else {}
+        return self.run("-m", "pytest", "-p", "no:cacheprovider", cwd=self.dists / dist_of(kind), env=env, check=False)
+
+
+def _clean(extra):
+    # Neither the settings of whoever runs this nor paths that would let the checkout stand in for what is installed.
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("TENSORWAY_", "PYTHON", "PYTEST_"))}
+    return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **extra}
+
+
+def _core():
+    """What pip installs as the core."""
+    wheelhouse = os.environ.get("TENSORWAY_TEST_WHEELHOUSE")
+    if not wheelhouse:
+        return CHECKOUT / "core"
+    wheels = sorted(Path(wheelhouse).glob("tensorway-*.whl"))
+    assert len(wheels) == 1, f"one wheel of the core is wanted in {wheelhouse}: {wheels}"
+    return wheels[0].resolve()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("newplugin")
+    subprocess.run([sys.executable, "-m", "venv", root / "venv"], check=True, env=_clean({}))
+    made = Lab(root / "venv" / "bin" / "python", root / "dists")
+    made.pip(f"{_core()}[testing]", "pytest-timeout>=2.3", "hatchling>=1.27")
+    made.run("-c", _GENERATE, made.dists, *KINDS)
+    # Without isolation and dependencies: both are there, and ten build environments would take minutes.
+    made.pip("--no-build-isolation", "--no-deps", *(made.dists / dist_of(kind) for kind in KINDS))
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_generated_plugin_passes_its_own_tests(lab, kind):
+    done = lab.own_tests(kind)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+    assert "warning" not in done.stdout
+
+
+def test_pip_finds_nothing_missing(lab):
+    lab.run("-m", "pip", "check")
+
+
+def test_every_generated_plugin_is_listed(lab):
+    answer = json.loads(lab.run("-m", "tensorway", "plugins", "list", "--json").stdout)
+    assert answer["schema"] == "tensorway.plugins/1"
+    listed = {(row["kind"], row["name"], row["dist"]) for row in answer["plugins"]}
+    assert set() == {(kind, backend_of(kind), dist_of(kind)) for kind in KINDS} - listed
+    assert answer["complaints"] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_generated_plugin_is_chosen_by_name(lab, kind):
+    answer = json.loads(lab.run("-m", "tensorway", "why", kind, backend_of(kind), "--json").stdout)
+    assert backend_of(kind) in json.dumps(answer)
+
+
+_RIVAL = """
+import tensorway
+from tensorway.plugins import register
+from tensorway.types import Offer, ProbeResult
+def probe(): return ProbeResult.passed("always")
+register(Offer("rival", "rendezvous", "rival", probe, factory=print, priority=1, probe_in="host"))
+print(tensorway.decide("rendezvous").winner.name)
+"""
+
+
+def test_auto_prefers_whatever_does_something(lab):
+    assert lab.run("-c", _RIVAL).stdout.strip() == "rival"
+
+
+def test_the_command_line_writes_the_same(lab, tmp_path):
+    answer = json.loads(
+        lab.run(
+            "-m", "tensorway", "new-plugin", "acme-transport", "--kind", "transport", "--dir", tmp_path, "--json"
+        ).stdout
+    )
+    made, there = Path(answer["directory"]), lab.dists / dist_of("transport")
+    assert "pyproject.toml" in answer["files"]
+    assert [path for path in answer["files"] if (made / path).read_bytes() != (there / path).read_bytes()] == []
+
+
+@attrs.frozen
+class Break:
+    """What an author may get wrong: a change of one file, and what the dist's own tests say to it."""
+
+    file: str
+    old: str
+    new: str
+    #: A test that fails.
+    test: str
+    #: What the output says about it.
+    says: str
+
+
+BREAKS = {
+    "the argument of the hook has another name": Break(
+        "offers.py",
+        "(ctx: HookContext)",
+        "(foo: HookContext)",
+        "test_the_offer_describes_itself",
+        "the contract is transport(ctx: ",
+    ),
+    "the hook is for another name": Break(
+        "offers.py",
+        'name="acme-transport"',
+        'name="acme"',
+        "test_the_host_constructs_it",
+        "an offer for transport 'acme'",
+    ),
+    "the module raises": Break(
+        "offers.py",
+        "from typing import",
+        "raise RuntimeError('no luck today')\nfrom typing import",
+        "test_importing_the_plugin_loads_no_native_library",
+        "no luck today",
+    ),
+    "the module imports the library": Break(
+        "offers.py",
+        "from typing import",
+        "import numpy\nfrom typing import",
+        "test_importing_the_plugin_loads_no_native_library",
+        "numpy",
+    ),
+    "the probe answers None": Break(
+        "probe.py",
+        "    if sys.platform",
+        "    return None\n    if sys.platform",
+        "test_the_probe_answers_within_its_deadline",
+        "the probe returned NoneType, not a ProbeResult",
+    ),
+    "the probe raises": Break(
+        "probe.py",
+        "    if sys.platform",
+        "    import no_such_library\n    if sys.platform",
+        "test_the_probe_answers_within_its_deadline",
+        "its probe raised ModuleNotFoundError",
+    ),
+    # After the look for the library, as a native one would: the test of the missing library runs in pytest's process.
+    "the probe kills its process": Break(
+        "probe.py",
+        "    return ProbeResult.passed",
+        "    __import__('os').abort()\n    return ProbeResult.passed",
+        "test_the_probe_answers_within_its_deadline",
+        "SIGABRT",
+    ),
+    "an option has no default": Break(
+        "options.py",
+        "    deadline: float",
+        "    address: str\n    deadline: float",
+        "test_options_have_defaults_and_refuse_what_they_do_not_know",
+        "an option without a default makes `auto` impossible",
+    ),
+    "the factory raises": Break(
+        "backend.py",
+        "        self.closed = False",
+        "        raise OSError('the port is taken')",
+        "test_the_host_constructs_it",
+        "the port is taken",
+    ),
+    "closing twice does harm": Break(
+        "backend.py",
+        "            return",
+        "            raise ValueError('closed already')",
+        "test_it_closes_twice_without_harm",
+        "closed already",
+    ),
+    "the metadata does not say which API": Break(
+        "../dist-info/entry_points.txt",
+        "[tensorway.api]",
+        "[somebody.else]",
+        "test_metadata_declares_it_for_an_api_that_this_core_speaks",
+        "api-mismatch",
+    ),
+    "the metadata refers to what is not there": Break(
+        "../dist-info/entry_points.txt",
+        ".offers:transport",
+        ".offers:transports",
+        "test_the_offer_describes_itself",
+        "metadata-stale",
+    ),
+}
+
+
+@pytest.fixture
+def overlay(lab, tmp_path):
+    """A copy of the installed transport, to be found before it: breaking it breaks nothing for other tests."""
+    package = package_of("transport")
+    shutil.copytree(lab.site / package, tmp_path / package)
+    (info,) = lab.site.glob(f"{package}-*.dist-info")
+    shutil.copytree(info, tmp_path / info.name)
+    (tmp_path / "dist-info").symlink_to(info.name)
+    return tmp_path
+
+
+def test_the_copy_that_is_broken_below_is_whole(lab, overlay):
+    done = lab.own_tests("transport", overlay)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_its_own_tests_fail_when(lab, overlay, what):
+    broken = BREAKS[what]
+    path = overlay / package_of("transport") / broken.file
+    text = path.read_text("utf-8")
+    assert text.count(broken.old) == 1
+    path.write_text(text.replace(broken.old, broken.new), "utf-8")
+    done = lab.own_tests("transport", overlay)
+    output = done.stdout + done.stderr
+    assert done.returncode == 1, output
+    assert broken.says in output
+    failed = {
+        line.split(" - ")[0].rsplit("::", 1)[-1] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))
+    }
+    assert broken.test in failed
+
+
+def test_its_own_tests_fail_when_a_test_of_the_suite_is_replaced(lab, tmp_path):
+    shutil.copytree(lab.dists / dist_of("transport"), tmp_path / "dist")
+    with (tmp_path / "dist" / "tests" / "test_offer.py").open("a", encoding="utf-8") as file:
+        file.write("\n    def test_the_offer_describes_itself(self):\n        pass\n")
+    done = lab.run("-m", "pytest", "-p", "no:cacheprovider", cwd=tmp_path / "dist", check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "replaced without a reason: test_the_offer_describes_itself" in done.stdout

@@ -1,0 +1,111 @@
+"""What must hold in every module: sizes that a reader can take in, one place that reads the environment, docstrings."""
+
+from __future__ import annotations
+
+import ast
+import io
+import statistics
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TREES = [ROOT / "core" / "src", *sorted(ROOT.glob("plugins/*/src"))]
+#: Files that `tensorway new-plugin` copies: text with placeholders, not modules of ours.
+TEMPLATES = ROOT / "core" / "src" / "tensorway" / "cli" / "template"
+MODULES = [path for tree in TREES for path in sorted(tree.rglob("*.py")) if TEMPLATES not in path.parents]
+SETTINGS = ROOT / "core" / "src" / "tensorway" / "settings.py"
+
+MODULE_LINES = 350
+FUNCTION_LINES = 60
+FUNCTION_LINES_P90 = 30
+
+ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+#: Functions that start a program with an environment of the caller's making.
+STARTERS = {"Popen", "run", "call", "check_call", "check_output", "create_subprocess_exec", "create_subprocess_shell"}
+
+modules = pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def parse(module):
+    return ast.parse(module.read_text(encoding="utf-8"), filename=str(module))
+
+
+def docstring_lines(tree):
+    """The numbers of the lines that docstrings stand on (and the `#:` docs of attributes are comments anyway)."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)]
+    return {line for node in nodes for line in range(node.lineno, node.end_lineno + 1)}
+
+
+def code_lines(module):
+    """How many lines hold code: neither blank, nor comment, nor docstring."""
+    text = module.read_text(encoding="utf-8")
+    quiet = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in quiet:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstring_lines(ast.parse(text)))
+
+
+def functions():
+    """Each function with the number of its lines, from `def` to its end."""
+    for module in MODULES:
+        for node in ast.walk(parse(module)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield f"{module.relative_to(ROOT)}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1
+
+
+def environment_uses(module):
+    """Where a module reads or writes the environment, or hands one to a program that it starts."""
+    for node in ast.walk(parse(module)):
+        match node:
+            case ast.Attribute(value=ast.Name(id="os" | "posix"), attr=name) if name in ENVIRONMENT:
+                yield f"{node.lineno}: os.{name}"
+            case ast.ImportFrom(module="os" | "posix", names=names):
+                yield from (
+                    f"{node.lineno}: from os import {alias.name}" for alias in names if alias.name in ENVIRONMENT
+                )
+            case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name), keywords=keywords) if name in STARTERS:
+                yield from (f"{node.lineno}: {name}(env=...)" for keyword in keywords if keyword.arg == "env")
+
+
+def test_the_modules_are_found():
+    assert ROOT / "core" / "src" / "tensorway" / "__init__.py" in MODULES
+    assert [] == [tree for tree in TREES if not any(tree in module.parents for module in MODULES)]
+
+
+@modules
+def test_a_module_is_short_enough_to_read_in_one_go(module):
+    assert code_lines(module) <= MODULE_LINES
+
+
+def test_functions_are_small():
+    lengths = dict(functions())
+    assert {} == {name: lines for name, lines in lengths.items() if lines > FUNCTION_LINES}
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= FUNCTION_LINES_P90
+
+
+#: It starts interpreters in an environment that a test chose; it has the copy of ours from `settings`.
+ELSEWHERE = SETTINGS.parent / "testing" / "elsewhere.py"
+
+
+@modules
+def test_only_settings_touches_the_environment(module):
+    uses = [use for use in environment_uses(module) if module != ELSEWHERE or not use.endswith("run(env=...)")]
+    assert module == SETTINGS or [] == uses
+
+
+def test_the_search_for_environment_uses_finds_them():
+    assert list(environment_uses(SETTINGS))
+
+
+@modules
+def test_a_module_opens_with_what_it_is_for(module):
+    text = ast.get_docstring(parse(module))
+    assert text, "no docstring"
+    opening = " ".join(text.split("\n\n")[0].split())
+    assert len(opening.split()) >= 4, opening
+    assert opening.endswith((".", ":")), opening
