@@ -94,3 +94,37 @@ class Unsupported(TensorwayError, NotImplementedError):
 
 class Closed(TensorwayError, RuntimeError):
     """The object was closed, or belongs to the process that this one was forked from."""
+
+
+class AddressInvalid(TensorwayError, ValueError):
+    """An address cannot be listened on, or a policy for choosing one has no single answer on this host."""
+
+
+class Unauthenticated(TensorwayError, PermissionError):
+    """The secret is missing, too short, or not the one that the other side knows."""
+
+
+class RecordRefused(TensorwayError, ValueError):
+    """A rendezvous will not hold, change or return a record: too large, no key, or changed by somebody else."""
+
+    @classmethod
+    def changed(cls, key: str, expected: int, revision: int) -> RecordRefused:
+        """The error for a record that is at another revision than its writer expected."""
+        return cls(
+            f"{key} was to be changed at revision {expected}.",
+            f"It is at revision {revision}: somebody else changed it.",
+            "Read it again, and decide again.",
+        )
+
+
+class LeaseLost(TensorwayError, RuntimeError):
+    """A lease ended: its holder did not keep it in time, or the store was restarted."""
+
+    @classmethod
+    def ended(cls, asked: str) -> LeaseLost:
+        """The error for a lease that the store does not know any more."""
+        return cls(asked, "The lease has ended.", "Take a new lease, and put your records again.")
+
+
+class Incompatible(TensorwayError, ValueError):
+    """Two members of a deployment differ in a fact in which they must agree."""

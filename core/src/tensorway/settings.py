@@ -21,6 +21,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "TENSORWAY_PLUGINS": "Which plugins may be used: `nixl,cpu` only these, `-rixl` all but this; `kind:name@dist`.",
     "TENSORWAY_STRICT": "`1` raises on a broken plugin instead of going on without it.",
     "TENSORWAY_PROBE_TIMEOUT": "Seconds that one probe may take (default 30).",
+    "TENSORWAY_SECRET": "What all members of a deployment know; whoever knows it reaches their memory.",
     "TENSORWAY_LOCAL_RANK": "This process's rank on its host; only rank 0 logs what every rank would log.",
 }
 

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Faults", "FaultyFabric", "OfferSuite", "PeerProcess", "TransportSuite", "probe_elsewhere"]
+__all__ = [
+    "Faults",
+    "FaultyFabric",
+    "OfferSuite",
+    "PeerProcess",
+    "RendezvousSuite",
+    "TransportSuite",
+    "probe_elsewhere",
+]
 
 _HOMES = {
     "Faults": "faults",
     "FaultyFabric": "faults",
     "OfferSuite": "offers",
     "PeerProcess": "peer",
+    "RendezvousSuite": "rendezvous",
     "TransportSuite": "transports",
     "probe_elsewhere": "elsewhere",
 }
@@ -34,4 +43,5 @@ if TYPE_CHECKING:
     from tensorway.testing.faults import Faults, FaultyFabric
     from tensorway.testing.offers import OfferSuite
     from tensorway.testing.peer import PeerProcess
+    from tensorway.testing.rendezvous import RendezvousSuite
     from tensorway.testing.transports import TransportSuite

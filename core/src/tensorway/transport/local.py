@@ -19,6 +19,7 @@ import time
 import weakref
 from array import array
 from collections import deque
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -118,7 +119,7 @@ class LocalFabric:
         """Listen under the incarnation, and start the thread that hears what peers send."""
         self._hello = msgspec.msgpack.encode(_Hello(name, incarnation))
         self._canary = ctypes.create_string_buffer(incarnation.encode())
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener = _kept(_unix_socket)
         self._listener.bind(_address(incarnation))
         self._listener.listen(128)
         self._listener.setblocking(False)
@@ -144,7 +145,7 @@ class LocalFabric:
         """Connect to the peer's socket, check by the kernel whose it is, and read its incarnation from its memory."""
         asked = f"Peer {description.name} was to be reached over transport local."
         blob = _decode(description, asked)
-        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel = _kept(_unix_socket)
         channel.settimeout(seconds)
         try:
             _knock(channel, _address(description.incarnation), time.monotonic() + seconds)
@@ -322,7 +323,7 @@ class LocalFabric:
 
     def _accept(self) -> None:
         try:
-            channel, _ = self._listener.accept()
+            channel = _kept(lambda: self._listener.accept()[0])
         except OSError:  # who knocked went away; or this process has no file left, and they stay at the door
             time.sleep(_FULL_PAUSE)
             return
@@ -441,13 +442,31 @@ def _decode(description: Description, asked: str) -> _Blob:
 _by_incarnation: weakref.WeakValueDictionary[str, LocalFabric] = weakref.WeakValueDictionary()
 
 
+#: Every socket that a forked child would inherit, and what is held while there is one that is not yet among them.
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_forking = threading.Lock()
+
+
+def _kept(make: Callable[[], socket.socket]) -> socket.socket:
+    """A new socket, of which a child that is forked from now on knows; `make` must not wait."""
+    with _forking:
+        made = make()
+        _sockets.add(made)
+        return made
+
+
+def _unix_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
 def _close_inherited() -> None:
     """In a forked child: a copy of a socket would hide from peers that the parent has ended."""
+    _forking.release()
+    for channel in list(_sockets):
+        channel.close()
     for fabric in list(_by_incarnation.values()):
         fabric._close_files()
-        for link in list(fabric._links):
-            link.channel.close()
     _by_incarnation.clear()
 
 
-os.register_at_fork(after_in_child=_close_inherited)
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_inherited)

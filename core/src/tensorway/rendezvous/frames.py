@@ -1,0 +1,106 @@
+"""What travels between the clients of `direct` and its service: typed frames, and the keys that the secret makes.
+
+Room `rendezvous`; may import the ground and its own room. Frames go through CurveZMQ: each connection is encrypted with
+keys of its own, and the service's public key is derived from the secret instead of published. So whoever does not know
+the secret cannot say hello, and the service has nothing to ask them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+
+from tensorway.errors import Unauthenticated
+from tensorway.rendezvous.contract import MAX_VALUE
+
+if TYPE_CHECKING:
+    import zmq
+
+#: A value, and room for keys and numbers around it.
+MAX_FRAME: Final = MAX_VALUE + (64 << 10)
+#: Shorter ones can be guessed.
+MIN_SECRET: Final = 16
+#: The service speaks to clients of the same number only.
+PROTOCOL: Final = 1
+
+_Text = Annotated[str, msgspec.Meta(max_length=512)]
+
+
+class Request(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """One call; the fields that a call has no use for keep their defaults."""
+
+    protocol: int
+    number: int
+    call: Annotated[str, msgspec.Meta(max_length=16)]
+    key: _Text = ""
+    value: bytes = b""
+    lease: _Text = ""
+    expected: int | None = None
+    ttl: float = 0.0
+
+
+class Row(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """A record."""
+
+    key: str
+    value: bytes
+    revision: int
+    lease: str
+
+
+class Answer(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag="answer"):
+    """What the service says to one request; `refused` is the three lines of an error, and `error` its class."""
+
+    number: int
+    #: Which life of the service says it: leases and watches of another are gone.
+    incarnation: str
+    revision: int = 0
+    text: str = ""
+    rows: list[Row] = []
+    error: str = ""
+    refused: tuple[str, str, str] = ("", "", "")
+
+
+class Change(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag="change"):
+    """An event for one watch; `order` counts them without a gap, unless one was lost on the way."""
+
+    watch: int
+    order: int
+    kind: str
+    key: str
+    row: Row | None = None
+
+
+encode: Final = msgspec.msgpack.Encoder().encode
+decode_request: Final = msgspec.msgpack.Decoder(Request).decode
+decode_reply: Final = msgspec.msgpack.Decoder(Answer | Change).decode
+
+
+def service_keys(secret: str) -> tuple[bytes, bytes]:
+    """The service's public and secret key; both stay among those who know the secret."""
+    import zmq
+    from zmq.utils import z85
+
+    if len(secret) < MIN_SECRET:
+        raise Unauthenticated(
+            "A rendezvous was to be entered.",
+            f"The secret has {len(secret)} characters; fewer than {MIN_SECRET} can be guessed.",
+            "Set TENSORWAY_SECRET to the same long random text in every process of the deployment.",
+        )
+    raw = hashlib.blake2b(secret.encode(), digest_size=32, person=b"tensorway direct").digest()
+    private = z85.encode(raw)
+    return zmq.curve_public(private), private
+
+
+def bounded(socket: zmq.Socket[Any]) -> None:
+    """What both sides' sockets have in common: nothing lingers, nothing grows, a dead connection is noticed."""
+    import zmq
+
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
