@@ -52,7 +52,7 @@ class Changes(Protocol):
         ...
 
     def close(self) -> None:
-        """No more."""
+        """No more; whoever waits for the next should be woken."""
         ...
 
 

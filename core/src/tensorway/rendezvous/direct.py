@@ -59,9 +59,13 @@ class DirectStore:
         #: The service itself, where this process runs it; it ends with the store.
         self._service = service
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(_EVENTS)
-        self._connect(secret)
+        try:
+            self._socket = self._context.socket(zmq.DEALER)
+            self._monitor = self._socket.get_monitor_socket(_EVENTS)
+            self._connect(secret)
+        except BaseException:
+            self._context.destroy(0)
+            raise
         self._numbers = itertools.count(1)
         self._outgoing: deque[bytes] = deque()
         self._pending: dict[int, _Pending] = {}
@@ -83,7 +87,6 @@ class DirectStore:
         try:
             self._socket.connect(f"tcp://{self.address}")
         except zmq.ZMQError as error:
-            self._context.destroy(0)
             raise errors.AddressInvalid(
                 f"A rendezvous at {self.address!r} was to be entered.",
                 f"That is no address: {error.strerror}.",
@@ -306,8 +309,9 @@ class _Watched:
         self._events.put(Event("reset", self.prefix))
 
     def close(self) -> None:
-        """No more."""
+        """No more; who waits for the next is woken."""
         self._store.forget(self.number)
+        self._events.put(Event("reset", self.prefix))
 
 
 def _checked(answer: Answer) -> Answer:

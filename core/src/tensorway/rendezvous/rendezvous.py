@@ -261,7 +261,7 @@ class Rendezvous:
 
     # -- ends
 
-    def close(self, deadline: float = 5.0) -> None:
+    def close(self, deadline: float = 2.0) -> None:
         """End every lease and let go of the store; the second call does nothing."""
         with self._changed:
             if self._closed or os.getpid() != self._pid:

@@ -1,0 +1,322 @@
+"""A group of endpoints that know each other: who is there, in which state, connected in parallel, missed when lost.
+
+Room `rendezvous`; may import the ground, `transport` and its own room. A member writes itself into the rendezvous under
+a lease. Losing the lease is how it is missed first; losing the rendezvous itself costs nobody a connection, because
+what both ends of one can do without a third they go on doing.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import attrs
+
+from tensorway._logging import logger
+from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, PeerLost, TensorwayError
+from tensorway.rendezvous import members
+from tensorway.rendezvous.contract import Event, Record, check_key
+from tensorway.rendezvous.members import Member, MemberState
+from tensorway.rendezvous.negotiation import Fact, Facts, agree
+from tensorway.rendezvous.rendezvous import Lease, Rendezvous, Watch
+from tensorway.transport import Peer, Transport
+
+_log = logger("rendezvous")
+#: Handshakes at once.
+_PARALLEL: Final = 16
+#: Between two tries: from the first to the longest, each as long again as the one before.
+_BACK_OFF: Final = (0.02, 1.0)
+#: How long the thread that follows the group waits at a time, and how often it reads a store without watches.
+_LOOK: Final = 0.5
+_CLOSED: Final = "it was closed"
+
+
+@attrs.define
+class _Other:
+    """What is known of another member."""
+
+    member: Member
+    #: Connections, by the description that each was made with: a member describes itself anew when it registers more.
+    peers: dict[bytes, Peer] = attrs.field(factory=dict)
+    #: When it counts as lost unless it is seen before: after a reset everybody is given the time to come back.
+    missed: float | None = None
+
+
+class Directory:
+    """This endpoint's place in a group, and its view of the others. Threads may share it."""
+
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        endpoint: Transport,
+        name: str,
+        group: str = "/default",
+        facts: Facts | None = None,
+        ttl: float = 10.0,
+    ) -> None:
+        self.name = name
+        self._prefix = check_key(f"{group}/", "group")
+        self._key = check_key(self._prefix + name)
+        self._rendezvous = rendezvous
+        self._endpoint = endpoint
+        self._facts: dict[str, Fact] = {"transport": Fact(endpoint.name), **(facts or {})}
+        self._ttl = ttl
+        self._lock = threading.RLock()
+        self._writing = threading.Lock()
+        self._seen = threading.Condition(self._lock)
+        self._others: dict[str, _Other] = {}
+        self._state: MemberState = "joining"
+        self._lease: Lease | None = None
+        self._ended = ""
+        self._watch: Watch | None = rendezvous.watch(self._prefix) if "watch" in rendezvous.abilities else None
+        self._publish()
+        self._look()
+        self._thread = threading.Thread(target=self._follow, name="tensorway-directory", daemon=True)
+        self._thread.start()
+
+    # -- this member
+
+    def live(self, deadline: float = 5.0) -> None:
+        """Tell the others to connect: everything they need is registered. Call it again after registering more."""
+        self._enter("live", deadline)
+
+    def drain(self, deadline: float = 5.0) -> None:
+        """Tell the others to begin nothing new with this member."""
+        self._enter("draining", deadline)
+
+    def close(self, deadline: float = 2.0) -> None:
+        """Say goodbye; the others let go of this member. The second call does nothing."""
+        with self._seen:
+            if self._ended == _CLOSED:
+                return
+            replaced, self._ended = self._ended, _CLOSED
+            self._seen.notify_all()
+        until = time.monotonic() + deadline
+        if self._watch is not None:
+            self._watch.close()
+        self._thread.join(deadline)
+        try:
+            if not replaced:
+                # A store may tell a deletion and an expiry alike; the goodbye is told before.
+                self._publish("gone", max(0.0, until - time.monotonic()))
+                self._rendezvous.delete(self._key, deadline=max(0.0, until - time.monotonic()))
+            if self._lease is not None:
+                self._rendezvous.end(self._lease, max(0.0, until - time.monotonic()))
+        except TensorwayError as error:
+            _log.debug("A goodbye was not heard; the lease will say it: %s", error)
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- the others
+
+    def members(self) -> dict[str, Member]:
+        """The other members, as they are known now."""
+        self._check()
+        with self._lock:
+            return {name: other.member for name, other in self._others.items()}
+
+    def connect(self, name: str, deadline: float = 30.0) -> Peer:
+        """Reach a member: waits until it is live, and tries again while it cannot be reached.
+
+        Raises `Incompatible` with the facts that differ, `PeerLost` when it drains or is replaced for good, and
+        `DeadlineExceeded` with the last reason.
+        """
+        until, pause = time.monotonic() + deadline, _BACK_OFF[0]
+        last: TensorwayError | None = None
+        while (left := until - time.monotonic()) > 0:
+            member = self._live(name, left)
+            if member is None:
+                break
+            try:
+                return self._reach(member, until - time.monotonic())
+            except (PeerLost, DeadlineExceeded) as error:
+                last = error  # it may be starting, or starting again
+            with self._seen:
+                self._seen.wait(min(pause * random.uniform(0.5, 1.5), max(0.0, until - time.monotonic())))
+            pause = min(2 * pause, _BACK_OFF[1])
+        why = f"The last try ended so: {last.true}" if last else f"It is {self._state_of(name)}, not live."
+        raise DeadlineExceeded(
+            f"Member {name} of {self._prefix} was to be connected to.",
+            f"It could not be reached within {deadline:g} s. {why}",
+            f"Known here: {', '.join(sorted(self._others)) or 'nobody'}. See whether it has started, in this group.",
+        ) from last
+
+    def connect_all(
+        self, names: Iterable[str] | None = None, deadline: float = 30.0
+    ) -> dict[str, Peer | TensorwayError]:
+        """Reach many members at once (all that are live, if none is named); each ends with a peer or its error."""
+        self._check()
+        if names is None:
+            names = [name for name, member in self.members().items() if member.state == "live"]
+        wanted, until = sorted(set(names)), time.monotonic() + deadline
+
+        def reach(name: str) -> Peer | TensorwayError:
+            try:
+                return self.connect(name, max(0.0, until - time.monotonic()))
+            except TensorwayError as error:
+                return error
+
+        with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="tensorway-handshake") as pool:
+            return dict(zip(wanted, pool.map(reach, wanted), strict=True))
+
+    def _live(self, name: str, seconds: float) -> Member | None:
+        """The member as soon as it is live; None when it is not in time."""
+        until = time.monotonic() + seconds
+        with self._seen:
+            while True:
+                self._check()
+                other = self._others.get(name)
+                if other is not None and other.member.state == "live":
+                    return other.member
+                if other is not None and other.member.state == "draining":
+                    asked = f"Member {name} of {self._prefix} was to be connected to."
+                    raise PeerLost(asked, "It is draining.", "Take another; it ends when its transfers have.")
+                if (left := until - time.monotonic()) <= 0:
+                    return None
+                self._seen.wait(left)
+
+    def _reach(self, member: Member, seconds: float) -> Peer:
+        agree(member.name, self._facts, member.facts)
+        with self._lock:
+            other = self._others.get(member.name)
+            peer = other.peers.get(member.description) if other is not None else None
+            if peer is not None and not peer.lost:
+                return peer
+        peer = self._endpoint.connect(member.description, seconds)
+        with self._lock:
+            other = self._others.get(member.name)
+            if other is not None and other.member.incarnation == member.incarnation:
+                other.peers[member.description] = peer
+                return peer
+        self._endpoint.disconnect(peer)
+        raise PeerLost.because(f"Member {member.name} was to be connected to.", "it went away meanwhile")
+
+    def _state_of(self, name: str) -> str:
+        with self._lock:
+            return self._others[name].member.state if name in self._others else "unknown"
+
+    # -- the thread that follows the group
+
+    def _follow(self) -> None:
+        while not self._ended:
+            try:
+                if self._watch is None:
+                    with self._seen:
+                        self._seen.wait(_LOOK)
+                    self._look()
+                else:
+                    for event in self._watch.next(_LOOK):
+                        self._saw(event)
+                if self._lease is not None and self._lease.lost and not self._ended:
+                    self._publish()
+                self._miss()
+            except Closed:
+                self._end("its rendezvous was closed")
+            except TensorwayError as error:
+                # The rendezvous is away. Connections that exist go on; what changed is read when it is back.
+                _log.warning("The rendezvous of %s does not answer: %s", self._prefix, error.true)
+                with self._seen:
+                    self._seen.wait(_BACK_OFF[1])
+
+    def _saw(self, event: Event) -> None:
+        if event.kind == "reset":
+            self._look()
+        elif event.record is not None:
+            self._heard(event.record)
+        elif event.key == self._key:
+            self._publish()  # somebody removed it, or the lease ended and the keeper has not noticed yet
+        else:
+            why = "its lease in the rendezvous ended" if event.kind == "expired" else "it left the group"
+            self._lose(event.key.removeprefix(self._prefix), why)
+
+    def _look(self) -> None:
+        """Read the whole group; who is not there any more is missed, after the time of a lease."""
+        records = self._rendezvous.list(self._prefix)
+        for record in records:
+            self._heard(record)
+        there = {record.key for record in records}
+        with self._lock:
+            for name, other in self._others.items():
+                if self._prefix + name not in there and other.missed is None:
+                    other.missed = time.monotonic() + self._ttl
+        if self._key not in there and not self._ended:
+            self._publish()
+
+    def _heard(self, record: Record) -> None:
+        try:
+            member = members.decode(record.key, record.value)
+        except DescriptionInvalid as error:
+            _log.warning("%s", error)
+            return
+        if record.key == self._key:
+            if member.incarnation != self._endpoint.incarnation:
+                self._end(f"another process joined as {self.name}, with incarnation {member.incarnation[:12]}")
+            return
+        if member.state == "gone":
+            self._lose(member.name, "it said goodbye")
+            return
+        with self._lock:
+            known = self._others.get(member.name)
+        if known is not None and known.member.incarnation != member.incarnation:
+            self._lose(member.name, f"it was replaced by its incarnation {member.incarnation[:12]}")
+        with self._seen:
+            other = self._others.get(member.name)
+            if other is None:
+                self._others[member.name] = _Other(member)
+            else:
+                other.member, other.missed = member, None
+            self._seen.notify_all()
+
+    def _miss(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            lost = [name for name, other in self._others.items() if other.missed is not None and other.missed <= now]
+        for name in lost:
+            self._lose(name, "it did not come back to the rendezvous")
+
+    def _lose(self, name: str, why: str) -> None:
+        with self._seen:
+            other = self._others.pop(name, None)
+            self._seen.notify_all()
+        for peer in other.peers.values() if other is not None else ():
+            peer.lost = peer.lost or why  # so that its transfers fail with this reason
+            self._endpoint.disconnect(peer)
+
+    # -- writing
+
+    def _enter(self, state: MemberState, deadline: float) -> None:
+        self._check()
+        self._state = state
+        self._publish(deadline=deadline)
+
+    def _publish(self, state: MemberState | None = None, deadline: float = 5.0) -> None:
+        with self._writing:
+            if "lease" in self._rendezvous.abilities and (self._lease is None or self._lease.lost):
+                self._lease = self._rendezvous.lease(self._ttl, deadline)
+            description = self._endpoint.describe()
+            value = members.encode(
+                self.name, self._endpoint.incarnation, state or self._state, self._facts, description
+            )
+            self._rendezvous.put(self._key, value, lease=self._lease, deadline=deadline)
+
+    def _end(self, why: str) -> None:
+        with self._seen:
+            self._ended = self._ended or why
+            self._seen.notify_all()
+        _log.error("This member, %s, is no longer of its group: %s.", self._key, why)
+
+    def _check(self) -> None:
+        if self._ended:
+            raise Closed(
+                f"Member {self.name} of {self._prefix} was to do something.",
+                f"It is not of the group any more: {self._ended}.",
+                "Give each member a name of its own, and join anew.",
+            )

@@ -1,0 +1,207 @@
+"""Members of a group: found, compared, connected, missed; with real endpoints, and processes that are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+import tensorway
+from tensorway.errors import Closed, DeadlineExceeded, Incompatible, PeerLost
+from tensorway.rendezvous import members
+from tensorway.rendezvous.directory import Directory
+from tensorway.rendezvous.negotiation import Fact
+from tensorway.transport import BlockTable, Endpoint, Peer
+from tensorway.transport.local import LocalFabric
+
+SECRET = "a secret of the tests"
+
+
+@pytest.fixture
+def service():
+    with tensorway.create("rendezvous", "direct", {"secret": SECRET}) as rendezvous:
+        yield rendezvous
+
+
+@pytest.fixture
+def join(service):
+    """Join a group with an endpoint of its own; what it registered is `memory`."""
+    with contextlib.ExitStack() as stack:
+
+        def joined(name, facts=None, live=True, ttl=1.0):
+            endpoint = stack.enter_context(Endpoint(LocalFabric(), name))
+            options = {"address": service.address, "secret": SECRET}
+            rendezvous = stack.enter_context(tensorway.create("rendezvous", "direct", options))
+            endpoint.memory = bytearray(b"%-64s" % name.encode())
+            endpoint.register(endpoint.memory)
+            directory = stack.enter_context(Directory(rendezvous, endpoint, name, facts=facts, ttl=ttl))
+            directory.endpoint = endpoint
+            if live:
+                directory.live()
+            return directory
+
+        yield joined
+
+
+def eventually(condition, seconds=10.0):
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.02)
+    return value
+
+
+def read(directory, peer):
+    """The 64 bytes that the peer registered, read over the transport."""
+    mine = bytearray(64)
+    registration = directory.endpoint.register(mine)
+    here, there = registration.regions[0], peer.regions[0]
+    tables = (BlockTable((region.address,), 64, 64, 1) for region in (here, there))
+    directory.endpoint.read(directory.endpoint.prepare(peer, *tables), [0], [0]).wait()
+    return bytes(mine).split()[0]
+
+
+def test_members_find_each_other_and_move_bytes(join):
+    one, two = join("one"), join("two")
+    assert read(one, one.connect("two", 5)) == b"two"
+    assert read(two, two.connect("one", 5)) == b"one"
+    assert one.connect("two", 5) is one.connect("two", 5)
+
+
+def test_many_are_connected_at_once(join):
+    names = [f"m{index}" for index in range(12)]
+    directories = [join(name) for name in names]
+    eventually(lambda: len(directories[0].members()) == 11)
+    peers = directories[0].connect_all(deadline=10)
+    assert sorted(peers) == sorted(names[1:])
+    assert {read(directories[0], peer) for peer in peers.values()} == {name.encode() for name in names[1:]}
+
+
+def test_one_that_cannot_be_reached_hurts_no_other(join):
+    one, _ = join("one"), join("two")
+    result = one.connect_all(["two", "never"], deadline=1)
+    assert isinstance(result["two"], Peer)
+    assert isinstance(result["never"], DeadlineExceeded)
+    assert "unknown, not live" in str(result["never"])
+
+
+def test_a_member_that_is_joining_is_waited_for(join):
+    one, two = join("one"), join("two", live=False)
+    with pytest.raises(DeadlineExceeded, match="It is joining, not live"):
+        one.connect("two", 0.3)
+    two.live()
+    assert one.connect("two", 5).name == "two"
+
+
+def test_what_is_registered_later_is_seen_after_live(join):
+    one, two = join("one"), join("two")
+    first = one.connect("two", 5)
+    two.endpoint.register(bytearray(128))
+    two.live()
+    assert eventually(lambda: len(one.connect("two", 5).regions) == 2)
+    assert read(one, first) == b"two"
+
+
+def test_a_draining_member_gets_nothing_new(join):
+    one, two = join("one"), join("two")
+    peer = one.connect("two", 5)
+    two.drain()
+    eventually(lambda: one.members()["two"].state == "draining")
+    with pytest.raises(PeerLost, match="draining"):
+        one.connect("two", 5)
+    assert read(one, peer) == b"two"
+
+
+def test_a_goodbye_is_heard_at_once(join):
+    one, two = join("one", ttl=30), join("two", ttl=30)
+    peer = one.connect("two", 5)
+    two.close()
+    two.close()
+    eventually(lambda: "two" not in one.members(), 3)
+    assert peer.lost == "it said goodbye"
+    with pytest.raises(Closed):
+        two.live()
+
+
+def test_facts_that_differ_are_told(join):
+    facts = {"block_bytes": Fact(4096), "ranks": Fact(4, "divide"), "version": Fact("1", "inform")}
+    one = join("one", facts)
+    join("two", {"block_bytes": Fact(8192), "ranks": Fact(8, "divide"), "version": Fact("2", "inform")})
+    with pytest.raises(Incompatible) as caught:
+        one.connect("two", 5)
+    assert "1 facts do not fit. block_bytes: 4096 here, 8192 there (must be equal)." in str(caught.value)
+
+
+def test_the_older_of_two_of_one_name_gives_way_and_is_told(join):
+    first, other = join("twin"), join("other")
+    peer = other.connect("twin", 5)
+    second = join("twin")
+    eventually(lambda: peer.lost)
+    assert "replaced" in peer.lost
+    with pytest.raises(Closed, match="another process joined as twin"):
+        eventually(lambda: first.members() is None)
+    assert read(other, other.connect("twin", 5)) == b"twin"
+    assert second.members()
+
+
+def test_what_is_no_member_is_passed_over(join, service):
+    one = join("one")
+    service.put("/default/garbage", b"\xff" * 100)
+    service.put("/default/wrong", members.encode("else", "1", "live", {}, b""))
+    join("two")
+    assert one.connect("two", 5).name == "two"
+    assert sorted(one.members()) == ["two"]
+
+
+MEMBER = """
+    import sys, time, tensorway
+    from tensorway.rendezvous.directory import Directory
+    from tensorway.transport import Endpoint
+    from tensorway.transport.local import LocalFabric
+    address, secret = sys.argv[1:]
+    endpoint = Endpoint(LocalFabric(), "killed")
+    memory = bytearray(b"killed".ljust(64))
+    endpoint.register(memory)
+    rendezvous = tensorway.create("rendezvous", "direct", {"address": address, "secret": secret})
+    Directory(rendezvous, endpoint, "killed", ttl=1.0).live()
+    print("live", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_member_that_is_killed_is_missed_by_its_lease(join, service):
+    one = join("one")
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(MEMBER), service.address, SECRET], stdout=subprocess.PIPE
+    )
+    try:
+        peer = one.connect("killed", 30)
+        assert read(one, peer) == b"killed"
+        process.kill()
+        eventually(lambda: peer.lost, 5)
+        eventually(lambda: "killed" not in one.members(), 5)
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
+
+
+def test_members_survive_a_rendezvous_that_is_restarted(join, service):
+    one, two = join("one", ttl=2.0), join("two", ttl=2.0)
+    peer = one.connect("two", 5)
+    port = int(service.address.rpartition(":")[2])
+    service.close()
+    time.sleep(0.5)
+    assert read(one, peer) == b"two"  # nobody needs it for what is connected
+    with tensorway.create("rendezvous", "direct", {"secret": SECRET, "port": port}) as again:
+        eventually(lambda: [record.key for record in again.list("/default/")] == ["/default/one", "/default/two"], 15)
+        assert not peer.lost
+        assert read(one, one.connect("two", 5)) == b"two"
+        join("three")
+        assert read(one, one.connect("three", 5)) == b"three"
+        two.close()
+        eventually(lambda: peer.lost == "it said goodbye", 5)

@@ -1,0 +1,234 @@
+"""The service of `direct` among strangers: who does not know the secret, who talks nonsense, what does not answer."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import zmq
+
+import tensorway
+from tensorway.errors import AddressInvalid, DeadlineExceeded, RecordRefused, Unauthenticated
+from tensorway.rendezvous import frames
+from tensorway.rendezvous.frames import Request
+
+SECRET = "a secret of the tests"
+
+
+@pytest.fixture
+def service():
+    with tensorway.create("rendezvous", "direct", {"secret": SECRET}) as rendezvous:
+        rendezvous.put("/kept", b"value")
+        yield rendezvous
+
+
+@pytest.fixture
+def sockets():
+    """Make sockets of a context that is destroyed in the end."""
+    with zmq.Context() as context:
+        made = []
+
+        def make():
+            made.append(context.socket(zmq.DEALER))
+            return made[-1]
+
+        yield make
+        for each in made:
+            each.close(0)
+
+
+def enter(address, secret=SECRET):
+    return tensorway.create("rendezvous", "direct", {"address": address, "secret": secret})
+
+
+def dealer(sockets, address, secret=SECRET):
+    """A socket that knows the secret, and will say what it likes."""
+    made = sockets()
+    public, private = zmq.curve_keypair()
+    made.curve_serverkey, made.curve_publickey, made.curve_secretkey = frames.service_keys(secret)[0], public, private
+    made.connect(f"tcp://{address}")
+    return made
+
+
+def test_a_wrong_secret_gets_nothing_and_is_told_at_once(service):
+    with enter(service.address, "another secret of tests") as stranger:
+        started = time.monotonic()
+        with pytest.raises(Unauthenticated, match="the secret differs"):
+            stranger.get("/kept", deadline=10)
+        assert time.monotonic() - started < 5
+        with pytest.raises(Unauthenticated):
+            stranger.put("/kept", b"mine", deadline=10)
+    assert service.get("/kept").value == b"value"
+
+
+def test_a_peer_without_a_secret_learns_nothing(service, sockets):
+    plain = sockets()
+    plain.connect(f"tcp://{service.address}")
+    plain.send(frames.encode(Request(frames.PROTOCOL, 1, "list", key="/")))
+    assert plain.poll(500) == 0
+    host, port = service.address.split(":")
+    with socket.create_connection((host, int(port)), 5) as raw:
+        raw.settimeout(7)
+        raw.sendall(b"GET / HTTP/1.1\r\n\r\n" + random.Random(1).randbytes(4096))
+        heard = b""
+        try:
+            while chunk := raw.recv(65536):
+                heard += chunk
+        except (TimeoutError, ConnectionResetError):
+            pass
+    assert b"value" not in heard
+    assert len(heard) <= 64  # ZeroMQ's greeting, which is the same for everybody
+    assert service.get("/kept").value == b"value"
+
+
+def test_a_stranger_who_only_connects_stops_nobody(service):
+    host, port = service.address.split(":")
+    held = [socket.create_connection((host, int(port)), 5) for _ in range(200)]
+    try:
+        with enter(service.address) as client:
+            assert client.get("/kept", deadline=10).value == b"value"
+    finally:
+        for each in held:
+            each.close()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [b"", b"\xff", b"\x90", b"\x93\x01\x01", os.urandom(1000), b"\x91" * 100_000, frames.encode({"call": "get"})],
+    ids=["empty", "ff", "empty list", "cut", "random", "nested", "a map"],
+)
+def test_who_talks_nonsense_is_not_heard_again_and_hurts_nobody(service, sockets, frame):
+    odd = dealer(sockets, service.address)
+    odd.send(frame)
+    odd.send(frames.encode(Request(frames.PROTOCOL, 7, "get", key="/kept")))
+    assert odd.poll(300) == 0
+    with enter(service.address) as client:
+        assert client.get("/kept").value == b"value"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request(frames.PROTOCOL + 1, 1, "get", key="/kept"),
+        Request(frames.PROTOCOL, 1, "explode"),
+        Request(frames.PROTOCOL, 1, "put", key="no\nkey", value=b"x"),
+        Request(frames.PROTOCOL, 1, "grant", ttl=float("nan")),
+        Request(frames.PROTOCOL, 1, "grant", ttl=1e300),
+        Request(frames.PROTOCOL, 1, "watch", key=""),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_three_lines(service, sockets, request_):
+    odd = dealer(sockets, service.address)
+    odd.send(frames.encode(request_))
+    assert odd.poll(5000)
+    answer = frames.decode_reply(odd.recv())
+    assert answer.error == "RecordRefused"
+    assert all(answer.refused)
+
+
+def test_fuzzed_frames_hurt_nobody(service, sockets):
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    calls = ["put", "get", "list", "delete", "grant", "keep", "revoke", "watch", "unwatch", "ping"]
+    odd = dealer(sockets, service.address)
+    for turn in range(400):
+        request = Request(frames.PROTOCOL, turn, rng.choice(calls), key="/fuzz", value=rng.randbytes(8), ttl=1.0)
+        frame = bytearray(frames.encode(request))
+        for _ in range(rng.randrange(4)):
+            frame[rng.randrange(len(frame))] = rng.randrange(256)
+        odd.send(bytes(frame[: rng.randrange(1, len(frame) + 1)]))
+        if turn % 10 == 9:  # by now it is ignored
+            odd.close(0)
+            odd = dealer(sockets, service.address)
+    assert service.get("/kept", deadline=10).value == b"value"
+    with enter(service.address) as client:
+        assert client.get("/kept", deadline=10).value == b"value"
+
+
+def test_a_port_in_use_is_told_in_the_caller_s_thread(service):
+    port = int(service.address.rpartition(":")[2])
+    with pytest.raises(AddressInvalid, match="Address already in use"):
+        tensorway.create("rendezvous", "direct", {"secret": SECRET, "port": port})
+
+
+def test_an_address_that_is_none_is_told():
+    with pytest.raises(AddressInvalid, match="That is no address"):
+        enter("no address at all")
+
+
+def test_a_service_that_comes_late_is_found():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with enter(f"127.0.0.1:{port}") as early:
+        with pytest.raises(DeadlineExceeded, match=r"Nothing answered there within 0\.3 s"):
+            early.get("/a", deadline=0.3)
+        with tensorway.create("rendezvous", "direct", {"secret": SECRET, "port": port}) as late:
+            late.put("/a", b"x")
+            assert early.wait("/a", 10).value == b"x"
+
+
+def test_without_a_secret_nothing_begins(monkeypatch):
+    monkeypatch.delenv("TENSORWAY_SECRET", raising=False)
+    with pytest.raises(Unauthenticated, match="No secret was given"):
+        tensorway.create("rendezvous", "direct")
+    monkeypatch.setenv("TENSORWAY_SECRET", "short")
+    with pytest.raises(Unauthenticated, match="fewer than 16"):
+        tensorway.create("rendezvous", "direct")
+
+
+def test_a_list_that_is_too_long_for_one_answer_is_refused(service):
+    for index in range(3):
+        service.put(f"/long/{index}", bytes(6 << 20))
+    with pytest.raises(RecordRefused, match="one answer"):
+        service.list("/long/")
+    assert len(service.list("/long/1")) == 1
+
+
+SERVICE = """
+    import time, tensorway
+    service = tensorway.create("rendezvous", "direct", {"secret": "a secret of the tests"})
+    service.put("/kept", b"value")
+    print(service.address, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_service_that_is_stopped_or_killed_costs_its_clients_their_deadlines_only():
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SERVICE)], stdout=subprocess.PIPE)
+    try:
+        with enter(process.stdout.readline().decode().strip()) as client:
+            assert client.get("/kept", deadline=10).value == b"value"
+            process.send_signal(signal.SIGSTOP)
+            started = time.monotonic()
+            with pytest.raises(DeadlineExceeded, match="No answer came"):
+                client.get("/kept", deadline=0.5)
+            assert time.monotonic() - started < 3
+            process.send_signal(signal.SIGCONT)
+            assert client.get("/kept", deadline=10).value == b"value"
+            process.kill()
+            with pytest.raises(DeadlineExceeded):
+                client.put("/kept", b"x", expected=1, deadline=1)
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
+
+
+def test_a_watch_is_told_that_it_may_have_missed_something(service):
+    port = int(service.address.rpartition(":")[2])
+    with enter(service.address) as client, client.watch("/") as watch:
+        service.close()
+        with tensorway.create("rendezvous", "direct", {"secret": SECRET, "port": port}) as again:
+            assert [event.kind for event in watch.next(10)] == ["reset"]
+            again.put("/new", b"x")
+            events = watch.next(5)
+            assert [(event.kind, event.key) for event in events if event.kind != "reset"] == [("put", "/new")]
