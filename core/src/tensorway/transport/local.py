@@ -119,13 +119,13 @@ class LocalFabric:
         """Listen under the incarnation, and start the thread that hears what peers send."""
         self._hello = msgspec.msgpack.encode(_Hello(name, incarnation))
         self._canary = ctypes.create_string_buffer(incarnation.encode())
-        self._listener = _kept(_unix_socket)
+        (self._listener,) = _kept(_unix_socket)
         self._listener.bind(_address(incarnation))
         self._listener.listen(128)
         self._listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in, self._wake_out = _kept(socket.socketpair)
         self._selector.register(self._wake_in, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._listen, name="tensorway-local-ears", daemon=True)
         self._thread.start()
@@ -145,7 +145,7 @@ class LocalFabric:
         """Connect to the peer's socket, check by the kernel whose it is, and read its incarnation from its memory."""
         asked = f"Peer {description.name} was to be reached over transport local."
         blob = _decode(description, asked)
-        channel = _kept(_unix_socket)
+        (channel,) = _kept(_unix_socket)
         channel.settimeout(seconds)
         try:
             _knock(channel, _address(description.incarnation), time.monotonic() + seconds)
@@ -163,17 +163,17 @@ class LocalFabric:
             link = _Link(description.name, pid, channel, same_process=pid == os.getpid())
             self._prove(link, blob.canary, description.incarnation.encode(), asked)
         except TensorwayError:
-            channel.close()
+            _close(channel)
             raise
         except (ConnectionError, FileNotFoundError) as error:
-            channel.close()
+            _close(channel)
             raise PeerLost(asked, f"Nobody listens for it: {error}.", "Connect to what is running now.") from error
         except TimeoutError as error:
-            channel.close()
+            _close(channel)
             true = f"It did not answer within {seconds:g} s."
             raise DeadlineExceeded(asked, true, "See whether it is stopped, or give a longer deadline.") from error
         except BaseException:
-            channel.close()
+            _close(channel)
             raise
         self._links.add(link)
         return link
@@ -185,7 +185,7 @@ class LocalFabric:
     def disconnect(self, link: _Link) -> None:
         """Close the connection."""
         link.lost = link.lost or "it was disconnected here"
-        link.channel.close()
+        _close(link.channel)
 
     def lost(self, link: _Link) -> str:
         """Whether the peer's end of the connection is closed.
@@ -268,7 +268,7 @@ class LocalFabric:
 
     def _close_files(self) -> None:
         for channel in (self._listener, self._wake_in, self._wake_out, *self._senders):
-            channel.close()
+            _close(channel)
         self._selector.close()
 
     # -- moving bytes
@@ -323,13 +323,13 @@ class LocalFabric:
 
     def _accept(self) -> None:
         try:
-            channel = _kept(lambda: self._listener.accept()[0])
+            (channel,) = _kept(lambda: self._listener.accept()[:1])
         except OSError:  # who knocked went away; or this process has no file left, and they stay at the door
             time.sleep(_FULL_PAUSE)
             return
         credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         if _CREDENTIALS.unpack(credentials)[1] not in (os.getuid(), 0) or len(self._senders) >= _MAX_SENDERS:
-            channel.close()
+            _close(channel)
             return
         channel.setblocking(False)
         self._senders[channel] = None
@@ -353,7 +353,7 @@ class LocalFabric:
         except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             self._selector.unregister(channel)
             del self._senders[channel]
-            channel.close()
+            _close(channel)
 
     def _enqueue(self, notification: Notification) -> None:
         # While nobody fetches, nobody is heard: the senders' queues fill, and their deadlines tell them.
@@ -447,16 +447,22 @@ _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _forking = threading.Lock()
 
 
-def _kept(make: Callable[[], socket.socket]) -> socket.socket:
-    """A new socket, of which a child that is forked from now on knows; `make` must not wait."""
+def _kept(make: Callable[[], tuple[socket.socket, ...]]) -> tuple[socket.socket, ...]:
+    """New sockets, of which a child that is forked from now on knows; `make` must not wait."""
     with _forking:
         made = make()
-        _sockets.add(made)
+        _sockets.update(made)
         return made
 
 
-def _unix_socket() -> socket.socket:
-    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+def _close(channel: socket.socket) -> None:
+    """Close it, and not while somebody forks: between forgetting the file and closing it, a child would inherit it."""
+    with _forking:
+        channel.close()
+
+
+def _unix_socket() -> tuple[socket.socket]:
+    return (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET),)
 
 
 def _close_inherited() -> None:

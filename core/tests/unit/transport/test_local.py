@@ -602,6 +602,43 @@ def test_a_peer_that_is_killed_is_lost_though_its_forked_child_lives(here):
             peer.kill()
 
 
+FORKS_WHILE_ACCEPTING = """
+    import os, sys, warnings
+    from tensorway.transport import Endpoint
+    from tensorway.transport.local import LocalFabric
+    warnings.simplefilter("ignore")
+    endpoint = Endpoint(LocalFabric(), "forker")
+    print(endpoint.describe().hex(), flush=True)
+    held = 0
+    for _ in range(150):
+        child = os.fork()
+        if child == 0:
+            files = [f"/proc/self/fd/{number}" for number in range(3, 64)]
+            os._exit(sum("socket" in os.readlink(file) for file in files if os.path.lexists(file)))
+        held += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(held, flush=True)
+"""
+
+
+def test_a_child_inherits_no_socket_however_close_to_accepting_it_is_forked(here):
+    with scripted(FORKS_WHILE_ACCEPTING) as peer:
+        description = bytes.fromhex(peer.stdout.readline().decode())
+        ended = threading.Event()
+
+        def knock() -> None:
+            with contextlib.suppress(PeerLost):  # it ends when it has forked enough
+                while not ended.is_set():
+                    here.disconnect(here.connect(description, 5))
+
+        thread = threading.Thread(target=knock)
+        thread.start()
+        try:
+            assert int(peer.stdout.readline()) == 0
+        finally:
+            ended.set()
+            thread.join(10)
+
+
 def test_an_endpoint_leaves_no_thread_and_no_file(there):
     there.register(bytearray(64))
 
