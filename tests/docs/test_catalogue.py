@@ -9,8 +9,10 @@ import ast
 import errno
 import inspect
 import re
+import socket
 import threading
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,8 @@ from tensorway import cli, errors, plugins
 from tensorway.cli import new_plugin
 from tensorway.memory import Region
 from tensorway.plugins import scan, slots
+from tensorway.rendezvous.hosts import Address, choose
+from tensorway.rendezvous.negotiation import Fact, agree
 from tensorway.settings import from_environment
 from tensorway.transport import BlockTable, Endpoint
 from tensorway.transport.local import LocalFabric
@@ -185,7 +189,50 @@ def closed(site, capsys):
         reader.describe()
 
 
+def address_invalid(site, capsys):
+    known = [Address("lo", ip_address("127.0.0.1")), Address("eth0", ip_address("10.77.0.2"))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "decode-0")
+        choose("addr:10.77.0.1", addresses=known)
+
+
+SECRET = "the same everywhere"
+
+
+def unauthenticated(site, capsys):
+    with tensorway.create("rendezvous", "direct", {"secret": SECRET}) as service:
+        other = {"address": service.address, "secret": "another everywhere"}
+        with tensorway.create("rendezvous", "direct", other) as client:
+            try:
+                client.get("/prod/leader")
+            except errors.Unauthenticated as error:
+                error.asked = error.asked.replace(service.address, "127.0.0.1:5600")
+                raise
+
+
+def record_refused(site, capsys):
+    with tensorway.create("rendezvous", "direct", {"secret": SECRET}) as service:
+        service.put("/prod/leader", b"a", expected=0)
+        service.put("/prod/leader", b"b", expected=0)
+
+
+def lease_lost(site, capsys):
+    with tensorway.create("rendezvous", "direct", {"secret": SECRET}) as service:
+        lease = service.lease(10)
+        service.end(lease)
+        service.put("/prod/workers/7", b"here", lease=lease)
+
+
+def incompatible(site, capsys):
+    agree("prefill-0", {"block_bytes": Fact(4096)}, {"block_bytes": Fact(65536)})
+
+
 RAISED = {
+    "AddressInvalid": address_invalid,
+    "Unauthenticated": unauthenticated,
+    "RecordRefused": record_refused,
+    "LeaseLost": lease_lost,
+    "Incompatible": incompatible,
     "MemoryInvalid": memory_invalid,
     "DescriptionInvalid": description_invalid,
     "DeadlineExceeded": deadline_exceeded,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 import attrs
@@ -22,6 +23,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "TENSORWAY_STRICT": "`1` raises on a broken plugin instead of going on without it.",
     "TENSORWAY_PROBE_TIMEOUT": "Seconds that one probe may take (default 30).",
     "TENSORWAY_SECRET": "What all members of a deployment know; whoever knows it reaches their memory.",
+    "TENSORWAY_SECRET_FILE": "A file with that secret, where TENSORWAY_SECRET is not set.",
     "TENSORWAY_LOCAL_RANK": "This process's rank on its host; only rank 0 logs what every rank would log.",
 }
 
@@ -79,6 +81,19 @@ def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str
 def get(name: str, default: str | None = None) -> str | None:
     """One variable that belongs to somebody else (a driver, a launcher), read here so that all reading is here."""
     return os.environ.get(name, default)
+
+
+def secret() -> str:
+    """What all members of a deployment know; empty when nobody said it."""
+    if given := os.environ.get("TENSORWAY_SECRET", ""):
+        return given
+    file = os.environ.get("TENSORWAY_SECRET_FILE", "")
+    try:
+        return Path(file).read_text("utf-8").strip() if file else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingInvalid(
+            f"TENSORWAY_SECRET_FILE={file!r} was set.", f"It cannot be read: {error}.", "Name a file with the secret."
+        ) from error
 
 
 def environment() -> dict[str, str]:

@@ -27,7 +27,7 @@ class DirectOptions:
     host: str = "loopback"
     #: Its port; 0 lets the system choose a free one.
     port: int = 0
-    #: What all members know; empty takes TENSORWAY_SECRET from the environment.
+    #: What all members know; empty takes it from TENSORWAY_SECRET, or the file that TENSORWAY_SECRET_FILE names.
     secret: str = attrs.field(default="", repr=False)
 
 
@@ -63,7 +63,7 @@ def construct(options: DirectOptions, context: object) -> Rendezvous:
 
 def secret_of(given: str) -> str:
     """The secret that was given, or the deployment's; raises `Unauthenticated` without one."""
-    secret = given or settings.get("TENSORWAY_SECRET", "") or ""
+    secret = given or settings.secret()
     if not secret:
         raise Unauthenticated(
             "A rendezvous was to be entered.",
