@@ -114,9 +114,9 @@ def test_every_dist_brings_readme_license_and_types(dist):
     assert project(CORE)["requires-python"] == table["requires-python"]
 
 
-def test_the_core_depends_on_four_small_packages_and_nothing_else():
+def test_the_core_depends_on_five_small_packages_and_nothing_else():
     requirements = {r.name: r for r in map(Requirement, project(CORE)["dependencies"])}
-    assert {"attrs", "pluggy", "msgspec", "importlib-metadata"} == set(requirements)
+    assert {"attrs", "pluggy", "msgspec", "pyzmq", "importlib-metadata"} == set(requirements)
     assert 'python_version < "3.12"' == str(requirements["importlib-metadata"].marker)
     assert {"importlib-metadata"} == {name for name, r in requirements.items() if r.marker}
 
