@@ -39,6 +39,7 @@ def test_import_loads_no_plugin_no_library_and_scans_nothing(site):
         "attrs",
         "attr",
         "msgspec",
+        "zmq",
         "importlib_metadata",
         "alpha_dist",
     }

@@ -1,4 +1,27 @@
 """How endpoints find and trust each other: records with leases and watches, members, hosts, environments.
 
-Room `rendezvous`; may import the ground and `transport`.
+Room `rendezvous`; may import the ground and `transport`. A `Rendezvous` is made by `tensorway.create("rendezvous", ...)`
+over a `Store`; a `Directory` is an endpoint's place in a group of members.
 """
+
+from tensorway.rendezvous.contract import Changes, Event, Record, Store
+from tensorway.rendezvous.directory import Directory
+from tensorway.rendezvous.hosts import HostChoice, choose
+from tensorway.rendezvous.members import Member
+from tensorway.rendezvous.negotiation import Fact
+from tensorway.rendezvous.rendezvous import Lease, Rendezvous, Watch
+
+__all__ = [
+    "Changes",
+    "Directory",
+    "Event",
+    "Fact",
+    "HostChoice",
+    "Lease",
+    "Member",
+    "Record",
+    "Rendezvous",
+    "Store",
+    "Watch",
+    "choose",
+]
