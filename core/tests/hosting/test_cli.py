@@ -150,9 +150,8 @@ def test_doctor_examines_everything_and_a_missing_library_is_not_broken(site):
     assert (exits.OK, []) == (code, data["broken"])
     found = row(data, "absent")
     assert ("unusable", "Install it.") == (found["code"], found["remedy"])
-    assert {"platform": "cpu", "transport": "alpha"} == {
-        choice["request"]["kind"]: choice["winner"]["name"] for choice in data["choices"] if choice["winner"]
-    }
+    chosen = {choice["request"]["kind"]: choice["winner"]["name"] for choice in data["choices"] if choice["winner"]}
+    assert ("cpu", "alpha") == (chosen["platform"], chosen["transport"])
 
 
 @pytest.mark.parametrize(
@@ -212,6 +211,159 @@ def test_doctor_gives_a_hanging_probe_its_seconds_and_no_more(site):
     assert (exits.BROKEN, "probe-timeout") == (code, row(data, "hangs")["code"])
 
 
+# -- check
+
+#: A transport that drives `local`, with a lane of the test's making.
+DRIVEN = """
+import os, time
+import attrs
+from tensorway.types import Offer, ProbeResult
+from tensorway.transport import Endpoint
+from tensorway.transport.local import LocalFabric
+@attrs.frozen
+class Options:
+    name: str = ""
+class Fabric(LocalFabric):
+    name = "driven"
+    {body}
+def construct(options, context):
+    return Endpoint(Fabric(), options.name)
+def probe():
+    return ProbeResult.passed("it works", version="7.1")
+def transport(ctx):
+    return Offer("driven", "transport", "A test.", probe=probe, factory=construct, options=Options,
+                 capabilities={{"read"}})
+"""
+#: No notifications; it aborts where it meets a peer that was restarted, and hangs when its process forks.
+TREACHEROUS = """
+    capabilities = attrs.evolve(LocalFabric.capabilities, notify=False)
+    def lane(self, link):
+        if link.name == "engine-1":
+            os.abort()
+        return super().lane(link)
+os.register_at_fork(after_in_parent=lambda: time.sleep(600))
+"""
+
+
+def driven(site, body="pass"):
+    site.bad("driven", DRIVEN.format(body=body.strip()))
+
+
+def check(site, *arguments, tmp_path, **environment):
+    """The JSON that is printed, which is also what the file holds."""
+    path = tmp_path / "report.json"
+    data, code = answer(site, "check", *arguments, "--output", str(path), **environment)
+    if data["schema"] == "tensorway.conformance/1":
+        assert data == json.loads(path.read_text("utf-8"))
+    return data, code
+
+
+def test_check_runs_every_test_whatever_one_does_and_writes_what_came_of_it(site, tmp_path):
+    driven(site, TREACHEROUS)
+    data, code = check(site, "driven@driven-dist", "--deadline", "8", tmp_path=tmp_path)
+    assert (exits.BROKEN, ["OfferSuite", "TransportSuite"], []) == (code, data["suites"], data["left_out"])
+    assert ("driven-dist", "1.0", ["read"]) == (data["dist"], data["version"], data["capabilities"])
+    assert "7.1" == data["probe"]["facts"]["version"]
+    tests = {test["id"].partition("::")[2]: test for test in data["tests"]}
+    failed = {name: test["reason"] for name, test in tests.items() if test["outcome"] == "failed"}
+    assert {
+        "test_a_restarted_peer_is_another_incarnation": "its process was killed by SIGABRT",
+        "test_a_forked_child_is_refused_and_the_parent_goes_on": "no end after 8 s",
+    } == failed
+    remedy = tests["test_a_restarted_peer_is_another_incarnation"]["remedy"]
+    assert "put an incarnation into the description, and compare it." == remedy
+    skipped = {test["reason"] for test in tests.values() if test["outcome"] == "skipped"}
+    assert {"needs the capability notify", "needs the capabilities notify and write"} == skipped
+    assert "passed" == tests["test_statistics_count_what_was_moved_and_what_failed"]["outcome"]  # the last of them
+    totals = data["totals"]
+    assert (len(data["tests"]) - 4, 2, 2) == (totals["passed"], totals["failed"], totals["skipped"])
+
+
+def test_check_of_what_has_no_suite_of_its_own_says_so(site, tmp_path):
+    site.good("alpha", "rendezvous")
+    data, code = check(site, "alpha", tmp_path=tmp_path)
+    assert (exits.OK, ["OfferSuite"]) == (code, data["suites"])
+    assert [{"suite": "", "reason": "the kit has no suite for a rendezvous yet"}] == data["left_out"]
+
+
+def test_check_of_a_probe_only_transport_says_what_is_left_out(site, tmp_path):
+    site.good("alpha")
+    path = site.path / "alpha_dist.py"
+    path.write_text(path.read_text().replace("factory=Backend, ", ""))
+    data, code = check(site, "alpha", tmp_path=tmp_path)
+    assert (exits.OK, ["OfferSuite"]) == (code, data["suites"])
+    assert [("TransportSuite", "this version of the backend constructs nothing")] == [
+        (row["suite"], row["reason"]) for row in data["left_out"]
+    ]
+
+
+def test_check_refuses_what_cannot_be_checked(site, tmp_path):
+    site.bad("absent", MISSING)
+    site.bad("breaks", "raise OSError('libx.so.1: no such file')")
+    for name in ("alpha-one", "alpha-two"):
+        site.good("alpha", dist=name)
+    cases = {
+        ("absent",): (exits.UNAVAILABLE, "BackendUnavailable", "Install it."),
+        ("breaks",): (exits.BROKEN, "PluginDefect", ""),
+        ("nobody",): (exits.NOT_FOUND, "BackendNotFound", ""),
+        ("alpha",): (exits.UNAVAILABLE, "BackendConflict", "Say which: --hook KIND, or NAME@DIST."),
+        ("cpu", "--hook", "transport"): (exits.NOT_FOUND, "BackendNotFound", ""),
+    }
+    for arguments, (code, error, to_do) in cases.items():
+        data, found = check(site, *arguments, tmp_path=tmp_path)
+        assert (code, error) == (found, data["error"]), arguments
+        assert to_do in data["to_do"]
+    data, _ = check(site, "absent", tmp_path=tmp_path)
+    assert "It cannot be used here: NIXL cannot be loaded: nixl_cu12 is not installed." == data["true"]
+    data, code = answer(site, "check", "cpu", "--output", str(tmp_path / "no" / "report.json"))
+    assert (exits.USAGE, True) == (code, "cannot be written to" in data["true"])
+    assert [] == [path for path in tmp_path.iterdir() if path != site.path]
+
+
+def test_check_asks_one_of_two_dists_of_one_name(site, tmp_path):
+    site.good("alpha", "rendezvous", dist="alpha-one")
+    site.good("alpha", "rendezvous", dist="alpha-two")
+    data, code = check(site, "alpha@alpha-two", "--hook", "rendezvous", tmp_path=tmp_path)
+    assert (exits.OK, "alpha-two") == (code, data["dist"])
+
+
+def test_check_without_pytest_says_how_to_get_it(site):
+    code = "import importlib.util, sys; from tensorway.cli import main; find = importlib.util.find_spec; "
+    code += "importlib.util.find_spec = lambda name, *rest: None if name == 'pytest' else find(name, *rest); "
+    done = site.run("-c", code + "sys.exit(main(['check', 'local']))")
+    assert (exits.UNAVAILABLE, 3) == (done.returncode, len(done.stderr.splitlines()))
+    assert 'pip install "tensorway[testing]"' in done.stderr
+
+
+# -- probe
+
+
+def test_probe_puts_the_transports_that_work_side_by_side_with_a_memmove(site):
+    driven(site)
+    site.bad("absent", MISSING)
+    data, code = answer(site, "probe")
+    assert (exits.OK, ["driven", "local"]) == (code, [row["name"] for row in data["transports"]])
+    for row_ in data["transports"]:
+        assert ("cma", "", "", True) == tuple(row_[key] for key in ("lane", "slow", "error", "verified"))
+        assert 0 < row_["latency_median"] <= row_["latency_p95"]
+        # A ratio of two figures of the same answer, and nothing that a busy machine could fail.
+        assert row_["bandwidth_ratio"] == pytest.approx(data["memmove"]["bandwidth"] / row_["bandwidth"], abs=0.02)
+
+
+def test_probe_of_one_transport_that_fails_says_so_and_measures_the_others(site):
+    driven(site, "def lane(self, link): raise OSError('no way through')")
+    data, code = answer(site, "probe")
+    errors = {row_["name"]: row_["error"] for row_ in data["transports"]}
+    assert (exits.UNAVAILABLE, "OSError: no way through", "") == (code, errors["driven"], errors["local"])
+    assert "driven       failed: OSError: no way through" in tensorway(site, "probe", "--transport", "driven").stdout
+
+
+@pytest.mark.parametrize(("name", "code"), [("absent", exits.UNAVAILABLE), ("nobody", exits.NOT_FOUND)])
+def test_probe_of_a_transport_that_cannot_be_used_is_an_error(site, name, code):
+    site.bad("absent", MISSING)
+    assert code == answer(site, "probe", "--transport", name)[1]
+
+
 # -- demo, errors, form
 
 
@@ -226,7 +378,7 @@ def test_demo_says_what_it_does_while_it_does_it(site):
 
 def test_demo_moves_bytes_between_two_processes(site):
     data, _ = answer(site, "demo")
-    assert {"platform": "cpu", "transport": "local"} == data["chosen"]
+    assert ("cpu", "local") == (data["chosen"]["platform"], data["chosen"]["transport"])
     assert ("local", "cma", True) == tuple(data["moved"][key] for key in ("transport", "lane", "verified"))
 
 
@@ -264,17 +416,26 @@ def test_version_and_help_are_there(site):
 
     assert f"tensorway {importlib.metadata.version('tensorway')}\n" == tensorway(site, "--version").stdout
     text = tensorway(site, "--help", COLUMNS="80").stdout
-    assert all(command in text for command in ("demo", "doctor", "plugins", "why", "new-plugin"))
+    assert all(command in text for command in ("demo", "doctor", "plugins", "why", "new-plugin", "check", "probe"))
 
 
 @pytest.mark.parametrize(
-    "arguments", [("doctor",), ("plugins", "list"), ("why", "transport"), ("demo",), ("plugins", "show", "alpha")]
+    "arguments",
+    [
+        ("doctor",),
+        ("plugins", "list"),
+        ("why", "transport"),
+        ("demo",),
+        ("plugins", "show", "alpha"),
+        ("probe", "--transport", "local"),
+        ("check", "cpu", "--hook", "platform", "--output", "FILE"),
+    ],
 )
 def test_text_fits_80_columns_and_has_no_color_in_a_pipe(site, arguments):
     site.good("alpha")
     site.bad("absent", MISSING)
     site.bad("aborts", "raise OSError('" + "a long explanation " * 20 + "')")
-    done = tensorway(site, *arguments)
+    done = tensorway(site, *(str(site.path / "report.json") if word == "FILE" else word for word in arguments))
     # A word that is longer than a line (a path) stays whole, so that it can be copied.
     too_long = [line for line in done.stdout.splitlines() if len(line) > 80 and " " in line.strip()]
     assert [] == too_long

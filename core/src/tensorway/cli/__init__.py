@@ -61,10 +61,31 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
             from tensorway.cli import new_plugin
 
             return new_plugin.command(out, arguments.name, arguments.kind, arguments.dir)
+        case "check":
+            from tensorway.cli import check
+
+            return check.run(out, arguments.name, arguments.hook, arguments.output, arguments.deadline)
+        case "probe":
+            return _probe(arguments, out)
         case _:
             from tensorway.cli import demo
 
             return demo.run(out)
+
+
+def _probe(arguments: argparse.Namespace, out: Output) -> int:
+    """By itself, one end, or the other."""
+    if arguments.serve:
+        from tensorway.cli import probe_peer
+
+        return probe_peer.serve(out, arguments.transport, arguments.host, arguments.port, arguments.seconds)
+    if arguments.peer:
+        from tensorway.cli import probe_peer
+
+        return probe_peer.run(out, arguments.peer, arguments.transport, arguments.deadline)
+    from tensorway.cli import probe
+
+    return probe.run(out, arguments.transport)
 
 
 def _explain(error: Exception, out: Output) -> int:
@@ -116,7 +137,23 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("name", metavar="NAME", help="the backend's name: letters, digits, '-' and '_'")
     new.add_argument("--kind", required=True, metavar="KIND", help=f"one of: {', '.join(KINDS)}")
     new.add_argument("--dir", type=Path, default=Path(), help="folder to write it into (default: here)")
+    check = command("check", "Run the conformance kit against an installed backend, and write what came of it.")
+    check.add_argument("name", metavar="NAME", help="name or name@dist")
+    check.add_argument("--hook", metavar="KIND", help="of this kind, where several have one of that name")
+    check.add_argument("--output", type=Path, default=Path("conformance.json"), metavar="FILE", help="the report")
+    check.add_argument("--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="how long one test may take")
+    _add_probe(command("probe", "Measure what a transport really does: with a peer, or here with a second process."))
     return parser
+
+
+def _add_probe(probe: argparse.ArgumentParser) -> None:
+    probe.add_argument("peer", metavar="PEER", nargs="?", default="", help="host:port of a machine that serves")
+    probe.add_argument("--transport", metavar="NAME", help="only this one: name or name@dist")
+    probe.add_argument("--deadline", type=_seconds, default=60.0, metavar="SECONDS", help="how long to wait for PEER")
+    probe.add_argument("--serve", action="store_true", help="be the PEER of others; needs TENSORWAY_SECRET, as they do")
+    probe.add_argument("--host", default="auto", metavar="POLICY", help="where to listen: auto, iface:NAME, cidr:NET")
+    probe.add_argument("--port", type=int, default=0, help="where to listen (default: a free one)")
+    probe.add_argument("--seconds", type=_seconds, default=600.0, metavar="SECONDS", help="how long to serve")
 
 
 def _add_plugins(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:

@@ -20,9 +20,9 @@ INTERRUPTED: Final = 130
 #: Code -> one line for people.
 MEANING: Final = {
     OK: "It worked; for `doctor`: nothing is broken (what merely cannot be used here is not broken).",
-    BROKEN: "A plugin is broken, or two dists claim one name.",
+    BROKEN: "A plugin is broken, two dists claim one name, or a test of `check` failed.",
     USAGE: "The command line, an option or an environment variable cannot be meant.",
-    UNAVAILABLE: "The backend that was asked for cannot be used here.",
+    UNAVAILABLE: "The backend that was asked for cannot be used here, or the peer cannot be reached.",
     NOT_FOUND: "No installed plugin offers what was asked for.",
     INTERNAL: "A defect of tensorway itself; `--debug` shows the traceback.",
     INTERRUPTED: "Interrupted from the keyboard.",
@@ -33,6 +33,8 @@ _BY_ERROR: Final = (
     (errors.BackendUnavailable, UNAVAILABLE),
     (errors.BackendConflict, UNAVAILABLE),
     (errors.HostBusy, UNAVAILABLE),
+    (errors.DeadlineExceeded, UNAVAILABLE),
+    (errors.PeerLost, UNAVAILABLE),
     (errors.PluginDefect, BROKEN),
     (errors.OfferInvalid, BROKEN),
     (errors.TensorwayError, USAGE),

@@ -177,6 +177,7 @@ def _words(name: str, kind: str) -> dict[str, str]:
         "dist": dist_name(name),
         "package": dist_name(name).replace("-", "_"),
         "backend_class": backend,
+        "fabric_class": f"{_camel(name)}Fabric",
         "options_class": f"{backend}Options",
         # The first line of the hook's own documentation: one place says what a kind is for.
         "kind_summary": str(HOOKS[kind].__doc__).splitlines()[0],

@@ -33,6 +33,8 @@ class OfferSuite(Suite):
 
     kind: str
     name: str
+    #: Your dist, if others offer the same name here.
+    dist: str = ""
     #: Packages that importing your plugin must not import, beside torch and numpy: those of your library.
     native_modules: tuple[str, ...] = ()
     #: Seconds that your probe may take on a slow machine.
@@ -46,6 +48,7 @@ class OfferSuite(Suite):
 
         host = Host(scan(), Settings())
         slots = [slot for slot in host.slots(self.kind) if slot.declaration.name == self.name]
+        slots = [slot for slot in slots if self.dist in ("", slot.declaration.dist)]
         assert len(slots) == 1, f"{len(slots)} dists declare {self.kind} {self.name!r}; install yours, and only yours"
         return slots[0]
 

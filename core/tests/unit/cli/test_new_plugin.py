@@ -17,6 +17,7 @@ from tensorway.cli import new_plugin
 from tensorway.cli.output import Output
 from tensorway.errors import NewPluginRefused
 from tensorway.plugins import scan
+from tensorway.transport import Fabric
 from tensorway.types import KINDS
 
 GOOD_NAMES = ["acme", "a", "acme-kv", "acme_kv", "Acme", "acme2", "a--b", "a" * 64, "kv"]
@@ -147,8 +148,9 @@ def test_planning_writes_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_has_the_same_files(kind):
-    assert {
+def test_every_kind_has_the_same_files_and_a_transport_what_its_fabric_needs(kind):
+    more = {"src/tensorway_acme/wire.py", "tests/test_transport.py"} if kind == "transport" else set()
+    assert more | {
         ".github/workflows/test.yml",
         ".gitignore",
         "README.md",
@@ -224,11 +226,11 @@ def test_it_wants_this_core_up_to_the_next_that_may_break_it(monkeypatch, versio
 @pytest.mark.parametrize(
     ("name", "kind", "backend"),
     [
-        ("acme", "transport", "AcmeTransport"),
+        ("acme", "offloading", "AcmeOffloading"),
         ("acme-kv", "kv_connector", "AcmeKVKVConnector"),
         ("acme", "eplb_communicator", "AcmeEplbCommunicator"),
         ("big-acme_io", "observer", "BigAcmeIoObserver"),
-        ("acme-transport", "transport", "AcmeTransport"),
+        ("acme-rendezvous", "rendezvous", "AcmeRendezvous"),
     ],
 )
 def test_the_backend_is_named_for_name_and_kind(name, kind, backend):
@@ -241,6 +243,19 @@ def test_the_backend_is_named_for_name_and_kind(name, kind, backend):
         if isinstance(node, ast.ClassDef)
     }
     assert {backend, f"{backend}Options"} == classes
+
+
+def test_a_transport_is_a_fabric_of_two_pages_and_every_method_of_the_contract():
+    tree = python_of(texts("big-acme", "transport"))["src/tensorway_big_acme/backend.py"]
+    (fabric,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert "BigAcmeFabric" == fabric.name
+    assert len(texts()["src/tensorway_acme/backend.py"].splitlines()) <= 150
+    methods = {node.name: ast.unparse(node.args) for node in fabric.body if isinstance(node, ast.FunctionDef)}
+    wanted = {name: method for name, method in vars(Fabric).items() if inspect.isfunction(method) and name[0] != "_"}
+    assert set() == set(wanted) - set(methods)
+    for name, method in wanted.items():
+        arguments = [word.split(":")[0].strip() for word in re.sub(r"\[.*?\]", "", methods[name]).split(",")]
+        assert list(inspect.signature(method).parameters) == arguments, name
 
 
 def test_it_is_written_into_a_folder_of_its_own(tmp_path):
@@ -374,8 +389,8 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(tmp_path, monkeypatc
     stream = StringIO()
     assert new_plugin.command(Output(stream=stream), "acme", "transport", Path()) == 0
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "tensorway-acme: 12 files"
-    assert lines[13:15] == ["Next:", "  cd tensorway-acme"]
+    assert lines[0] == "tensorway-acme: 14 files"
+    assert lines[15:17] == ["Next:", "  cd tensorway-acme"]
     assert lines[-1] == "  tensorway why transport acme"
 
 
