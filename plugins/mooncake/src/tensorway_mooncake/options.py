@@ -1,0 +1,28 @@
+"""What a user may set on a Mooncake transport. Imports attrs only, and what tells an address from a word."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+import attrs
+
+
+def _is_an_address(_instance: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    # A name would be looked up by Mooncake, at the peer, without a deadline; and it was tried with IPv4 only.
+    try:
+        address = ipaddress.IPv4Address(value)
+    except ValueError:
+        raise ValueError(f"{attribute.name} is {value!r}; give an IPv4 address of this machine, as numbers") from None
+    if address.is_unspecified or address.is_multicast:
+        raise ValueError(f"{attribute.name} is {value}, which nobody can connect to; give an address of this machine")
+
+
+@attrs.frozen
+class MooncakeOptions:
+    """Options of the transport `mooncake`."""
+
+    #: Who this endpoint is for its peers; keep it over restarts. Empty makes one up.
+    name: str = ""
+    #: The IPv4 address of this machine that peers are told to connect to; the default reaches this machine only.
+    host: str = attrs.field(default="127.0.0.1", validator=_is_an_address)
