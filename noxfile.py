@@ -26,12 +26,19 @@ SOURCES = [folder / "src" for folder in DISTS.values()]
 #: What pip is given for each backend's library, in a call of its own. Everything is pinned here or in constraints.txt.
 LIBRARIES: dict[str, list[str]] = {
     "cpu": [],
+    # etcd needs no library, and its server: apt-get install etcd-server.
+    "etcd": [],
     "gloo": ["torch"],
+    # The engine alone: what its metadata asks for, it imports for other things. It needs libibverbs1 of the system.
+    "mooncake": ["--no-deps", "mooncake-transfer-engine-non-cuda==0.3.13.post1"],
     # The library alone: with its dependencies or under torch it would bring gigabytes of CUDA.
     "nccl": ["--no-deps", "nvidia-nccl-cu12==2.32.3"],
     "nixl": ["nixl-cu12==1.5.1"],
+    # With the server it is tested against: apt-get install redis-server.
+    "redis": ["redis==8.1.0"],
     # No index has NIXL for ROCm. Its Python is NIXL's, so the tests present NIXL under ROCm's names.
     "rixl": ["nixl-cu12==1.5.1"],
+    "tcpstore": ["torch"],
 }
 #: What the rixl tests unpack and nobody installs: an unrelated project of that name, and the NIXL that ROCm forked.
 UNPACKED = {"TENSORWAY_TEST_IMPOSTOR_WHEEL": "rixl==1.3.0", "TENSORWAY_TEST_OLDER_NIXL_WHEEL": "nixl-cu12==1.1.0"}
@@ -47,7 +54,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = False  # nox would make it an error where CI is set; a skip has its own line
 # Cheap checks first, then what most changes break, then what takes long.
 nox.options.sessions = ["lint", "types", "versions", "repo", "tests", "pluggy", "minimums"]
-nox.options.sessions += ["backend", "everything", "wheels", "docs", "bench"]
+nox.options.sessions += ["backend", "hosts", "everything", "wheels", "docs", "bench"]
 
 # What a shell left behind must not decide what is tested.
 for variable in list(os.environ):
@@ -190,7 +197,7 @@ def backend(session: nox.Session, name: str, library: str) -> None:
 def everything(session: nox.Session) -> None:
     """All plugins in one environment, with NIXL and torch: what crosses dists, and the conformance kit."""
     install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"])
-    elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("repo", "wheels", "bench")]
+    elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("repo", "wheels", "bench", "hosts")]
     pytest(session, ROOT / "tests", *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
 
 
@@ -228,12 +235,47 @@ def bench(session: nox.Session) -> None:
             session.run("python", str(script), *options)
 
 
+#: Around the tests with hosts: namespaces, with which every host is gone when they end, and that need no root outside.
+ENCLOSED = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c"]
+ENCLOSED += ['mount -t tmpfs hosts /run; "$@"; exit $?', "sh"]
+
+
+@nox.session(requires=["build"])
+def hosts(session: nox.Session) -> None:
+    """Several hosts on this machine, as namespaces: a rendezvous between them, bytes over the wire, the wire cut."""
+    install(session, ["tensorway", "tensorway-nixl"], *group("test"))
+    session.install(*CONSTRAINTS, *LIBRARIES["nixl"])
+    session.chdir(session.create_tmp())
+    options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    command = ["python", "-m", "pytest", *options, str(ROOT / "tests" / "hosts"), *session.posargs]
+    root = ["--user", "--map-root-user"] if os.geteuid() else []
+    session.run("unshare", *root, *ENCLOSED, *command, external=True, env={"TENSORWAY_TEST_HOSTS": "required"})
+
+
+#: What `campaign` runs: a module of `tensorway.testing` and its arguments.
+CAMPAIGNS = {
+    "faults": ["campaign", "0", "10000"],
+    "endurance": ["endurance", "local"],
+    "hostile": ["hostile", "local"],
+    "endurance-cma": ["endurance", "nixl"],
+    "endurance-tcp": ["endurance", "nixl", "--options", '{"ucx_tls": ["tcp"]}'],
+    "hostile-nixl": ["hostile", "nixl", "--keep-opaque", "--kept-files", "400", "--kinds", "descriptions"],
+}
+
+
 @nox.session(default=False, requires=["build"])
 def campaign(session: nox.Session) -> None:
-    """The fault campaign at length: `nox -s campaign -- 0 10000`; `tests` runs a short slice of it."""
-    install(session, ["tensorway"])
+    """Faults, endurance and hostile bytes at length; `nox -s campaign -- endurance hostile` runs the named ones."""
+    wanted = session.posargs or list(CAMPAIGNS)
+    if unknown := set(wanted) - set(CAMPAIGNS):
+        session.error(f"there is no campaign {', '.join(sorted(unknown))}; there is: {', '.join(CAMPAIGNS)}")
+    install(session, ["tensorway", "tensorway-nixl"])
+    if any("nixl" in CAMPAIGNS[name] for name in wanted):
+        session.install(*CONSTRAINTS, *LIBRARIES["nixl"])
     session.chdir(session.create_tmp())
-    session.run("python", "-m", "tensorway.testing.campaign", *(session.posargs or ["0", "10000"]))
+    for name in wanted:
+        module, *arguments = CAMPAIGNS[name]
+        session.run("python", "-m", f"tensorway.testing.{module}", *arguments)
 
 
 @nox.session(venv_backend="none", default=False)

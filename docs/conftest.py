@@ -40,7 +40,7 @@ CHECKOUT = ("core", "plugins", "constraints.txt", "pyproject.toml", "LICENSE")
 #: Seconds for one command; below pytest's own limit, so that the message tells which command it was.
 DEADLINE = 100
 #: The pages show what tensorway says where no library is installed.
-LIBRARIES = ("torch", "nixl_cu12", "nixl_cu13", "nixl_rocm", "rixl")
+LIBRARIES = ("torch", "mooncake", "nixl_cu12", "nixl_cu13", "nixl_rocm", "redis", "rixl")
 #: And where there is no accelerator. Nobody can take one out, so where there is one, console blocks are skipped.
 ACCELERATORS = ("cuda", "rocm", "xpu")
 SCHEMAS = json.loads((resources.files("tensorway.cli") / "schemas.json").read_text("utf-8"))

@@ -8,7 +8,7 @@ from tensorway.plugins.scan import scan
 from tensorway.testing import OfferSuite
 
 #: What importing a plugin must not bring, beside torch and numpy.
-NATIVE = ("nixl", "nixl_cu12", "nixl_cu13", "nixl_rocm", "rixl", "nvidia", "mooncake", "ray", "vllm")
+NATIVE = ("nixl", "nixl_cu12", "nixl_cu13", "nixl_rocm", "rixl", "nvidia", "mooncake", "ray", "redis", "vllm")
 
 INSTALLED = [(row.kind, row.name) for row in scan().declarations]
 
@@ -25,7 +25,8 @@ class TestEveryBackend(OfferSuite):
 
 
 def test_our_own_backends_are_among_them():
-    expected = {("transport", "nixl"), ("transport", "rixl"), ("offloading", "cpu")}
+    expected = {("transport", "mooncake"), ("transport", "nixl"), ("transport", "rixl"), ("offloading", "cpu")}
     expected |= {("eplb_communicator", "gloo"), ("eplb_communicator", "nccl")}
+    expected |= {("rendezvous", name) for name in ("direct", "etcd", "redis", "tcpstore")}
     expected |= {("platform", name) for name in ("cpu", "cuda", "rocm", "xpu")}
     assert expected <= set(INSTALLED)

@@ -40,5 +40,5 @@ class TestEveryTransport(TransportSuite):
 
 def test_what_is_left_out_is_left_out_for_a_reason_of_this_machine():
     assert "local" in WORKING
-    assert {"nixl", "rixl"} <= set(TRANSPORTS)
+    assert {"mooncake", "nixl", "rixl"} <= set(TRANSPORTS)
     assert API == 1

@@ -1,8 +1,10 @@
 """How endpoints find and trust each other: records with leases and watches, members, hosts, environments.
 
-Room `rendezvous`; may import the ground and `transport`. A `Rendezvous` is made by `tensorway.create("rendezvous", ...)`
+Room `rendezvous`; may import the ground and `transport`. `tensorway.create("rendezvous", ...)` makes a `Rendezvous`
 over a `Store`; a `Directory` is an endpoint's place in a group of members.
 """
+
+from __future__ import annotations
 
 from tensorway.rendezvous.contract import Changes, Event, Record, Store
 from tensorway.rendezvous.directory import Directory

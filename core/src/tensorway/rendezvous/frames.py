@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
-from tensorway.errors import Unauthenticated
 from tensorway.rendezvous.contract import MAX_VALUE
 
 if TYPE_CHECKING:
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 #: A value, and room for keys and numbers around it.
 MAX_FRAME: Final = MAX_VALUE + (64 << 10)
-#: Shorter ones can be guessed.
-MIN_SECRET: Final = 16
 #: The service speaks to clients of the same number only.
 PROTOCOL: Final = 1
 
@@ -83,12 +80,6 @@ def service_keys(secret: str) -> tuple[bytes, bytes]:
     import zmq
     from zmq.utils import z85
 
-    if len(secret) < MIN_SECRET:
-        raise Unauthenticated(
-            "A rendezvous was to be entered.",
-            f"The secret has {len(secret)} characters; fewer than {MIN_SECRET} can be guessed.",
-            "Set TENSORWAY_SECRET to the same long random text in every process of the deployment.",
-        )
     raw = hashlib.blake2b(secret.encode(), digest_size=32, person=b"tensorway direct").digest()
     private = z85.encode(raw)
     return zmq.curve_public(private), private

@@ -5,13 +5,16 @@ Room `rendezvous`; may import the ground and its own room.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from tensorway import settings
 from tensorway.errors import Unauthenticated
 from tensorway.types import HookContext, Offer, ProbeResult
+
+#: Shorter ones can be guessed, from a sealed record also by who cannot ask.
+MIN_SECRET: Final = 16
 
 if TYPE_CHECKING:
     from tensorway.rendezvous.rendezvous import Rendezvous
@@ -68,6 +71,12 @@ def secret_of(given: str) -> str:
         raise Unauthenticated(
             "A rendezvous was to be entered.",
             "No secret was given, and whoever reaches a rendezvous reaches the memory of its members.",
+            "Set TENSORWAY_SECRET to the same long random text in every process of the deployment.",
+        )
+    if len(secret) < MIN_SECRET:
+        raise Unauthenticated(
+            "A rendezvous was to be entered.",
+            f"The secret has {len(secret)} characters; fewer than {MIN_SECRET} can be guessed.",
             "Set TENSORWAY_SECRET to the same long random text in every process of the deployment.",
         )
     return secret

@@ -13,9 +13,9 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -25,6 +25,9 @@ from tensorway.memory import Region
 from tensorway.native import Loaded
 from tensorway_nixl.options import NixlOptions
 from tensorway_nixl.tables import device_index
+
+if TYPE_CHECKING:
+    from tensorway_nixl.links import Job
 
 #: Bytes that hold a `struct sigaction` on every platform.
 _SIGACTION_BYTES: Final = 256
@@ -57,7 +60,9 @@ class Agent:
     #: Prepared lists that are not released.
     lists: set[int] = attrs.field(factory=set, repr=False)
     #: Transfers that are not known to be over.
-    jobs: set[object] = attrs.field(factory=set, repr=False)
+    jobs: set[Job] = attrs.field(factory=set, repr=False)
+    #: Waits until they are over, for a time.
+    drain: Callable[[], None] = attrs.field(default=lambda: None, repr=False)
     #: Whether this is a forked child's copy: its threads and sockets are the parent's.
     inherited: bool = False
     #: Rises with every deregistration: a list holds on to what was registered when it was prepared, freed or not.
@@ -105,12 +110,12 @@ class Agent:
             self.lists.discard(handle)
             self.native.releasedDlistH(handle)
 
-    def begin(self, job: object) -> None:
+    def begin(self, job: Job) -> None:
         """A transfer is under way: the agent lives until it is over, whoever else forgets it."""
         self.jobs.add(job)
         _busy.add(self)
 
-    def end(self, job: object) -> None:
+    def end(self, job: Job) -> None:
         """A transfer is over."""
         self.jobs.discard(job)
         if not self.jobs:
@@ -198,17 +203,24 @@ def _keep_for_ever(agent: Agent) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(agent))
 
 
-def _keep_busy() -> None:
-    for agent in tuple(_busy):
-        _keep_for_ever(agent)
+def _leave() -> None:
+    """At the end of the process: let what is under way end, because a peer may abort when its reader is gone.
+
+    And then destroy nothing: threads of NIXL's and ours may still be in it, and the process has been seen to abort.
+    """
+    for agent in tuple(_open):
+        if not agent.inherited:
+            agent.drain()
+            _keep_for_ever(agent)
 
 
 def _disown() -> None:
     """In a forked child: destroying a copy breaks the parent's, which then aborts when it ends."""
+    _busy.clear()  # or the child would wait for its parent's transfers when it ends
     for agent in tuple(_open):
         agent.inherited = True
         _keep_for_ever(agent)
 
 
-atexit.register(_keep_busy)
+atexit.register(_leave)
 os.register_at_fork(after_in_child=_disown)

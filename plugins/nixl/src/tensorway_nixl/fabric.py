@@ -29,11 +29,13 @@ from tensorway.transport.blocks import BlockTable
 from tensorway.transport.contract import Capabilities, Description, Notification, Operation
 from tensorway_nixl import agent as agents
 from tensorway_nixl import tables, wire
-from tensorway_nixl.jobs import ANEW, Jobs, told
+from tensorway_nixl.inbox import Inbox
+from tensorway_nixl.jobs import Jobs, told
 from tensorway_nixl.library import LIBRARY, keep_quiet
 from tensorway_nixl.links import Job, Link, Prepared, Remote
 from tensorway_nixl.loopback import ucx_version, version
 from tensorway_nixl.options import NixlOptions
+from tensorway_nixl.pulse import Pulse
 
 _MAX_NOTIFICATION: Final = 65_536
 #: Over shared memory a post copies before it returns, so this many pieces are what a deadline may be late by.
@@ -47,8 +49,15 @@ _SLOTS: Final = 64
 _SLOT: Final = 128
 _FIRST_PAUSE: Final = 50e-6
 _LAST_PAUSE: Final = 5e-3
-#: UCX's estimate in microseconds for a read of a few bytes: RDMA is below it, TCP above.
-_RDMA_MICROSECONDS: Final = 5
+#: UCX's estimate in microseconds for a read of a few bytes: over TCP it is above this, else below (0 over CMA, 13 over
+#: TCP). Not the time that it takes: a busy machine makes every way slow, and a quick answer makes TCP look fast.
+_TCP_MICROSECONDS: Final = 5
+#: Peers that nobody uses whose connection is kept.
+_MAX_KEPT: Final = 64
+#: How many peers are sent a heartbeat at one look of the thread.
+_HEARTBEATS: Final = 100
+#: A look of the thread that found so many notifications is followed by another one soon.
+_MANY: Final = 1000
 
 _log = _logging.logger("nixl")
 
@@ -89,6 +98,10 @@ class NixlFabric:
         self._versions = wire.Versions(version(loaded.module) or "", ucx_version() or "")
         self._page.value = incarnation.encode()
         self._agent.register(Region(ctypes.addressof(self._page), len(self._page), owner=self._page))
+        self._inbox = Inbox(lambda: self._agent.native.getNotifs({}, []))
+        self._looks = 0
+        self._pulse = Pulse(self._look, f"tensorway-{self.name}-pulse")
+        self._agent.drain = self._end
 
     # -- memory
 
@@ -122,10 +135,12 @@ class NixlFabric:
         try:
             self._read_canary(remote, blob.canary, until, asked)
             # The first read has set up the connection; the second shows how the others will be.
-            lane = self._read_canary(remote, blob.canary, until, asked)
+            lane = _lane(self._read_canary(remote, blob.canary, until, asked), same_host=blob.host == _host())
         except BaseException:
             self.disconnect(Link(remote, ""))
             raise
+        # A remote key goes stale when its memory is registered anew, and only host memory over these two has none.
+        remote.keep = lane != "rdma" and all(region.device == "cpu" for region in description.regions)
         if lane == "tcp" and blob.host == _host() and not self._tcp_was_asked_for():
             _logging.warn_once(
                 _log,
@@ -152,7 +167,7 @@ class NixlFabric:
                 self._forget_unused(link.remote)
 
     def lost(self, link: Link) -> str:
-        """What the last transfer or notification found out; NIXL does not tell of a peer that nobody talks to."""
+        """What the last transfer, notification or heartbeat found out."""
         return link.remote.lost
 
     # -- transfers
@@ -227,7 +242,7 @@ class NixlFabric:
         """Hand a message to NIXL, which does not wait; messages to one peer keep their order."""
         remote, asked = link.remote, f"A notification to peer {link.remote.name} was to be sent."
         if reason := remote.lost or ("it was disconnected here" if link.closed else ""):
-            raise PeerLost(asked, f"The peer is lost: {reason}.", ANEW)
+            raise PeerLost.because(asked, reason)
         try:
             self._agent.native.genNotif(remote.incarnation, wire.frame(self._name, payload), [])
         except Exception as error:  # NIXL's exceptions have no common base
@@ -235,19 +250,16 @@ class NixlFabric:
 
     def receive(self) -> list[Notification]:
         """What has arrived; what is not framed as ours is of somebody else, and dropped."""
-        arrived = []
-        for incarnation, messages in self._agent.native.getNotifs({}, []).items():
-            notes = [wire.unframe(incarnation, message) for message in messages]
-            arrived += [note for note in notes if note is not None]
-        return arrived
+        return self._inbox.take()
 
     def close(self) -> None:
         """Destroy the agent, unless something is in flight: that could abort the peer's process."""
+        self._pulse.stop()
         self._sweep()
         with self._lock:
             if not self._agent.jobs:
                 for remote in tuple(self._remotes.values()):
-                    remote.links = 0
+                    remote.links, remote.keep = 0, False
                     self._forget_unused(remote)
         if not self._agent.close():
             _log.warning(
@@ -258,6 +270,10 @@ class NixlFabric:
             )
 
     # -- inside
+
+    def _end(self) -> None:
+        self._pulse.stop()
+        self._jobs.drain()
 
     def _load(self, description: Description, blob: wire.Blob, asked: str) -> Remote:
         incarnation = description.incarnation
@@ -294,8 +310,27 @@ class NixlFabric:
             self._poisoned[incarnation] = f"{true} It takes no other for this incarnation any more."
             raise DescriptionInvalid(asked, true, "Give it unchanged; then restart the peer, or make another endpoint.")
 
-    def _read_canary(self, remote: Remote, address: int, until: float, asked: str) -> str:
-        """Read the peer's incarnation out of its memory; returns the lane."""
+    def _look(self) -> bool:
+        """What the thread does once a second; whether it should look again soon."""
+        many = self._inbox.pull() >= _MANY
+        with self._lock:
+            remotes = tuple(self._remotes.values())
+        self._looks += 1
+        groups = 1 + len(remotes) // _HEARTBEATS  # of many peers, each has its turn later
+        for remote in remotes[self._looks % groups :: groups]:
+            try:
+                # Not a transfer: one that a peer cannot answer now may never end, and then the agent stays for ever.
+                if not remote.lost:
+                    self._agent.native.genNotif(remote.incarnation, wire.HEARTBEAT, [])
+            except Exception as error:  # NIXL's exceptions have no common base
+                told(error, remote, "")
+        with self._lock:
+            for remote in remotes:
+                self._forget_unused(remote)  # of those that are kept, some have turned out to be lost
+        return many
+
+    def _read_canary(self, remote: Remote, address: int, until: float, asked: str) -> Job:
+        """Read the peer's incarnation out of its memory."""
         self._sweep()
         with self._lock:
             if not self._slots:
@@ -305,20 +340,21 @@ class NixlFabric:
         here = ctypes.addressof(self._page) + slot * _SLOT
         ctypes.memset(here, 0, _SLOT)
         try:
-            job = self._post_bytes(remote, here, address, nbytes, asked)
+            job = self._make_job(remote, here, address, nbytes, asked)
+            job.at_once = self._jobs.start(job) is None
         except BaseException:
             self._slots.append(slot)
             raise
         try:
-            lane = self._await(job, until, asked)
+            self._await(job, until, asked)
             if ctypes.string_at(here, nbytes) != remote.incarnation.encode():
-                raise PeerLost(asked, "Another process has taken its place.", ANEW)
+                raise PeerLost.because(asked, "another process has taken its place")
         finally:
             self._strays.append((job, slot))
             self._sweep()
-        return lane
+        return job
 
-    def _post_bytes(self, remote: Remote, here: int, there: int, nbytes: int, asked: str) -> Job:
+    def _make_job(self, remote: Remote, here: int, there: int, nbytes: int, asked: str) -> Job:
         native, bindings = self._agent.native, self._agent.bindings
         ours, theirs = (bindings.nixlXferDList(bindings.DRAM_SEG, [(start, nbytes, 0)]) for start in (here, there))
         try:
@@ -326,20 +362,16 @@ class NixlFabric:
             microseconds = native.estimateXferCost(handle)[0]
         except Exception as error:  # NIXL's exceptions have no common base
             raise told(error, remote, asked) from error
-        job = Job(remote, asked, handle, None, microseconds)
-        self._jobs.start(job)
-        return job
+        return Job(remote, asked, handle, None, microseconds=microseconds)
 
-    def _await(self, job: Job, until: float, asked: str) -> str:
-        # Only a copy by this process can be done when the post returns.
-        lane, pause = "cma" if job.handle is None else _network_lane(job.microseconds), _FIRST_PAUSE
+    def _await(self, job: Job, until: float, asked: str) -> None:
+        pause = _FIRST_PAUSE
         while not self.done(job):
             if time.monotonic() >= until:
                 true = "It did not answer by the deadline."
                 raise DeadlineExceeded(asked, true, "See whether it is stopped, or give a longer deadline.")
             time.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE)
-        return lane
 
     def _sweep(self) -> None:
         with self._lock:
@@ -348,8 +380,18 @@ class NixlFabric:
             (self._slots.append(slot) if self.settled(job) else self._strays.append((job, slot)))
 
     def _forget_unused(self, remote: Remote) -> None:
-        if remote.links == 0 and remote.jobs == 0 and self._remotes.get(remote.incarnation) is remote:
+        """Let NIXL disconnect who is not used, or keep the connection for the next link.
+
+        UCX closes its sockets of a connection when both ends have closed it, and no end but ours can: each connection
+        that is closed and made anew would leave one or two sockets on both sides until one of the processes ends.
+        """
+        if remote.links or remote.jobs or self._remotes.get(remote.incarnation) is not remote:
+            return
+        kept = [other for other in self._remotes.values() if not other.links and not other.jobs]
+        if remote.lost or not remote.keep:
             self._forget(remote)
+        elif len(kept) > _MAX_KEPT:
+            self._forget(kept[0])
 
     def _forget(self, remote: Remote) -> None:
         del self._remotes[remote.incarnation]
@@ -360,11 +402,14 @@ class NixlFabric:
         return bool(asked) and not {"cma", "sm", "shm", "all"} & set(asked.split(","))
 
 
-def _network_lane(microseconds: int) -> str:
-    """UCX does not say what it uses; without a device for RDMA it is TCP, and with one its estimate tells."""
+def _lane(canary: Job, same_host: bool) -> str:
+    """UCX does not say what it uses; its estimate tells, and where it has devices for RDMA, what came of it."""
+    if canary.microseconds > _TCP_MICROSECONDS:
+        return "tcp"
     devices = Path("/sys/class/infiniband")
     has_rdma = devices.is_dir() and any(devices.iterdir())
-    return "rdma" if has_rdma and microseconds < _RDMA_MICROSECONDS else "tcp"
+    # Only a copy by this process is sure to be done when the post returns.
+    return "cma" if same_host and (canary.at_once or not has_rdma) else "rdma"
 
 
 def _host() -> str:

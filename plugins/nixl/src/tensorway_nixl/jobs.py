@@ -16,8 +16,9 @@ from tensorway.errors import PeerLost, TensorwayError, TransferFailed
 from tensorway_nixl.agent import Agent
 from tensorway_nixl.links import Job, Remote
 
-#: What to do about a peer that is lost.
-ANEW: Final = "Connect to it anew when it is back."
+#: Seconds for which a process that ends waits for what it has under way.
+_DRAIN: Final = 10.0
+_PAUSE: Final = 1e-3
 #: After a transfer failed, NIXL has told of its first part that did; UCX ends the others when it closes the connection.
 _GRACE: Final = 0.2
 
@@ -25,16 +26,19 @@ _log = _logging.logger("nixl")
 
 
 class Jobs:
-    """The transfers of one agent. A job belongs to one thread at a time."""
+    """The transfers of one agent. Threads may share a job."""
 
     def __init__(self, agent: Agent, lock: threading.RLock, unused: Callable[[Remote], None]) -> None:
         self._agent = agent
         self._lock = lock
         self._unused = unused
+        self._ending = False
 
     def start(self, job: Job) -> Job | None:
         """Post it; None when it is done at once."""
         with self._lock:
+            if self._ending:
+                raise TransferFailed(job.asked, "This process is ending.", "Wait for transfers before it ends.")
             job.remote.jobs += 1
             self._agent.begin(job)
         try:
@@ -52,29 +56,48 @@ class Jobs:
 
     def done(self, job: Job) -> bool:
         """Ask NIXL, which makes progress by it."""
-        if job.error is None and job.handle is not None:
-            try:
-                state = self._agent.native.getXferStatus(job.handle)
-            except Exception as error:  # NIXL's exceptions have no common base
-                self._fail(job, error)
-            else:
-                if state == self._agent.bindings.NIXL_IN_PROG:
-                    return False
-                self._finish(job)
-        if job.error is not None:
-            raise job.error
-        return True
+        with job.lock:
+            if job.error is None and job.handle is not None:
+                try:
+                    state = self._agent.native.getXferStatus(job.handle)
+                except Exception as error:  # NIXL's exceptions have no common base
+                    self._fail(job, error)
+                else:
+                    if state == self._agent.bindings.NIXL_IN_PROG:
+                        return False
+                    self._finish(job)
+            if job.error is not None:
+                raise job.error
+            return True
 
     def settled(self, job: Job) -> bool:
         """Whether NIXL has said how it ended. To release what has not ended would stop nothing."""
-        if job.handle is not None and job.error is None:
-            try:
-                self.done(job)
-            except TensorwayError:
-                return False
-        if job.handle is not None and time.monotonic() >= job.quiet_at and not self._in_progress(job):
-            self._finish(job)
-        return job.handle is None
+        with job.lock:
+            if job.handle is not None and job.error is None:
+                try:
+                    self.done(job)
+                except TensorwayError:
+                    return False
+            if job.handle is not None and time.monotonic() >= job.quiet_at and not self._in_progress(job):
+                self._finish(job)
+            return job.handle is None
+
+    def drain(self) -> None:
+        """Start nothing any more, and wait until nothing is under way, or has been for too long.
+
+        A peer aborts if it is answering a read over TCP when the reader's end of the connection closes: its UCX takes
+        it for a fatal error that it cannot send. Nothing that the peer could set avoids it; so a reader has to stay
+        until it has its answers.
+        """
+        with self._lock:
+            self._ending = True
+        until = time.monotonic() + _DRAIN
+        while jobs := tuple(self._agent.jobs):
+            for job in jobs:
+                self.settled(job)
+            if time.monotonic() >= until:
+                return
+            time.sleep(_PAUSE)
 
     def _in_progress(self, job: Job) -> bool:
         try:
@@ -103,6 +126,6 @@ def told(error: Exception, remote: Remote, asked: str) -> TensorwayError:
     """Our word for what NIXL raised; its text is only a code."""
     if type(error).__name__ == "nixlRemoteDisconnectError":
         remote.lost = remote.lost or f"its connection broke ({error})"
-        return PeerLost(asked, f"The peer is lost: {remote.lost}.", ANEW)
+        return PeerLost.because(asked, remote.lost)
     true = f"NIXL could not do it ({type(error).__name__}: {error})."
     return TransferFailed(asked, true, "NIXL's reason is on stderr; NIXL_LOG_LEVEL=INFO shows more.")

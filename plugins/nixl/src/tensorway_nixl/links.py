@@ -6,6 +6,7 @@ May import tensorway's ground, the transport's block tables and `agent`.
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import attrs
@@ -27,6 +28,8 @@ class Remote:
     jobs: int = 0
     #: Why it is lost; empty while it is not known to be.
     lost: str = ""
+    #: Whether its connection may be kept for the next link to it, once nobody uses it.
+    keep: bool = False
 
 
 @attrs.define(eq=False)
@@ -62,6 +65,10 @@ class Job:
     keep: object = attrs.field(repr=False)
     #: What UCX expects it to take.
     microseconds: int = 0
+    #: Whether it was done when its post returned.
+    at_once: bool = False
     error: TensorwayError | None = None
     #: When nothing of a failed one is under way any more.
     quiet_at: float = math.inf
+    #: Held while NIXL is asked about it: at the end of the process two threads may ask.
+    lock: threading.RLock = attrs.field(factory=threading.RLock, repr=False)

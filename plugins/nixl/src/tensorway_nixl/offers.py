@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tensorway.types import HookContext, Offer
 from tensorway_nixl.options import NixlOptions
 from tensorway_nixl.probe import probe
@@ -18,14 +20,27 @@ def transport(ctx: HookContext) -> Offer:
         options=NixlOptions,
         devices=frozenset({"cpu", "cuda"}),
         capabilities=frozenset({"read", "write", "notify"}),
-        # Below `local`, until its known defects are mended (docs/backends/nixl.md): who needs it asks for it by name.
-        priority=5,
+        # Above `local`, which reaches this host only.
+        priority=70,
     )
 
 
 def construct(options: NixlOptions, context: object) -> object:
-    """An endpoint over NIXL; loads it."""
+    """An endpoint over NIXL; loads it, here or in a mover."""
     from tensorway.transport import Endpoint
     from tensorway_nixl.fabric import NixlFabric
 
+    if options.contained:
+        import attrs
+
+        from tensorway.transport.contained import contain
+
+        return contain("nixl", "tensorway_nixl.offers:fabric", attrs.asdict(options), options.name)
     return Endpoint(NixlFabric(options=options), options.name)
+
+
+def fabric(**options: Any) -> object:
+    """The fabric alone, of options as plain data: what a mover makes."""
+    from tensorway_nixl.fabric import NixlFabric
+
+    return NixlFabric(options=NixlOptions.from_plain(options))

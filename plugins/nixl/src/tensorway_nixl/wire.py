@@ -7,7 +7,7 @@ takes another of that name once it has failed to read one.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import attrs
 import msgspec
@@ -21,6 +21,8 @@ SCHEMA: Final = 1
 _NIXL_TOGETHER: Final = frozenset({"1.4", "1.5"})
 _UCX_TOGETHER: Final = frozenset({"1.22", "1.23"})
 _NOTE: Final = b"twn1"
+#: A message that says nothing: it is dropped where it arrives, and NIXL tells its sender if nobody is there.
+HEARTBEAT: Final = b"twb1"
 
 
 @attrs.frozen
@@ -41,6 +43,10 @@ class Versions:
         return all(_line(a) == _line(b) or {_line(a), _line(b)} <= together for a, b, together in pairs)
 
 
+#: What fits into an address, with room for what is read there.
+_LAST_ADDRESS: Final = (1 << 63) - (1 << 12)
+
+
 class Blob(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """The fabric's part of a description."""
 
@@ -50,7 +56,7 @@ class Blob(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     #: The running kernel, so that a peer on this host is known as one.
     host: str
     #: Where the endpoint's incarnation lies in its registered memory, so that reading it proves that reading works.
-    canary: int
+    canary: Annotated[int, msgspec.Meta(gt=0, lt=_LAST_ADDRESS)]
     #: What NIXL wants to know of an agent.
     metadata: bytes
 
@@ -64,7 +70,7 @@ def decode(description: Description, ours: Versions, asked: str) -> Blob:
     """The fabric's part of a description, of versions that fit ours; raises `DescriptionInvalid`."""
     try:
         blob = msgspec.msgpack.decode(description.blob, type=Blob)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise DescriptionInvalid(asked, f"Its NIXL part cannot be read: {error}.", "Give it unchanged.") from None
     theirs = Versions(blob.nixl, blob.ucx)
     if blob.schema != SCHEMA or not ours.fits(theirs):
@@ -94,7 +100,7 @@ def unframe(incarnation: str, message: bytes) -> Notification | None:
         return None
     try:
         note = msgspec.msgpack.decode(message[len(_NOTE) :], type=_Note)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
     return Notification(note.name, incarnation, note.payload)
 

@@ -19,7 +19,7 @@ def transport(ctx: HookContext) -> Offer:
         devices=frozenset({"cpu", "rocm"}),
         capabilities=frozenset({"read", "write", "notify"}),
         # Below `nixl`: where both can be used there is no AMD device, and the newer library is the better one.
-        priority=4,
+        priority=60,
     )
 
 

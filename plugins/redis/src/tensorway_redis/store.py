@@ -1,0 +1,206 @@
+"""The store `redis`: see `tensorway.rendezvous.contract.Store`.
+
+May import tensorway's ground, the rendezvous' contract and its own package. Revisions are a counter in Redis; what is
+compared, is compared by the script that writes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+import threading
+import time
+from typing import Any, Final, Literal
+
+from tensorway.errors import DeadlineExceeded, LeaseLost, RecordRefused, TensorwayError
+from tensorway.rendezvous.contract import Ability, Event, Record, check_key
+from tensorway_redis.connections import Connections
+from tensorway_redis.options import RedisOptions
+
+#: How often a client that watches lets Redis look for leases that have ended, in seconds.
+_LOOK: Final = 0.4
+#: A watch that was cut is begun anew in attempts of this length, between which it can be closed.
+_REOPEN: Final = 1.0
+_KINDS: Final[dict[bytes, Literal["put", "deleted", "expired"]]] = {b"p": "put", b"d": "deleted", b"e": "expired"}
+
+
+class RedisStore:
+    """Threads may share it."""
+
+    name = "redis"
+    abilities: frozenset[Ability] = frozenset({"lease", "watch", "compare"})
+    #: A password of Redis is its operator's, and often everybody's.
+    authenticates = False
+
+    def __init__(self, options: RedisOptions) -> None:
+        self._connections = Connections(options)
+        self.address = self._connections.address
+        self._watches: set[RedisChanges] = set()
+        self._lock = threading.Lock()
+        self._looked = 0.0
+
+    def put(self, key: str, value: bytes, lease: str, expected: int | None, seconds: float) -> int:
+        """Write."""
+        wanted = "" if expected is None else str(expected)
+        call = self._connections.call
+        answer = call("put", key, lease, wanted, value, seconds=seconds, again=expected is None)
+        return int(_checked(answer, key, expected)[0])
+
+    def get(self, key: str, seconds: float) -> Record | None:
+        """Read."""
+        records = _records(self._connections.call("get", key, seconds=seconds))
+        return records[0] if records else None
+
+    def list(self, prefix: str, seconds: float) -> list[Record]:
+        """All below a prefix; the script's index is sorted by key."""
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        return _records(self._connections.call("list", prefix, end, seconds=seconds))
+
+    def delete(self, key: str, expected: int | None, seconds: float) -> bool:
+        """Remove."""
+        wanted = "" if expected is None else str(expected)
+        answer = self._connections.call("delete", key, wanted, seconds=seconds, again=expected is None)
+        return int(_checked(answer, key, expected)[0]) > 0
+
+    def grant(self, ttl: float, seconds: float) -> str:
+        """A new lease; nobody can guess its name."""
+        lease = secrets.token_hex(16)
+        self._connections.call("grant", lease, str(math.ceil(ttl * 1000)), seconds=seconds)
+        return lease
+
+    def keep(self, lease: str, seconds: float) -> bool:
+        """Begin its time anew."""
+        return int(self._connections.call("keep", lease, seconds=seconds)[1]) > 0
+
+    def revoke(self, lease: str, seconds: float) -> None:
+        """End it."""
+        self._connections.call("revoke", lease, seconds=seconds)
+
+    def changes(self, prefix: str, seconds: float) -> RedisChanges:
+        """Watch a prefix."""
+        changes = RedisChanges(self, self._connections, prefix, seconds)
+        with self._lock:
+            self._watches.add(changes)
+        return changes
+
+    def look(self, seconds: float) -> None:
+        """Let Redis end the leases whose time is over; once for all watches of this client."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked < _LOOK:
+                return
+            self._looked = now
+        self._connections.call("look", "", seconds=seconds)
+
+    def forget(self, changes: RedisChanges) -> None:
+        """A watch is closed."""
+        with self._lock:
+            self._watches.discard(changes)
+
+    def close(self) -> None:
+        """Disconnect."""
+        with self._lock:
+            watches = list(self._watches)
+        for changes in watches:
+            changes.close()
+        self._connections.close()
+
+
+class RedisChanges:
+    """See `contract.Changes`. It has a connection to itself, and begins anew, with a `reset`, when that is cut."""
+
+    def __init__(self, store: RedisStore, connections: Connections, prefix: str, seconds: float) -> None:
+        self._store = store
+        self._connections = connections
+        self._prefix = prefix
+        # Redis' patterns have special characters; a key may have them, too.
+        self._pattern = re.sub(r"([*?\[\]\\^-])", r"\\\1", connections.channel + prefix) + "*"
+        self._busy = threading.Lock()
+        self._closed = False
+        self._connection: Any = connections.subscribed(self._pattern, seconds)
+
+    def next(self, seconds: float) -> list[Event]:
+        """What happened."""
+        until = time.monotonic() + seconds
+        with self._busy:
+            while not self._closed:
+                left = max(0.0, min(_LOOK, until - time.monotonic()))
+                if self._connection is not None:
+                    self._look(left)
+                    events = self._told(left)
+                elif self._reopened(until):
+                    break
+                else:
+                    events = []
+                if events or time.monotonic() >= until:
+                    return events
+        return [Event("reset", self._prefix)]
+
+    def _look(self, seconds: float) -> None:
+        try:
+            self._store.look(max(seconds, 0.05))
+        except DeadlineExceeded:
+            pass  # the connection of the watch tells what became of Redis
+
+    def _told(self, seconds: float) -> list[Event]:
+        """All events that have arrived; waits for the first."""
+        events: list[Event] = []
+        try:
+            while self._connection.can_read(timeout=0 if events else seconds):
+                events += self._event(self._connection.read_response())
+        except (self._connections.trouble, OSError):
+            self._connection.disconnect()
+            self._connection = None
+        return events
+
+    def _event(self, message: Any) -> list[Event]:
+        kind, _, channel, data = message
+        if kind != b"pmessage":
+            return []
+        what, _, value = data[1:].partition(b"\n")
+        known = _KINDS.get(data[:1])
+        for record in _records([b"ok", channel[len(self._connections.channel) :], what, value]):
+            if known is not None and record.key.startswith(self._prefix):
+                return [Event(known, record.key, record if known == "put" else None)]
+        return []  # nobody of ours said that
+
+    def _reopened(self, until: float) -> bool:
+        try:
+            seconds = max(0.0, min(_REOPEN, until - time.monotonic()))
+            self._connection = self._connections.subscribed(self._pattern, seconds)
+        except DeadlineExceeded:
+            time.sleep(max(0.0, min(0.05, until - time.monotonic())))
+            return False
+        return True
+
+    def close(self) -> None:
+        """No more; who waits is woken, half a second later at most."""
+        self._closed = True
+        with self._busy:
+            if self._connection is not None:
+                self._connection.disconnect()
+                self._connection = None
+        self._store.forget(self)
+
+
+def _checked(answer: list[Any], key: str, expected: int | None) -> list[Any]:
+    """What the script returned, less its first word."""
+    word, *rest = answer
+    if word == b"changed":
+        raise RecordRefused.changed(key, expected or 0, int(rest[0]))
+    if word == b"lost":
+        raise LeaseLost.ended(f"{key} was to be put under a lease.")
+    return rest
+
+
+def _records(answer: list[Any]) -> list[Record]:
+    """The records of an answer: key, revision and lease, value; what can be none of ours is passed over."""
+    rows, records = iter(answer[1:]), []
+    for key, what, value in zip(rows, rows, rows, strict=False):
+        try:
+            number, _, lease = what.decode("ascii").partition(":")
+            records.append(Record(check_key(key.decode("ascii")), value or b"", int(number), lease))
+        except (ValueError, AttributeError, TensorwayError):
+            continue
+    return records
