@@ -8,10 +8,14 @@ read), as paired ratios: the machine is shared, and each pair is measured within
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib.util
 import random
 import statistics
 import sys
 import time
+from array import array
 from collections.abc import Callable
 
 import tensorway
@@ -39,7 +43,8 @@ def bytes_cost(peer: PeerProcess, pairs: int) -> None:
     for number, (block, count) in enumerate(SIZES):
         nbytes = block * count
         peer.register(nbytes, seed=number)
-        mine, source, target = bytearray(nbytes), bytearray(nbytes), bytearray(nbytes)
+        # All pages are there: what was never written to is one page of zeros for the kernel, and copies like cache.
+        mine, source, target = (bytearray(b"\1" * nbytes) for _ in range(3))
         with tensorway.create("transport", "local") as transport:
             other = transport.connect(peer.describe())
             here = transport.register(mine).regions[0]
@@ -57,13 +62,68 @@ def bytes_cost(peer: PeerProcess, pairs: int) -> None:
             print(f"read of {count:>5} blocks of {block >> 10:>4} KiB: {ratio(read, copy, pairs)}")
 
 
+def at_length(peer: PeerProcess, pairs: int) -> None:
+    """64 KiB x 4,095 in random order, beside what else moves the same bytes between two processes, in turns."""
+    block, count = 64 << 10, 4095
+    number = peer.register(block * count, seed=9)
+    orders = [random.Random(seed).sample(range(count), count) for seed in (1, 2)]
+    mine, source, target = (bytearray(b"\1" * (block * count)) for _ in range(3))
+    starts = [ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory)) for memory in (target, source)]
+    ways: dict[str, Callable[[], object]] = {}
+    with tensorway.create("transport", "local") as transport:
+        other, here = transport.connect(peer.describe()), transport.register(mine).regions[0]
+        tables = BlockTable.over(here, block), BlockTable.over(other.regions[number], block)
+        route = transport.prepare(other, *tables)
+        vectors = [table.vector(array("q", ids)) for table, ids in zip(tables, orders, strict=True)]
+        kernel = ctypes.CDLL(None).process_vm_readv
+
+        def raw() -> None:
+            for first in range(0, 2 * count, 2048):
+                parts = [vector[first : first + 2048] for vector in vectors]
+                lists = [(ctypes.c_uint64 * len(part)).from_buffer(part) for part in parts]
+                kernel(peer.pid, lists[0], len(parts[0]) // 2, lists[1], len(parts[1]) // 2, 0)
+
+        def blocks() -> None:
+            for to, start in zip(*orders, strict=True):
+                ctypes.memmove(starts[0] + to * block, starts[1] + start * block, block)
+
+        ways["local"] = lambda: transport.read(route, *orders).wait()
+        ways["process_vm_readv itself"] = raw
+        ways["memmove of the same blocks in this process"] = blocks
+        with contextlib.ExitStack() as stack:
+            if nixl := by_nixl(stack, orders, block, count):
+                ways["tensorway over NIXL and CMA"] = nixl
+            found: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(pairs + 1):
+                base = cpu(lambda: ctypes.memmove(*starts, block * count))
+                for name, way in ways.items():
+                    found[name].append(cpu(way) / base)
+    for name, ratios in found.items():
+        print(f"64 KiB x {count} at random, {name}: {statistics.median(ratios[1:]):.2f} x memmove of all at once")
+
+
+def by_nixl(
+    stack: contextlib.ExitStack, orders: list[list[int]], block: int, count: int
+) -> Callable[[], object] | None:
+    """The same read over NIXL, where it is installed."""
+    if not any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13")):
+        return None
+    peer = PeerProcess("nixl")
+    stack.callback(peer.close)
+    peer.register(block * count, seed=9)
+    transport = stack.enter_context(tensorway.create("transport", "nixl"))
+    other, here = transport.connect(peer.describe()), transport.register(bytearray(block * count)).regions[0]
+    route = transport.prepare(other, BlockTable.over(here, block), BlockTable.over(other.regions[0], block))
+    return lambda: transport.read(route, *orders).wait()
+
+
 def transfer_cost(peer: PeerProcess, rounds: int) -> None:
     """Wall time of the smallest transfer, and CPU of an idle second."""
-    peer.register(1 << 20)
+    number = peer.register(1 << 20)
     with tensorway.create("transport", "local") as transport:
         other, here = transport.connect(peer.describe()), transport.register(bytearray(1 << 20)).regions[0]
         block = 4 << 10
-        route = transport.prepare(other, BlockTable.over(here, block), BlockTable.over(other.regions[0], block))
+        route = transport.prepare(other, BlockTable.over(here, block), BlockTable.over(other.regions[number], block))
         started = time.perf_counter()
         for _ in range(rounds):
             transport.read(route, [0], [1]).wait()
@@ -80,6 +140,7 @@ def main() -> None:
     peer = PeerProcess("local")
     try:
         bytes_cost(peer, 7 if short else 51)
+        at_length(peer, 5 if short else 21)
         transfer_cost(peer, 500 if short else 20_000)
     finally:
         peer.close()

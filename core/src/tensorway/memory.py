@@ -6,7 +6,13 @@ Ground: may import `errors`. A `Region` is made from anything that says where it
 from __future__ import annotations
 
 import ctypes
+import errno
+import functools
+import mmap
+import os
+import random
 import re
+import weakref
 from typing import Any, Final
 
 import attrs
@@ -15,6 +21,14 @@ from tensorway.errors import MemoryInvalid
 
 #: Addresses end here on every machine that we run on; sums that stay below cannot wrap around in native code.
 ADDRESS_LIMIT: Final = 1 << 63
+PAGE: Final = mmap.PAGESIZE
+PROTECTION: Final = mmap.PROT_READ | mmap.PROT_WRITE
+MAP_SHARED: Final = mmap.MAP_SHARED
+#: Python's `mmap` has no name for it: map here, and nowhere else, and not over what is there.
+MAP_FIXED_NOREPLACE: Final = 0x100000
+#: Where no process maps anything by itself: shared memory that lies there has room at its address in any other.
+_SPARSE: Final = (0x1000_0000_0000, 0x5000_0000_0000)
+_ATTEMPTS: Final = 8
 _DEVICE: Final = re.compile(r"[a-z][a-z0-9_]{0,15}(:[0-9]{1,4})?", re.ASCII)
 
 
@@ -63,6 +77,61 @@ class Region:
             "It has no data_ptr, no __array_interface__, no __cuda_array_interface__ and is no buffer.",
             "Give a tensor, an array, a bytearray or a memoryview; or Region(address, nbytes, device).",
         )
+
+
+def shared(nbytes: int) -> memoryview:
+    """A writable buffer, all zeros, in memory that another process can map: what a contained transport registers.
+
+    It lives as long as anything that was made of it does, and costs one open file.
+    """
+    if type(nbytes) is not int or not 0 < nbytes < ADDRESS_LIMIT:
+        raise MemoryInvalid(
+            f"Shared memory of {nbytes!r} bytes was to be made.",
+            "That is no length.",
+            "Give a whole number above zero.",
+        )
+    whole = -(-nbytes // PAGE) * PAGE
+    file = os.memfd_create("tensorway", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(file, whole)
+        address = _map_somewhere(whole, file)
+    except OSError as error:
+        os.close(file)
+        true = f"The system has none: {error.strerror}."
+        raise MemoryInvalid(f"Shared memory of {nbytes:,} bytes was to be made.", true, "Ask for less.") from error
+    buffer = (ctypes.c_char * nbytes).from_address(address)
+    # Not at the end of the process: threads of a library may still use it then.
+    weakref.finalize(buffer, _unmap, address, whole, file).atexit = False
+    return memoryview(buffer).cast("B")
+
+
+def _map_somewhere(nbytes: int, file: int) -> int:
+    for attempt in range(_ATTEMPTS):
+        # The last attempt leaves the place to the kernel.
+        wish = random.randrange(*_SPARSE, PAGE) if attempt < _ATTEMPTS - 1 else None
+        flags = MAP_SHARED | (MAP_FIXED_NOREPLACE if wish else 0)
+        address = libc().mmap(wish, nbytes, PROTECTION, flags, file, 0)
+        if address not in (None, ctypes.c_void_p(-1).value):
+            return int(address)
+    code = ctypes.get_errno() or errno.ENOMEM
+    raise OSError(code, os.strerror(code))
+
+
+def _unmap(address: int, nbytes: int, file: int) -> None:
+    libc().munmap(address, nbytes)
+    os.close(file)
+
+
+@functools.cache
+def libc() -> Any:
+    """The C library, for mapping memory where it is meant to be, which Python's `mmap` cannot."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    whole, number = ctypes.c_size_t, ctypes.c_int
+    library.mmap.argtypes = (ctypes.c_void_p, whole, number, number, number, ctypes.c_int64)
+    library.munmap.argtypes = (ctypes.c_void_p, whole)
+    library.madvise.argtypes = (ctypes.c_void_p, whole, number)
+    return library
 
 
 def _from_tensor(source: Any) -> Region | None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+
+import attrs
 import pytest
 
 from tensorway.errors import OptionsInvalid
@@ -16,6 +19,12 @@ def test_lists_of_a_config_file_become_tuples():
     given = {"name": "engine-1", "network_devices": ["mlx5_0:1", "eth0"], "ucx_tls": ["cma", "tcp"]}
 
     assert NixlOptions("engine-1", ("mlx5_0:1", "eth0"), ("cma", "tcp")) == validated(OFFER, given)
+
+
+def test_they_reach_a_mover_as_they_are():
+    options = NixlOptions("engine-1", ("mlx5_0:1", "eth0"), ("cma", "tcp"), 5, 3, True)
+
+    assert options == NixlOptions.from_plain(json.loads(json.dumps(attrs.asdict(options))))
 
 
 def test_the_progress_thread_does_not_spin_unless_somebody_asks_for_it():

@@ -19,6 +19,23 @@ class TestRixl(TransportSuite):
     name = "rixl"
 
 
+def test_it_can_be_contained():
+    import tensorway
+    from tensorway.memory import shared
+    from tensorway.transport import BlockTable
+
+    options = {"contained": True}
+    here, there = (tensorway.create("transport", "rixl", options) for _ in range(2))
+    with here, there:
+        mine, theirs = shared(8192), shared(8192)
+        theirs[:] = bytes(range(256)) * 32
+        there.register(theirs)
+        local = BlockTable.over(here.register(mine).regions[0], 4096)
+        peer = here.connect(there.describe())
+        here.read(here.prepare(peer, local, BlockTable.over(peer.regions[0], 4096)), [0, 1], [0, 1]).wait()
+        assert theirs == mine
+
+
 def test_the_library_is_the_one_that_the_test_is_about():
     import os
 

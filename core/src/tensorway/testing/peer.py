@@ -1,7 +1,7 @@
 """A peer in a process of its own, for suites: driven line by line, so that it can be killed and stopped for real.
 
-Room `testing`. `PeerProcess` is this side; `python -m tensorway.testing.peer NAME OPTIONS` is the other. One JSON
-object a line each way.
+Room `testing`. `PeerProcess` is this side; `python -m tensorway.testing.peer NAME OPTIONS [shared]` is the other. One
+JSON object a line each way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any, Final
+
+from tensorway.memory import shared
 
 #: Seconds that a peer may take for one command; starting one imports the transport's library.
 PATIENCE: Final = 60.0
@@ -25,8 +28,11 @@ PATIENCE: Final = 60.0
 class PeerProcess:
     """Another process with one endpoint. Every call has a deadline; `close` leaves nothing behind."""
 
-    def __init__(self, transport: str, options: dict[str, object] | None = None) -> None:
-        command = [sys.executable, "-m", "tensorway.testing.peer", transport, json.dumps(options or {})]
+    def __init__(
+        self, transport: str, options: dict[str, object] | None = None, *, shared_memory: bool = False
+    ) -> None:
+        how = [transport, json.dumps(options or {}), *(["shared"] if shared_memory else [])]
+        command = [sys.executable, "-m", "tensorway.testing.peer", *how]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._unread = b""
         self.ask("ping")
@@ -78,9 +84,15 @@ class PeerProcess:
 
     def signal(self, number: int) -> None:
         """Stop it, let it go on, or kill it."""
+        tasks = Path(f"/proc/{self.pid}/task").glob("*/children") if number == signal.SIGKILL else ()
+        helpers = [Path("/proc") / child / "maps" for task in tasks for child in task.read_text().split()]
         self._process.send_signal(number)
         if number == signal.SIGKILL:
             self._process.wait(PATIENCE)
+            # A mover ends a moment after its engine, and answers until then.
+            deadline = time.monotonic() + PATIENCE
+            while any(map(_mapped, helpers)) and time.monotonic() < deadline:
+                time.sleep(0.002)
 
     def close(self) -> None:
         """End it, whatever state it is in."""
@@ -108,9 +120,26 @@ class PeerProcess:
         return line
 
 
+def _mapped(maps: Path) -> bool:
+    """Whether a process still has memory: it has none from its end on, reaped or not."""
+    try:
+        return bool(maps.read_bytes())
+    except OSError:
+        return False
+
+
 def content(seed: int, nbytes: int) -> bytearray:
     """What a region that was registered with this seed holds."""
     return bytearray(random.Random(seed).randbytes(nbytes))
+
+
+def allocated(data: bytearray, *, shared_memory: bool) -> Any:
+    """The same bytes in memory that can be registered: shared for a transport that asks for that, else as they are."""
+    if not shared_memory:
+        return data
+    buffer = shared(len(data))
+    buffer[:] = data
+    return buffer
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
@@ -121,11 +150,12 @@ def digest(data: bytes | bytearray | memoryview) -> str:
 class _Servant:
     """The other side: one endpoint, and a method per command."""
 
-    def __init__(self, transport: str, options: dict[str, object]) -> None:
+    def __init__(self, transport: str, options: dict[str, object], shared_memory: bool) -> None:
         import tensorway
 
         self.endpoint = tensorway.create("transport", transport, options)
-        self.memory: list[bytearray] = []
+        self.shared_memory = shared_memory
+        self.memory: list[Any] = []
         self.registrations: list[Any] = []
         self.peer: Any = None
 
@@ -133,7 +163,7 @@ class _Servant:
         return os.getpid()
 
     def register(self, nbytes: int, seed: int) -> int:
-        self.memory.append(content(seed, nbytes))
+        self.memory.append(allocated(content(seed, nbytes), shared_memory=self.shared_memory))
         self.registrations.append(self.endpoint.register(self.memory[-1]))
         return len(self.memory) - 1
 
@@ -169,7 +199,7 @@ def main() -> None:
     """Serve commands from stdin until it ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # native libraries print to stdout, and that is the channel of the answers
-    servant = _Servant(sys.argv[1], json.loads(sys.argv[2]))
+    servant = _Servant(sys.argv[1], json.loads(sys.argv[2]), "shared" in sys.argv[3:])
     for line in sys.stdin:
         command = json.loads(line)
         try:

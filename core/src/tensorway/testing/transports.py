@@ -31,7 +31,7 @@ from tensorway.errors import (
     TransferCancelled,
     Unsupported,
 )
-from tensorway.testing.peer import PeerProcess, content, digest
+from tensorway.testing.peer import PeerProcess, allocated, content, digest
 from tensorway.testing.suite import Suite
 from tensorway.transport import BlockTable, Peer, Route, State, Transport
 
@@ -48,6 +48,8 @@ class TransportSuite(Suite):
     #: The backend's name, as `tensorway.create("transport", name)` takes it.
     name: str
     options: ClassVar[dict[str, object]] = {}
+    #: Register memory of `tensorway.memory.shared` on both sides: for a transport that takes no other.
+    shared_memory: ClassVar[bool] = False
 
     @pytest.fixture
     def transport(self) -> Iterator[Transport]:
@@ -61,16 +63,20 @@ class TransportSuite(Suite):
     @pytest.fixture
     def peer(self) -> Iterator[PeerProcess]:
         """An endpoint in another process."""
-        other = PeerProcess(self.name, self.options)
+        other = PeerProcess(self.name, self.options, shared_memory=self.shared_memory)
         yield other
         other.close()
 
     @pytest.fixture
-    def pair(self, transport: Transport, peer: PeerProcess) -> tuple[Transport, PeerProcess, Route, bytearray]:
+    def pair(self, transport: Transport, peer: PeerProcess) -> tuple[Transport, PeerProcess, Route, Any]:
         """Both connected, with memory on both sides and a route over all of it."""
         peer.register(NBYTES, seed=1)
-        mine = content(2, NBYTES)
+        mine = self.memory(2)
         return transport, peer, route_to(transport, transport.connect(peer.describe()), mine), mine
+
+    def memory(self, seed: int) -> Any:
+        """Memory of this process to be registered, with content that `content(seed, NBYTES)` tells."""
+        return allocated(content(seed, NBYTES), shared_memory=self.shared_memory)
 
     # -- bytes
 
@@ -124,7 +130,7 @@ class TransportSuite(Suite):
         *If this fails:* compare how a block's address is computed with `BlockTable`.
         """
         peer.register(NBYTES, seed=1)
-        mine = content(2, NBYTES)
+        mine = self.memory(2)
         here = transport.register(mine).regions[0]
         other = transport.connect(peer.describe())
         there, half = other.regions[0], NBYTES // 2
@@ -230,7 +236,7 @@ class TransportSuite(Suite):
         *If this fails:* check both tables against the regions; no library can be trusted with this.
         """
         peer.register(NBYTES, seed=1)
-        here = transport.register(content(2, NBYTES)).regions[0]
+        here = transport.register(self.memory(2)).regions[0]
         other = transport.connect(peer.describe())
         inside, there = BlockTable.over(here, BLOCK), other.regions[0]
         for remote in (
@@ -323,11 +329,11 @@ class TransportSuite(Suite):
 
         *If this fails:* put an incarnation into the description, and compare it.
         """
-        mine, routes, peers = content(2, NBYTES), [], []
+        mine, routes, peers = self.memory(2), [], []
         options = self.options | {"name": "engine-1"}
         try:
             for seed in (1, 5):
-                peers.append(PeerProcess(self.name, options))
+                peers.append(PeerProcess(self.name, options, shared_memory=self.shared_memory))
                 peers[-1].register(NBYTES, seed=seed)
                 routes.append(route_to(transport, transport.connect(peers[-1].describe()), mine))
                 transport.read(routes[-1], range(COUNT), range(COUNT)).wait()
@@ -444,7 +450,8 @@ class TransportSuite(Suite):
         for _ in range(30):
             transport.disconnect(transport.connect(peer.describe()))
         gc.collect()
-        assert wait_for(lambda: before == (_open_files(), threading.active_count()))
+        # Fewer is fine: what a library opens while it connects may have been counted, and is closed later.
+        assert wait_for(lambda: _open_files() <= before[0] and threading.active_count() <= before[1])
 
     def test_an_idle_endpoint_leaves_the_processor_alone(self, pair: Any) -> None:
         """A second of nothing costs less than a twentieth of one.
@@ -467,12 +474,14 @@ class TransportSuite(Suite):
         peer.signal(signal.SIGKILL)
         with pytest.raises(TensorwayError):
             transport.read(route, range(COUNT), range(COUNT), deadline=3).wait()
-        counts = wait_for(lambda: transport.statistics().get(route.peer.name))
+        # A transfer is counted when it is released, which may be a while after it failed.
+        wait_for(lambda: any(key.startswith("failed_") for key in transport.statistics().get(route.peer.name, ())))
+        counts = transport.statistics()[route.peer.name]
         assert (1, 10 * BLOCK) == (counts["transfers"], counts["read_bytes"])
         assert 1 == sum(value for key, value in counts.items() if key.startswith("failed_"))
 
 
-def route_to(transport: Transport, peer: Peer, mine: bytearray) -> Route:
+def route_to(transport: Transport, peer: Peer, mine: object) -> Route:
     """A route over all of `mine` and all of the peer's first region."""
     here = transport.register(mine).regions[0]
     return transport.prepare(peer, BlockTable.over(here, BLOCK), BlockTable.over(peer.regions[0], BLOCK))

@@ -20,6 +20,7 @@ from tensorway.memory import ADDRESS_LIMIT, Region
 #: More planes or blocks than any engine has; beyond that a number is a mistake or an attack.
 MAX_PLANES: Final = 1 << 16
 MAX_BLOCKS: Final = 1 << 31
+_WHOLE: Final = {int}
 
 
 @attrs.frozen
@@ -133,19 +134,23 @@ def block_ids(ids: Iterable[int] | Any, count: int, *, unique: bool, whose: str)
 
     NIXL takes floats, booleans and numbers above 2**32, and moves another block than was meant.
     """
-    several = ids.tolist() if hasattr(ids, "tolist") else ids
-    if not isinstance(several, Iterable):
-        raise _ids_invalid(whose, f"A {type(ids).__name__} was given, which is not several ids.")
-    values = list(several)
-    if not set(map(type, values)) <= {int}:
-        raise _ids_invalid(whose, "One of them is not a whole number.")
+    if isinstance(ids, array) and ids.typecode == "q":
+        values: Any = ids[:]  # whole numbers for certain, and a copy: the caller may change its own
+    else:
+        several = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not isinstance(several, Iterable):
+            raise _ids_invalid(whose, f"A {type(several).__name__} was given, which is not several ids.")
+        values = list(several)
+        if not set(map(type, values)) <= _WHOLE:
+            raise _ids_invalid(whose, "One of them is not a whole number.")
     if not values:
         return array("q")
-    if min(values) < 0 or max(values) >= count:
-        raise _ids_invalid(whose, f"They reach from {min(values)} to {max(values)}; the table has {count} blocks.")
+    low, high = (values[0], values[0]) if len(values) == 1 else (min(values), max(values))
+    if low < 0 or high >= count:
+        raise _ids_invalid(whose, f"They reach from {low} to {high}; the table has {count} blocks.")
     if unique and len(set(values)) != len(values):
         raise _ids_invalid(whose, "One of them is there twice, and what the block would hold afterwards is chance.")
-    return array("q", values)
+    return values if isinstance(values, array) else array("q", values)
 
 
 def covered(table: BlockTable, regions: Iterable[Region]) -> bool:

@@ -205,6 +205,9 @@ class Fabric(Protocol):
 
     What a fabric raises: `PeerLost` when the peer is gone, `TransferFailed` when it is there and the bytes are not,
     `Unsupported`.
+
+    One that can be restarted below its endpoint has a text `incarnation` also: at first the one that `open` was given,
+    another after each restart, by when every link of the earlier life is lost and every job of it has failed.
     """
 
     #: The transport's name: `local`, `nixl`.

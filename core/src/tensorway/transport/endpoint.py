@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -65,16 +66,15 @@ class Endpoint:
     """One end of a fabric; see `contract.Transport`. Threads may share it."""
 
     def __init__(self, fabric: Fabric, name: str = "") -> None:
-        self.incarnation = uuid.uuid4().hex
+        self._incarnation, self._fabric = uuid.uuid4().hex, fabric
         #: Who this is for its peers; keep it over restarts, and they know that it was replaced.
-        self.endpoint_name = name or f"{fabric.name}-{self.incarnation[:12]}"
+        self.endpoint_name = name or f"{fabric.name}-{self._incarnation[:12]}"
         if not envelope.identifier(self.endpoint_name):
             raise DescriptionInvalid(
                 f"An endpoint was to be called {name[:80]!a}.",
                 "A name is printable ASCII without spaces, at most 128 characters.",
                 "Choose another, or none.",
             )
-        self._fabric = fabric
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
@@ -83,14 +83,19 @@ class Endpoint:
         self._registrations: list[_Registration] = []
         self._peers: list[Peer] = []
         self._transfers: list[Transfer] = []
-        self._counts: dict[str, dict[str, float]] = {}
+        self._counts: dict[str, defaultdict[str, float]] = {}
         self._pump: threading.Thread | None = None
-        fabric.open(self.endpoint_name, self.incarnation)
+        fabric.open(self.endpoint_name, self._incarnation)
 
     @property
     def name(self) -> str:
         """The transport's name."""
         return self._fabric.name
+
+    @property
+    def incarnation(self) -> str:
+        """Which life of it this is; the same as long as it is open, unless its fabric can be restarted below it."""
+        return getattr(self._fabric, "incarnation", "") or self._incarnation
 
     @property
     def capabilities(self) -> Capabilities:
@@ -160,8 +165,10 @@ class Endpoint:
         self._check_open()
         with self._lock:
             regions = tuple(region for registration in self._registrations for region in registration.regions)
-        own = Description(self.name, self.endpoint_name, self.incarnation, regions, self._fabric.describe())
-        return envelope.encode(own)
+        while True:
+            incarnation, blob = self.incarnation, self._fabric.describe()
+            if incarnation == self.incarnation:  # or the fabric was restarted between the two
+                return envelope.encode(Description(self.name, self.endpoint_name, incarnation, regions, blob))
 
     def connect(self, description: bytes, deadline: float = 30.0) -> Peer:
         """Reach the endpoint that gave this description; see `contract.Transport`."""
@@ -344,20 +351,22 @@ class Endpoint:
         return transfer
 
     def _retire(self, transfer: Transfer) -> None:
+        """It is released: nobody has to look after it any more."""
         with self._lock:
-            if transfer in self._transfers and transfer.released:
+            if transfer in self._transfers:  # if not, another thread was faster
                 self._transfers.remove(transfer)
                 self._count(transfer)
 
     def _count(self, transfer: Transfer) -> None:
-        counts = self._counts.setdefault(transfer.route.peer.name, {})
-        done = transfer.error is None
-        cause = "transfers" if done else f"failed_{type(transfer.error).__name__}"
-        added = {cause: 1, "posting_seconds": transfer.posting_seconds, "seconds": transfer.seconds}
-        if done:
-            added |= {f"{transfer.operation}_bytes": transfer.nbytes, "pieces": transfer.pieces}
-        for key, value in added.items():
-            counts[key] = counts.get(key, 0) + value
+        counts = self._counts.setdefault(transfer.route.peer.name, defaultdict(float))
+        counts["posting_seconds"] += transfer.posting_seconds
+        counts["seconds"] += transfer.seconds
+        if transfer.error is not None:
+            counts[f"failed_{type(transfer.error).__name__}"] += 1
+            return
+        counts["transfers"] += 1
+        counts[f"{transfer.operation}_bytes"] += transfer.nbytes
+        counts["pieces"] += transfer.pieces
 
     def _ensure_pump(self) -> None:
         """Start the thread that moves pending transfers on: deadlines and notifications need nobody's polling."""

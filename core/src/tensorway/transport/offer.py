@@ -16,6 +16,8 @@ class LocalOptions:
 
     #: Who this endpoint is for its peers; keep it over restarts. Empty makes one up.
     name: str = ""
+    #: Run it in a process of its own, as a transport over a native library would be: for tests, and to compare.
+    contained: bool = False
 
 
 def transport(ctx: HookContext) -> Offer:
@@ -39,6 +41,10 @@ def construct(options: LocalOptions, context: object) -> object:
     from tensorway.transport.endpoint import Endpoint
     from tensorway.transport.local import LocalFabric
 
+    if options.contained:
+        from tensorway.transport.contained import contain
+
+        return contain("local", "tensorway.transport.local:LocalFabric", endpoint=options.name)
     return Endpoint(LocalFabric(), options.name)
 
 

@@ -102,6 +102,9 @@ class Transfer:
 
         If `deadline` is sooner than its own, raise `DeadlineExceeded` then, and the transfer goes on.
         """
+        if not self.pending:  # most are done when they have been started
+            self._raise()
+            return
         until = None if deadline is None else time.monotonic() + deadline
         pauses, moved = _pauses(), self._moved()
         while self.poll() is State.PENDING:
@@ -111,8 +114,9 @@ class Transfer:
                 raise self._too_late(f"It is still under way after {deadline:g} s; it goes on until its own deadline.")
             if pause := next(pauses):
                 time.sleep(pause)
-        if self.error is not None:
-            raise self.error
+            else:
+                os.sched_yield()  # who makes the progress may need this very core
+        self._raise()
 
     def __await__(self) -> Generator[Any, None, None]:
         return self._finish().__await__()
@@ -130,6 +134,11 @@ class Transfer:
             if moved != (moved := self._moved()):
                 pauses = _pauses()
             await asyncio.sleep(next(pauses))
+        if self.error is not None:
+            raise self.error
+
+    def _raise(self) -> None:
+        self._check_process()
         if self.error is not None:
             raise self.error
 
@@ -162,10 +171,10 @@ class Transfer:
         limits = self._fabric.capabilities
         blocks = max(1, limits.max_pieces // len(self.route.local.bases))
         for _ in range(limits.max_in_flight - len(self._jobs)):
+            if self._posted >= len(self.local_ids):
+                return
             part = slice(self._posted, self._posted + blocks)
             local, remote = self.local_ids[part], self.remote_ids[part]
-            if not local:
-                return
             started = time.perf_counter()
             job = self._fabric.post(self.operation, self.route.prepared, local, remote, left)
             self.posting_seconds += time.perf_counter() - started

@@ -404,14 +404,15 @@ class NixlFabric:
 
 def _lane(canary: Job, same_host: bool) -> str:
     """UCX does not say what it uses; its estimate tells, and where it has devices for RDMA, what came of it."""
-    if canary.microseconds > _TCP_MICROSECONDS:
-        return "tcp"
     devices = Path("/sys/class/infiniband")
     has_rdma = devices.is_dir() and any(devices.iterdir())
+    if canary.microseconds > _TCP_MICROSECONDS or not (same_host or has_rdma):
+        return "tcp"
     # Only a copy by this process is sure to be done when the post returns.
     return "cma" if same_host and (canary.at_once or not has_rdma) else "rdma"
 
 
 def _host() -> str:
-    """The running kernel."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    """The running kernel, and the namespace in which numbers of processes mean something: no copy leaves either."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

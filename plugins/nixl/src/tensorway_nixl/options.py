@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
@@ -38,3 +39,13 @@ class NixlOptions:
     )
     #: Worker threads that split large requests; 0 for none.
     num_threads: int = attrs.field(default=0, validator=[attrs.validators.ge(0), attrs.validators.le(256)])
+    #: Run NIXL in a process of its own, over shared host memory, so that its crashes are not this process's.
+    contained: bool = False
+
+    @classmethod
+    def from_plain(cls, given: Mapping[str, Any]) -> NixlOptions:
+        """Options that went to another process as plain data, in which a tuple is a list."""
+        options: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
+        }
+        return cls(**options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tensorway.types import HookContext, Offer
 from tensorway_nixl.options import NixlOptions
 from tensorway_rixl.probe import probe
@@ -24,11 +26,25 @@ def transport(ctx: HookContext) -> Offer:
 
 
 def construct(options: NixlOptions, context: object) -> object:
-    """An endpoint over NIXL for ROCm; loads it."""
+    """An endpoint over NIXL for ROCm; loads it, here or in a mover."""
     from tensorway.transport import Endpoint
     from tensorway_nixl.fabric import NixlFabric
     from tensorway_rixl.library import LIBRARY
 
+    if options.contained:
+        import attrs
+
+        from tensorway.transport.contained import contain
+
+        return contain("rixl", "tensorway_rixl.offers:fabric", attrs.asdict(options), options.name)
     # torch for ROCm calls its devices cuda.
     media = frozenset({"cpu", "cuda", "rocm"})
     return Endpoint(NixlFabric(LIBRARY, options, "rixl", media), options.name)
+
+
+def fabric(**options: Any) -> object:
+    """The fabric alone, of options as plain data and for host memory: what a mover makes."""
+    from tensorway_nixl.fabric import NixlFabric
+    from tensorway_rixl.library import LIBRARY
+
+    return NixlFabric(LIBRARY, NixlOptions.from_plain(options), "rixl", frozenset({"cpu"}))
