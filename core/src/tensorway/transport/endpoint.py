@@ -39,6 +39,8 @@ _abandoned: Final[list[object]] = []
 _GRACE: Final = 1e-3
 #: How often that thread looks at what is pending or in quarantine.
 _PERIOD: Final = 1e-3
+#: How many times it looks at nothing before it waits to be woken: waking it costs a small transfer as much again.
+_LINGERS: Final = 50
 #: How long `close` gives that thread to end; a fabric's call may hold it up.
 _PUMP_ENDS: Final = 0.5
 
@@ -85,6 +87,7 @@ class Endpoint:
         self._transfers: list[Transfer] = []
         self._counts: dict[str, defaultdict[str, float]] = {}
         self._pump: threading.Thread | None = None
+        self._idle = False
         fabric.open(self.endpoint_name, self._incarnation)
 
     @property
@@ -374,13 +377,18 @@ class Endpoint:
             if self._pump is None and not self._closed:
                 self._pump = threading.Thread(target=self._run_pump, name=f"tensorway-{self.name}", daemon=True)
                 self._pump.start()
-            self._wake.notify_all()
+            if self._idle:
+                self._wake.notify_all()
 
     def _run_pump(self) -> None:
+        looks = 0
         while True:
             with self._lock:
-                while not self._transfers and not self._closed:
-                    self._wake.wait()  # idle: nothing to look at, and no processor used
+                looks = 0 if self._transfers else looks + 1
+                while looks > _LINGERS and not self._transfers and not self._closed:
+                    self._idle = True
+                    self._wake.wait()  # nothing to look at, and no processor used
+                    self._idle = False
                 if self._closed:
                     return
             time.sleep(_GRACE)

@@ -6,6 +6,7 @@ May import tensorway's ground and the transport's block tables. Block `i` of pla
 from __future__ import annotations
 
 from array import array
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -35,6 +36,8 @@ def indices(table: BlockTable, ids: array[int]) -> Any:
     """The indices of these blocks, in every plane."""
     np = _numpy()
     blocks = np.frombuffer(ids, dtype=np.int64)
+    if len(table.bases) == 1:
+        return blocks.astype(np.int32)
     planes = np.arange(len(table.bases), dtype=np.int64)
     return (planes[:, None] * table.count + blocks).astype(np.int32).ravel()
 
@@ -44,6 +47,7 @@ def device_index(device: str) -> int:
     return int(device.partition(":")[2] or 0)
 
 
+@cache
 def _numpy() -> Any:
     """NIXL's own dependency: not there before NIXL is, nor for the type checker."""
     return import_module("numpy")
