@@ -112,19 +112,18 @@ class NativeLibrary:
 
     def _prepare_environment(self, modules: Sequence[str]) -> None:
         early = next((module for module in modules if module in sys.modules), None)
-        for variable, value in self.environment.items():
-            if settings.set_default(variable, value) and early is not None:
-                _logging.warn_once(
-                    _log,
-                    (self.name, variable),
-                    "%s was imported (as %s) before tensorway could set %s=%s; set it before the process starts",
-                    self.name,
-                    early,
-                    variable,
-                    value,
-                    rank=settings.local_rank(),
-                    extra={"library": self.name, "variable": variable},
-                )
+        ours = [f"{name}={value}" for name, value in self.environment.items() if settings.set_default(name, value)]
+        if ours and early is not None:
+            _logging.warn_once(
+                _log,
+                (self.name, "environment"),
+                "%s was imported (as %s) before tensorway could set %s; set it before the process starts",
+                self.name,
+                early,
+                ", ".join(ours),
+                rank=settings.local_rank(),
+                extra={"library": self.name, "variables": ours},
+            )
 
 
 def lazy_attributes(library: NativeLibrary, module: str) -> Callable[[str], Any]:

@@ -19,7 +19,8 @@ SYMBOLS: Final = {
 }
 #: UCX keeps memory that was unregistered in its cache without a bound, and a KV cache then grows until the host is out
 #: of memory (vllm-project/vllm#24264). NIXL set a bound once and dropped it again; ours holds for every version.
-ENVIRONMENT: Final = {"UCX_RCACHE_MAX_UNRELEASED": "1024"}
+#: When a link is cut, UCX over TCP notices it as late as the kernel gives up, after a quarter of an hour.
+ENVIRONMENT: Final = {"UCX_RCACHE_MAX_UNRELEASED": "1024", "UCX_TCP_USER_TIMEOUT": "15s"}
 
 
 def packages() -> tuple[str, ...]:
