@@ -20,9 +20,25 @@ def test_every_variable_is_read():
         "TENSORWAY_PROBE_TIMEOUT": "2.5",
         "TENSORWAY_LOCAL_RANK": "3",
     }
-    assert set(environ) == set(settings.VARIABLES)
+    # Secrets are read when somebody asks for them, and kept nowhere.
+    assert set(environ) == set(settings.VARIABLES) - {"TENSORWAY_SECRET", "TENSORWAY_SECRET_FILE"}
     expected = Settings(("nixl", "transport:cpu@acme"), ("rixl",), strict=True, probe_timeout=2.5, local_rank=3)
     assert expected == from_environment(environ)
+
+
+def test_a_secret_comes_from_its_variable_or_else_from_its_file(monkeypatch, tmp_path):
+    for name in ("TENSORWAY_SECRET", "TENSORWAY_SECRET_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert settings.secret() == ""
+    (tmp_path / "secret").write_text("from the file\n")
+    monkeypatch.setenv("TENSORWAY_SECRET_FILE", str(tmp_path / "secret"))
+    assert settings.secret() == "from the file"
+    monkeypatch.setenv("TENSORWAY_SECRET", "from the variable")
+    assert settings.secret() == "from the variable"
+    monkeypatch.delenv("TENSORWAY_SECRET")
+    monkeypatch.setenv("TENSORWAY_SECRET_FILE", str(tmp_path / "nothing"))
+    with pytest.raises(SettingInvalid, match="cannot be read"):
+        settings.secret()
 
 
 @pytest.mark.parametrize(

@@ -245,10 +245,12 @@ class DirectStore:
                 watched.tell(reply)
 
     def _answered(self, answer: Answer) -> None:
-        pending = self._pending.get(answer.number)
+        pending, watched = self._pending.get(answer.number), self._watches.get(answer.number)
         if pending is not None:
             pending.answer = answer
             pending.arrived.set()
+        elif watched is not None:  # it is watched again, and only now does reading again miss nothing
+            watched.reset()
 
     def _connection(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -256,7 +258,6 @@ class DirectStore:
                 again, self._met = self._met, True
                 watches = list(self._watches.values()) if again else []
             for watched in watches:  # the service knows us under a new name, or is another
-                watched.reset()
                 request = Request(frames.PROTOCOL, watched.number, "watch", key=watched.prefix)
                 self._outgoing.append(frames.encode(request))
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and not self._met:
