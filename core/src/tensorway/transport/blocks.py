@@ -162,6 +162,14 @@ def covered(table: BlockTable, regions: Iterable[Region]) -> bool:
     )
 
 
+def touches(table: BlockTable, regions: Iterable[Region]) -> bool:
+    """Whether any plane of the table lies in one of the regions, be it in part."""
+    known = [region for region in regions if region.device == table.device]
+    return any(
+        start < region.end and region.address < start + length for start, length in table.extents() for region in known
+    )
+
+
 def _ids_invalid(whose: str, true: str) -> MemoryInvalid:
     return MemoryInvalid(
         f"A transfer of {whose} blocks was asked for.", true, "Give ids of blocks of the route's tables."

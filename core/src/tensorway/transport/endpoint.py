@@ -20,7 +20,7 @@ import attrs
 from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, MemoryInvalid, PeerLost, Unsupported
 from tensorway.memory import Region
 from tensorway.transport import description as envelope
-from tensorway.transport.blocks import BlockTable, block_ids, covered
+from tensorway.transport.blocks import BlockTable, block_ids, covered, touches
 from tensorway.transport.contract import (
     Capabilities,
     Description,
@@ -145,7 +145,7 @@ class Endpoint:
             with self._lock:
                 if registration not in self._registrations:
                     return
-                users = [transfer for transfer in self._transfers if _touches(transfer, registration.regions)]
+                users = [row for row in self._transfers if touches(row.route.local, registration.regions)]
                 if not users:
                     self._registrations.remove(registration)
                     self._epoch += 1  # every route is checked anew before its next transfer
@@ -430,12 +430,3 @@ class Endpoint:
             f"Not all of it lies in memory that {owner} has registered.",
             "Register the memory first, then describe: a description holds what was registered when it was made.",
         )
-
-
-def _touches(transfer: Transfer, regions: Iterable[Region]) -> bool:
-    table = transfer.route.local
-    return any(
-        start < region.end and region.address < start + length and region.device == table.device
-        for start, length in table.extents()
-        for region in regions
-    )
