@@ -20,9 +20,8 @@ import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import attrs
 import msgspec
@@ -36,9 +35,10 @@ from tensorway.errors import (
     Unsupported,
 )
 from tensorway.memory import Region
-from tensorway.transport.blocks import BlockTable
+from tensorway.transport.blocks import BlockTable, covered
 from tensorway.transport.contract import Capabilities, Description, Notification, Operation
 from tensorway.transport.description import identifier
+from tensorway.transport.iovec import behind, iovec, move
 
 #: What one call of the kernel takes.
 _IOV_MAX: Final = 1024
@@ -82,7 +82,19 @@ class _Link:
     pid: int
     channel: socket.socket = attrs.field(repr=False)
     same_process: bool
+    incarnation: str
     lost: str = ""
+
+
+@attrs.define(eq=False)
+class _Prepared:
+    """A route."""
+
+    link: _Link
+    local: BlockTable
+    remote: BlockTable
+    #: Of memory within this process: the peer's epoch in which all of the remote table was registered.
+    epoch: int = -1
 
 
 #: What to do when the kernel refuses to copy between processes.
@@ -112,6 +124,10 @@ class LocalFabric:
         self._canary = ctypes.create_string_buffer(1)
         self._links: weakref.WeakSet[_Link] = weakref.WeakSet()
         self._queue: deque[Notification] = deque()
+        #: Held while memory of ours is copied within this process, or is registered or deregistered.
+        self._memory = threading.Lock()
+        self._regions: list[Region] = []
+        self._epoch = 0
         self._senders: dict[socket.socket, _Hello | None] = {}
         self._closed = False
 
@@ -131,11 +147,17 @@ class LocalFabric:
         self._thread.start()
         _by_incarnation[incarnation] = self
 
-    def attach(self, region: Region) -> None:
-        """Nothing to do: the kernel needs no registration, and the endpoint keeps the books."""
+    def attach(self, region: Region) -> Region:
+        """The kernel needs no registration; peers of this process do, before they touch memory themselves."""
+        with self._memory:
+            self._regions.append(region)
+        return region
 
-    def detach(self, handle: object) -> None:
-        """Nothing to do."""
+    def detach(self, handle: Region) -> None:
+        """From now on the memory may be freed: no peer of this process is copying it, and none will."""
+        with self._memory:
+            self._regions.remove(handle)
+            self._epoch += 1
 
     def describe(self) -> bytes:
         """Who this is on this machine."""
@@ -160,7 +182,7 @@ class LocalFabric:
                 )
             channel.sendall(self._hello)
             channel.setblocking(False)
-            link = _Link(description.name, pid, channel, same_process=pid == os.getpid())
+            link = _Link(description.name, pid, channel, pid == os.getpid(), description.incarnation)
             self._prove(link, blob.canary, description.incarnation.encode(), asked)
         except TensorwayError:
             _close(channel)
@@ -204,22 +226,17 @@ class LocalFabric:
                 link.lost = f"its connection broke: {error.strerror}"
         return link.lost
 
-    def prepare(self, link: _Link, local: BlockTable, remote: BlockTable) -> tuple[_Link, BlockTable, BlockTable]:
+    def prepare(self, link: _Link, local: BlockTable, remote: BlockTable) -> _Prepared:
         """Nothing is worth keeping: a piece costs less than looking one up."""
-        return link, local, remote
+        return _Prepared(link, local, remote)
 
     def post(
-        self,
-        operation: Operation,
-        prepared: tuple[_Link, BlockTable, BlockTable],
-        local_ids: array[int],
-        remote_ids: array[int],
-        seconds: float,
+        self, operation: Operation, prepared: _Prepared, local_ids: array[int], remote_ids: array[int], seconds: float
     ) -> None:
         """Copy, now."""
-        link, local, remote = prepared
+        link, local, remote = prepared.link, prepared.local, prepared.remote
         if link.same_process:
-            _move(operation, local, remote, local_ids, remote_ids)
+            self._move_within(operation, prepared, local_ids, remote_ids)
         else:
             self._copy(operation, link, local.vector(local_ids), remote.vector(remote_ids))
         if self.lost(link):
@@ -273,15 +290,30 @@ class LocalFabric:
 
     # -- moving bytes
 
+    def _move_within(
+        self, operation: Operation, prepared: _Prepared, local_ids: array[int], remote_ids: array[int]
+    ) -> None:
+        """Where the kernel would refuse memory that is gone, this process would end: so look before."""
+        asked = f"A {operation} with peer {prepared.link.name} was asked for."
+        there = _by_incarnation.get(prepared.link.incarnation)
+        if there is None:
+            raise PeerLost.because(asked, prepared.link.lost or _ENDED)
+        with there._memory:
+            if prepared.epoch != there._epoch:
+                if not covered(prepared.remote, there._regions):
+                    raise TransferFailed(asked, "Not all of the peer's memory is registered there any more.", _FREED)
+                prepared.epoch = there._epoch
+            move(operation, prepared.local, prepared.remote, local_ids, remote_ids)
+
     def _copy(self, operation: Operation, link: _Link, mine: array[int], theirs: array[int]) -> None:
         call = self._libc.process_vm_readv if operation == "read" else self._libc.process_vm_writev
         while mine:
             ours, others = mine[: 2 * _IOV_MAX], theirs[: 2 * _IOV_MAX]
-            moved = call(link.pid, _iovec(ours), len(ours) // 2, _iovec(others), len(others) // 2, 0)
+            moved = call(link.pid, iovec(ours), len(ours) // 2, iovec(others), len(others) // 2, 0)
             if moved <= 0:
                 raise self._failed(operation, link, ctypes.get_errno())
             # Fewer bytes than asked for: one side had more pieces, or the kernel's limit for one call was reached.
-            mine, theirs = _behind(mine, moved), _behind(theirs, moved)
+            mine, theirs = behind(mine, moved), behind(theirs, moved)
 
     def _prove(self, link: _Link, canary: int, incarnation: bytes, asked: str) -> None:
         """Read the incarnation out of the peer's memory: the capability is proven, and so is that it is this peer."""
@@ -360,41 +392,6 @@ class LocalFabric:
         while len(self._queue) >= _MAX_QUEUED and not self._closed:
             time.sleep(_FULL_PAUSE)
         self._queue.append(notification)
-
-
-#: Address and length.
-_Piece = tuple[int, int]
-
-
-def _iovec(vector: array[int]) -> Any:
-    """An array of `struct iovec` over the same memory."""
-    return (ctypes.c_uint64 * len(vector)).from_buffer(vector)
-
-
-def _behind(vector: array[int], moved: int) -> array[int]:
-    """What is left of a vector behind the first `moved` bytes: nothing, nearly always."""
-    if moved == sum(vector[1::2]):
-        return array("Q")
-    return array("Q", chain.from_iterable(_rest(list(zip(vector[0::2], vector[1::2], strict=True)), moved)))
-
-
-def _rest(pieces: list[_Piece], moved: int) -> list[_Piece]:
-    """What is left of the pieces behind the first `moved` bytes."""
-    for index, (address, length) in enumerate(pieces):
-        if moved < length:
-            return [(address + moved, length - moved), *pieces[index + 1 :]]
-        moved -= length
-    return []
-
-
-def _move(
-    operation: Operation, local: BlockTable, remote: BlockTable, local_ids: array[int], remote_ids: array[int]
-) -> None:
-    target, source = (local, remote) if operation == "read" else (remote, local)
-    target_ids, source_ids = (local_ids, remote_ids) if operation == "read" else (remote_ids, local_ids)
-    for to, start in zip(target.bases, source.bases, strict=True):
-        for here, there in zip(target_ids, source_ids, strict=True):
-            ctypes.memmove(to + target.stride * here, start + source.stride * there, target.block_bytes)
 
 
 def _greeting(message: bytes) -> _Hello:

@@ -35,7 +35,7 @@ from tensorway.errors import (
 from tensorway.memory import Region
 from tensorway.testing import OfferSuite, PeerProcess, TransportSuite
 from tensorway.testing.peer import content, digest
-from tensorway.transport import BlockTable, Endpoint, State, local
+from tensorway.transport import BlockTable, Endpoint, State, iovec, local
 from tensorway.transport import description as envelope
 from tensorway.transport.local import LocalFabric
 
@@ -414,7 +414,7 @@ def test_what_is_left_of_pieces_begins_behind_the_bytes_that_were_moved():
     pieces = [(100, 10), (200, 5), (300, 1)]
     flat = [start + byte for start, length in pieces for byte in range(length)]
     for moved in range(17):
-        left = local._rest(pieces, moved)
+        left = iovec._rest(pieces, moved)
         assert flat[moved:] == [start + byte for start, length in left for byte in range(length)]
         assert all(length > 0 for _, length in left)
 
@@ -547,6 +547,27 @@ def test_an_endpoint_that_nobody_fetches_from_closes_all_the_same(here, monkeypa
     there.close()
     assert time.monotonic() - started < 2
     assert not there._fabric._thread.is_alive()
+
+
+def test_memory_of_this_process_that_was_deregistered_is_not_touched(here, there):
+    mine, theirs = mmap.mmap(-1, 1 << 16), mmap.mmap(-1, 1 << 16)
+    registration = there.register(theirs)
+    region = here.register(mine).regions[0]
+    peer = here.connect(there.describe())
+    tables = [BlockTable.over(each, 4096) for each in (region, peer.regions[0])]
+    route = here.prepare(peer, *tables)
+    here.read(route, [0], [0]).wait()
+    registration.close()
+    del registration
+    gc.collect()
+    theirs.close()  # its pages are gone: touching them would end this process
+    for operation in (here.read, here.write):
+        with pytest.raises(TransferFailed, match="Not all of the peer's memory"):
+            operation(route, [0], [0]).wait()
+    again = mmap.mmap(-1, 1 << 16)
+    there.register(again)
+    other = here.connect(there.describe())
+    here.read(here.prepare(other, tables[0], BlockTable.over(other.regions[0], 4096)), [0], [0]).wait()
 
 
 # -- forks and ends
