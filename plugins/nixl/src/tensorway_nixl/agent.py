@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: Bytes that hold a `struct sigaction` on every platform.
 _SIGACTION_BYTES: Final = 256
 #: Agents that are open, and those of them that have something in flight, which must outlive their last user.
-_open: Final[weakref.WeakSet[Agent]] = weakref.WeakSet()
+opened: Final[weakref.WeakSet[Agent]] = weakref.WeakSet()
 _busy: Final[set[Agent]] = set()
 _creating: Final = threading.Lock()
 
@@ -127,14 +127,14 @@ class Agent:
         Destroying an agent that is reading over TCP can abort the *peer's* process (an assertion in UCX).
         """
         if self.jobs:
-            _keep_for_ever(self)
+            keep_for_ever(self)
             return False
         for handle in tuple(self.lists):
             self.release_list(handle)
         for registered, _ in tuple(self.regions.values()):
             self.deregister(registered)
         self.native = None
-        _open.discard(self)
+        opened.discard(self)
         return True
 
 
@@ -160,7 +160,7 @@ def create(title: str, loaded: Loaded, name: str, options: NixlOptions) -> Agent
             "See that lo is up, and what the options, UCX_TLS, UCX_NET_DEVICES and ~/.nixl.cfg say.",
         ) from error
     agent = Agent(bindings, native)
-    _open.add(agent)
+    opened.add(agent)
     return agent
 
 
@@ -198,7 +198,7 @@ def _environment(wanted: dict[str, str]) -> Iterator[None]:
             libc.unsetenv(name.encode())
 
 
-def _keep_for_ever(agent: Agent) -> None:
+def keep_for_ever(agent: Agent) -> None:
     """Never destroy it, not even when the interpreter ends: for its peers, that is as if the process was killed."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(agent))
 
@@ -208,18 +208,18 @@ def _leave() -> None:
 
     And then destroy nothing: threads of NIXL's and ours may still be in it, and the process has been seen to abort.
     """
-    for agent in tuple(_open):
+    for agent in tuple(opened):
         if not agent.inherited:
             agent.drain()
-            _keep_for_ever(agent)
+            keep_for_ever(agent)
 
 
 def _disown() -> None:
     """In a forked child: destroying a copy breaks the parent's, which then aborts when it ends."""
     _busy.clear()  # or the child would wait for its parent's transfers when it ends
-    for agent in tuple(_open):
+    for agent in tuple(opened):
         agent.inherited = True
-        _keep_for_ever(agent)
+        keep_for_ever(agent)
 
 
 atexit.register(_leave)
