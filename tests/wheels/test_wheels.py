@@ -155,7 +155,7 @@ def test_the_core_alone_imports_and_says_its_version(core):
 
 def test_the_core_alone_is_small(core):
     assert not {"torch", "numpy"} & set(core.installed())
-    small = {"tensorway", "attrs", "pluggy", "msgspec", "importlib-metadata", "zipp", "pip", "setuptools"}
+    small = {"tensorway", "attrs", "pluggy", "msgspec", "pyzmq", "importlib-metadata", "zipp", "pip", "setuptools"}
     strangers = set(core.installed()) - small
     # importlib-metadata's own dependencies change from release to release; nobody else's are expected.
     shown = core.pip("show", *sorted(strangers)) if strangers else ""

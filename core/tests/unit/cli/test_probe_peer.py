@@ -26,7 +26,13 @@ def server():
     command = [sys.executable, "-m", "tensorway", "probe", "--serve", "--host", "loopback", "--transport", "local"]
     environment = {**os.environ, "TENSORWAY_SECRET": SECRET}
     process = subprocess.Popen(
-        [*command, "--seconds", "90"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        [*command, "--seconds", "90"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        # What runs the tests in the background may have told them to ignore it, and they would pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         lines = [process.stdout.readline() for _ in range(3)]

@@ -105,7 +105,7 @@ class Crashing(LocalFabric):
         if fault != "scribble":
             self.obey(fault)
             return super().post(operation, prepared, local_ids, remote_ids, seconds)
-        threading.Thread(target=self.scribble, args=(prepared[1].bases[0],), daemon=True).start()
+        threading.Thread(target=self.scribble, args=(prepared.local.bases[0],), daemon=True).start()
         return "scribbling"
 
     def scribble(self, address):
