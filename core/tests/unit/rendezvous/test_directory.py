@@ -75,7 +75,7 @@ def test_members_find_each_other_and_move_bytes(join):
 def test_many_are_connected_at_once(join):
     names = [f"m{index}" for index in range(12)]
     directories = [join(name) for name in names]
-    eventually(lambda: len(directories[0].members()) == 11)
+    eventually(lambda: [member.state for member in directories[0].members().values()] == ["live"] * 11)
     peers = directories[0].connect_all(deadline=10)
     assert sorted(peers) == sorted(names[1:])
     assert {read(directories[0], peer) for peer in peers.values()} == {name.encode() for name in names[1:]}
