@@ -51,7 +51,7 @@ def test_wrong_bytes_are_found(monkeypatch):
     assert any("read other bytes than it had written" in text for text in breaches)
 
 
-@pytest.mark.parametrize(("name", "more"), [("files", 6), ("threads", 6), ("objects", 14), ("entries", 14)])
+@pytest.mark.parametrize(("name", "more"), [("files", 6), ("threads", 7), ("objects", 14), ("entries", 14)])
 def test_a_count_says_in_what_it_has_grown(name, more):
     count = Count(1000, 5, 5, 5, 5)
     assert [f"5 {name}, then {more}"] == count.grown(attrs.evolve(count, **{name: more}))
