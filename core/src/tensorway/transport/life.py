@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import attrs
+import msgspec
 
 from tensorway import errors
 from tensorway.errors import TensorwayError, TransferFailed
@@ -181,7 +182,7 @@ class Life:
         try:
             while (message := self._channel.receive()) is not None:
                 self._take(mover.REPORTS.decode(message), heard)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError) as error:
             self.kill(f"sent what is no message ({str(error)[:80]}) and was killed")
 
     def bury(self) -> None:
