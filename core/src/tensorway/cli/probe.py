@@ -26,6 +26,8 @@ BLOCK: Final = 64 << 10
 #: A read of this size takes the time of its way; one of the other takes the time of its bytes.
 SMALL: Final = 4 << 10
 LARGE: Final = 64 << 20
+#: What the peer has registered is `content(SEED, LARGE)`.
+SEED: Final = 1
 _SMALL_READS: Final = 300
 _LARGE_READS: Final = 5
 #: The first reads set up connections, and touch pages.
@@ -158,18 +160,22 @@ def _measured_here(name: str) -> tuple[Measurement, bool]:
     """Measure with a second process, and compare what arrives with what it has."""
     peer = PeerProcess(name)
     try:
-        peer.register(LARGE, seed=1)
+        peer.register(LARGE, seed=SEED)
         with host().create("transport", name) as transport:
             other = transport.connect(peer.describe())
             found = measure(transport, other, same_host=True)
-            mine = bytearray(BLOCK)
-            here = BlockTable.over(transport.register(mine).regions[0], BLOCK)
-            last = LARGE // BLOCK - 1
-            route = transport.prepare(other, here, BlockTable.over(other.regions[0], BLOCK))
-            transport.read(route, [0], [last]).wait()
-            return found, digest(mine) == digest(content(1, LARGE)[-BLOCK:])
+            return found, verified(transport, other)
     finally:
         peer.close()
+
+
+def verified(endpoint: Transport, peer: Peer) -> bool:
+    """Whether the last block of a peer that registered `content(SEED, LARGE)` arrives as it was made."""
+    mine = bytearray(BLOCK)
+    here = BlockTable.over(endpoint.register(mine).regions[0], BLOCK)
+    there = BlockTable.over(peer.regions[0], BLOCK)
+    endpoint.read(endpoint.prepare(peer, here, there), [0], [there.count - 1]).wait()
+    return digest(mine) == digest(content(SEED, LARGE)[-BLOCK:])
 
 
 def _timed(endpoint: Transport, route: Route, ids: Any, deadline: float) -> float:

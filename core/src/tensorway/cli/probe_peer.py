@@ -18,8 +18,8 @@ from tensorway.plugins import host
 from tensorway.rendezvous import Directory, Fact, Rendezvous
 from tensorway.rendezvous.environment import this_host
 from tensorway.rendezvous.members import decode
-from tensorway.testing.peer import content, digest
-from tensorway.transport import BlockTable, Peer, Transport
+from tensorway.testing.peer import content
+from tensorway.transport import Transport
 
 _GROUP: Final = "/tensorway-probe"
 _SERVER: Final = "server"
@@ -30,7 +30,7 @@ _LOOK: Final = 0.2
 def serve(out: Output, name: str | None, policy: str, port: int, seconds: float) -> int:
     """Let others measure reads from this machine, for so many seconds or until it is interrupted."""
     out.progress(f"Registering {probe.LARGE >> 20} MiB, and listening by host policy {policy} ...")
-    memory = content(1, probe.LARGE)
+    memory = content(probe.SEED, probe.LARGE)
     options = {"host": policy, "port": port}
     with host().create("rendezvous", "direct", options) as rendezvous, closing(_transport(name)) as endpoint:
         endpoint.register(memory)
@@ -62,7 +62,7 @@ def run(out: Output, address: str, name: str | None, deadline: float) -> int:
                 peer = directory.connect(_SERVER, deadline)
                 copied = probe.memmove()
                 found = probe.measure(endpoint, peer, same_host=there == this_host(), deadline=deadline)
-                row = probe.row_of(offered, found, _verified(endpoint, peer), copied)
+                row = probe.row_of(offered, found, probe.verified(endpoint, peer), copied)
                 endpoint.notify(peer, f"{me} measured {row['latency_median'] * 1e6:.1f} us".encode())
     code = exits.OK if row["verified"] else exits.UNAVAILABLE
     probe.report(out, address, copied, [row], code)
@@ -79,15 +79,6 @@ def _offer(rendezvous: Rendezvous, deadline: float) -> tuple[str, str]:
     record = rendezvous.wait(f"{_GROUP}/{_SERVER}", deadline)
     facts = decode(record.key, record.value).facts
     return str(facts["transport"].value), str(facts["host"].value) if "host" in facts else ""
-
-
-def _verified(endpoint: Transport, peer: Peer) -> bool:
-    """Whether the last block arrives as the other end made it."""
-    mine = bytearray(probe.BLOCK)
-    here = BlockTable.over(endpoint.register(mine).regions[0], probe.BLOCK)
-    there = BlockTable.over(peer.regions[0], probe.BLOCK)
-    endpoint.read(endpoint.prepare(peer, here, there), [0], [there.count - 1]).wait()
-    return digest(mine) == digest(content(1, probe.LARGE)[-probe.BLOCK :])
 
 
 def _announce(out: Output, address: str, transport: str, seconds: float) -> None:

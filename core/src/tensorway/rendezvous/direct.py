@@ -43,8 +43,6 @@ class _Pending:
     frame: bytes
     arrived: threading.Event = attrs.field(factory=threading.Event)
     answer: Answer | None = None
-    #: Whether the connection broke before there was an answer.
-    broken: bool = False
 
 
 class DirectStore:
@@ -269,7 +267,6 @@ class DirectStore:
     def _break_all(self) -> None:
         with self._lock:
             for pending in self._pending.values():
-                pending.broken = True
                 pending.arrived.set()
 
 

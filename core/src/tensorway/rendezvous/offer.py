@@ -67,16 +67,15 @@ def construct(options: DirectOptions, context: object) -> Rendezvous:
 def secret_of(given: str) -> str:
     """The secret that was given, or the deployment's; raises `Unauthenticated` without one."""
     secret = given or settings.secret()
-    if not secret:
+    true = (
+        "No secret was given, and whoever reaches a rendezvous reaches the memory of its members." if not secret else ""
+    )
+    if 0 < len(secret) < MIN_SECRET:
+        true = f"The secret has {len(secret)} characters; fewer than {MIN_SECRET} can be guessed."
+    if true:
         raise Unauthenticated(
             "A rendezvous was to be entered.",
-            "No secret was given, and whoever reaches a rendezvous reaches the memory of its members.",
-            "Set TENSORWAY_SECRET to the same long random text in every process of the deployment.",
-        )
-    if len(secret) < MIN_SECRET:
-        raise Unauthenticated(
-            "A rendezvous was to be entered.",
-            f"The secret has {len(secret)} characters; fewer than {MIN_SECRET} can be guessed.",
+            true,
             "Set TENSORWAY_SECRET to the same long random text in every process of the deployment.",
         )
     return secret

@@ -20,7 +20,7 @@ import time
 import traceback
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 import attrs
@@ -32,6 +32,7 @@ from tensorway.references import resolve
 from tensorway.transport.blocks import BlockTable
 from tensorway.transport.contract import Capabilities, Description, Fabric, Notification, Operation
 from tensorway.transport.mappings import AddressSpace, Piece, Taken
+from tensorway.transport.transfer import pauses
 
 #: A message is a description (8 MiB at most) or the ids of one post, and a little more.
 MAX_MESSAGE: Final = 32 << 20
@@ -40,10 +41,6 @@ WINDOW: Final = 4096
 #: For so long after the engine asked for notifications they are looked for, this often.
 ATTENTION: Final = 2.0
 _PERIOD: Final = 2e-3
-#: Looks without a pause after something happened, then pauses that double from the first to the last.
-_SPINS: Final = 20
-_FIRST_PAUSE: Final = 20e-6
-_LAST_PAUSE: Final = 500e-6
 #: What an attachment answers when its address is in use here.
 TAKEN: Final = "taken"
 _PR_SET_PDEATHSIG: Final = 1
@@ -375,7 +372,7 @@ class Mover:
     # -- what happens by itself
 
     def _watch(self) -> None:
-        pauses, known = _pauses(), 0
+        waits, known = pauses(), 0
         while True:
             if time.monotonic() < self._attentive_until:
                 try:
@@ -387,9 +384,9 @@ class Mover:
                 if not self._jobs:
                     self._wake.wait(_PERIOD if time.monotonic() < self._attentive_until else None)
             if moved or len(self._jobs) > known:
-                pauses = _pauses()
+                waits = pauses()
             known = len(self._jobs)
-            if known and (pause := next(pauses)):
+            if known and (pause := next(waits)):
                 time.sleep(pause)
 
     def _look_at_jobs(self) -> bool:
@@ -448,15 +445,6 @@ def _told(error: BaseException) -> tuple[str, str, str, str]:
         true = f"The fabric raised {type(error).__name__}: {str(error)[:2000]}"
         error = TransferFailed("A contained fabric was called.", true, "Report this to the transport's author.")
     return type(error).__name__, error.asked, error.true, error.to_do
-
-
-def _pauses() -> Iterator[float]:
-    for _ in range(_SPINS):
-        yield 0.0
-    pause = _FIRST_PAUSE
-    while True:
-        yield pause
-        pause = min(2 * pause, _LAST_PAUSE)
 
 
 def main(file: int, parent: int) -> None:

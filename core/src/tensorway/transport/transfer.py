@@ -106,13 +106,13 @@ class Transfer:
             self._raise()
             return
         until = None if deadline is None else time.monotonic() + deadline
-        pauses, moved = _pauses(), self._moved()
+        waits, moved = pauses(), self._moved()
         while self.poll() is State.PENDING:
             if moved != (moved := self._moved()):
-                pauses = _pauses()
+                waits = pauses()
             if until is not None and time.monotonic() >= until:
                 raise self._too_late(f"It is still under way after {deadline:g} s; it goes on until its own deadline.")
-            if pause := next(pauses):
+            if pause := next(waits):
                 time.sleep(pause)
             else:
                 os.sched_yield()  # who makes the progress may need this very core
@@ -129,11 +129,11 @@ class Transfer:
                 self._fail(TransferCancelled(self._asked(), "It was cancelled by who started it.", "Nothing is owed."))
 
     async def _finish(self) -> None:
-        pauses, moved = _pauses(), self._moved()
+        waits, moved = pauses(), self._moved()
         while self.poll() is State.PENDING:
             if moved != (moved := self._moved()):
-                pauses = _pauses()
-            await asyncio.sleep(next(pauses))
+                waits = pauses()
+            await asyncio.sleep(next(waits))
         if self.error is not None:
             raise self.error
 
@@ -231,7 +231,7 @@ class Transfer:
         return f"A {self.operation} of {self.nbytes:,} bytes with peer {self.route.peer.name} was asked for."
 
 
-def _pauses() -> Generator[float, None, None]:
+def pauses() -> Generator[float, None, None]:
     """How long to wait before each look: not at all at first, since most transfers end soon, then longer and longer."""
     for _ in range(_SPINS):
         yield 0.0
