@@ -145,6 +145,28 @@ class TransportSuite(Suite):
                 expected[base + index * 1024 : base + index * 1024 + 512] = theirs[source : source + 512]
         assert digest(expected) == digest(mine)
 
+    def test_rows_of_several_tensors_are_one_stacked_route(self, transport: Transport, peer: PeerProcess) -> None:
+        """Stacked tables: ids run on from plane to plane, an id is one block, and bases may be in any order.
+
+        *If this fails:* block `i` of plane `p` is `p * count + i`, here and there; move one block for each id.
+        """
+        peer.register(NBYTES, seed=1)
+        mine = self.memory(2)
+        here = transport.register(mine).regions[0]
+        other = transport.connect(peer.describe())
+        there, part = other.regions[0], NBYTES // 4
+        local = BlockTable((here.address,), 512, 512, 40)
+        bases = tuple(there.address + plane * part for plane in (2, 0, 3))
+        remote = BlockTable(bases, 512, BLOCK, part // BLOCK, stacked=True)
+        ids = random.Random(8).sample(range(remote.ids), 40)
+        before, theirs = bytes(mine), content(1, NBYTES)
+        transport.read(transport.prepare(other, local, remote), range(40), ids).wait()
+        starts = [(2, 0, 3)[block // remote.count] * part + block % remote.count * BLOCK for block in ids]
+        expected = b"".join(theirs[start : start + 512] for start in starts) + before[40 * 512 :]
+        assert digest(expected) == digest(mine)
+        with pytest.raises(MemoryInvalid):
+            transport.prepare(other, local, BlockTable(bases, 512, BLOCK, part // BLOCK))
+
     def test_a_transfer_of_nothing_is_done(self, pair: Any) -> None:
         """No blocks is a transfer, too: planners need not treat it apart.
 

@@ -28,7 +28,8 @@ class BlockTable:
     """Where blocks are: block `i` of each plane is `block_bytes` long and begins at `base + i * stride`.
 
     A plane is what repeats at a base of its own, for a KV cache each layer, or each half of one. One id moves that
-    block of every plane.
+    block of every plane. In a stacked table ids run on from plane to plane instead, and one id moves one block:
+    block `i` of plane `p` is `p * count + i`. So can rows of many tensors, each somewhere else, be one route.
     """
 
     bases: tuple[int, ...]
@@ -36,12 +37,13 @@ class BlockTable:
     stride: int
     count: int
     device: str = "cpu"
+    stacked: bool = False
 
     def __attrs_post_init__(self) -> None:
         numbers = (*self.bases, self.block_bytes, self.stride, self.count)
         if not 0 < len(self.bases) <= MAX_PLANES or any(type(number) is not int or number <= 0 for number in numbers):
             raise self._invalid("Bases, block length, stride and count are whole numbers above zero.")
-        if self.count > MAX_BLOCKS or self.stride < self.block_bytes:
+        if self.ids > MAX_BLOCKS or self.stride < self.block_bytes:
             raise self._invalid(
                 f"The stride is at least the block's length, and there are at most {MAX_BLOCKS} blocks."
             )
@@ -57,6 +59,7 @@ class BlockTable:
         stride: int | None = None,
         count: int | None = None,
         offset: int = 0,
+        stacked: bool = False,
     ) -> BlockTable:
         """A table over whole regions, one plane each; without `count` as many blocks as fit behind `offset`."""
         planes = [regions] if isinstance(regions, Region) else list(regions)
@@ -75,7 +78,18 @@ class BlockTable:
             step,
             fits if count is None else count,
             planes[0].device,
+            stacked,
         )
+
+    @property
+    def ids(self) -> int:
+        """How many ids it has: they are the whole numbers below."""
+        return self.count * len(self.bases) if self.stacked else self.count
+
+    @property
+    def width(self) -> int:
+        """How many blocks one id moves."""
+        return 1 if self.stacked else len(self.bases)
 
     @property
     def span(self) -> int:
@@ -93,21 +107,29 @@ class BlockTable:
 
     def pieces(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Address and length of what these blocks are, in order; neighbors that touch are one piece."""
-        for base in self.bases:
+        for starts in self.starts(ids):
             if not self.dense:
-                yield from ((base + self.stride * block, self.block_bytes) for block in ids)
+                yield from ((start, self.block_bytes) for start in starts)
                 continue
-            start = length = 0
-            for block in ids:
-                address = base + self.stride * block
-                if address == start + length:
+            begin = length = 0
+            for start in starts:
+                if start == begin + length:
                     length += self.block_bytes
                     continue
                 if length:
-                    yield start, length
-                start, length = address, self.block_bytes
+                    yield begin, length
+                begin, length = start, self.block_bytes
             if length:
-                yield start, length
+                yield begin, length
+
+    def starts(self, ids: Sequence[int]) -> Iterator[list[int]]:
+        """Where these blocks begin, in the order in which they are moved: plane by plane, or once if stacked."""
+        if self.stacked:
+            bases, stride, count = self.bases, self.stride, self.count
+            yield [bases[block // count] + stride * (block % count) for block in ids]
+        else:
+            for base in self.bases:
+                yield [base + self.stride * block for block in ids]
 
     def vector(self, ids: array[int]) -> array[int]:
         """The same as `pieces`, as one array of address, length, address, length: what a kernel or a library takes.
@@ -116,9 +138,9 @@ class BlockTable:
         """
         if self.dense and 1 in map(sub, islice(ids, 1, None), ids):
             return array("Q", chain.from_iterable(self.pieces(ids)))
-        numbers = array("Q", bytes(16 * len(ids) * len(self.bases)))
-        numbers[0::2] = array("Q", [base + self.stride * block for base in self.bases for block in ids])
-        numbers[1::2] = array("Q", [self.block_bytes]) * (len(ids) * len(self.bases))
+        numbers = array("Q", bytes(16 * len(ids) * self.width))
+        numbers[0::2] = array("Q", chain.from_iterable(self.starts(ids)))
+        numbers[1::2] = array("Q", [self.block_bytes]) * (len(ids) * self.width)
         return numbers
 
     def _invalid(self, true: str) -> MemoryInvalid:

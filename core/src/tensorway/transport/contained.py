@@ -206,7 +206,9 @@ class ContainedFabric:
     def prepare(self, link: Link, local: BlockTable, remote: BlockTable) -> _Route:
         """Let the mover prepare the tables; they are forgotten with the route."""
         asked = f"A route to {link.name} was to be prepared."
-        tables = [(row.bases, row.block_bytes, row.stride, row.count, row.device) for row in (local, remote)]
+        tables = [
+            (row.bases, row.block_bytes, row.stride, row.count, row.device, row.stacked) for row in (local, remote)
+        ]
         route = _Route(link, self._ask(link, mover.Prepare(link.number, *tables), asked))
         # The mover is told later: this may run while any lock is held.
         weakref.finalize(route, self._forgotten.append, (link.life, route.number)).atexit = False

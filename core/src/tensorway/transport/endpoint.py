@@ -209,11 +209,11 @@ class Endpoint:
     def prepare(self, peer: Peer, local: BlockTable, remote: BlockTable) -> Route:
         """Check and prepare a pair of tables; see `contract.Transport`."""
         self._check_open()
-        if len(local.bases) != len(remote.bases) or local.block_bytes != remote.block_bytes:
+        if local.width != remote.width or local.block_bytes != remote.block_bytes:
             raise MemoryInvalid(
                 f"A route to {peer.name} was to be prepared.",
-                f"Its tables have {len(local.bases)} and {len(remote.bases)} planes, and blocks of {local.block_bytes} "
-                f"and {remote.block_bytes} bytes.",
+                f"An id means {local.width} blocks of {local.block_bytes} bytes here, and {remote.width} of "
+                f"{remote.block_bytes} there.",
                 "Make both tables alike; only counts and strides may differ.",
             )
         if not covered(remote, peer.regions):
@@ -328,8 +328,8 @@ class Endpoint:
             )
         if notify is not None:
             self._check_payload(notify)
-        local = block_ids(local_ids, route.local.count, unique=operation == "read", whose="local")
-        remote = block_ids(remote_ids, route.remote.count, unique=operation == "write", whose="remote")
+        local = block_ids(local_ids, route.local.ids, unique=operation == "read", whose="local")
+        remote = block_ids(remote_ids, route.remote.ids, unique=operation == "write", whose="remote")
         if len(local) != len(remote):
             raise MemoryInvalid(
                 f"A {operation} with {route.peer.name} was asked for.",

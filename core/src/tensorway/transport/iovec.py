@@ -44,6 +44,6 @@ def move(
     """Copy blocks whose memory is known to be there."""
     target, source = (local, remote) if operation == "read" else (remote, local)
     target_ids, source_ids = (local_ids, remote_ids) if operation == "read" else (remote_ids, local_ids)
-    for to, start in zip(target.bases, source.bases, strict=True):
-        for here, there in zip(target_ids, source_ids, strict=True):
-            ctypes.memmove(to + target.stride * here, start + source.stride * there, target.block_bytes)
+    for to, start in zip(target.starts(target_ids), source.starts(source_ids), strict=True):
+        for here, there in zip(to, start, strict=True):
+            ctypes.memmove(here, there, target.block_bytes)

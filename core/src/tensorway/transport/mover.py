@@ -104,8 +104,8 @@ class Prepare(Message):
     """Prepare two tables, each as the fields of a `BlockTable`."""
 
     link: int
-    local: tuple[tuple[int, ...], int, int, int, str]
-    remote: tuple[tuple[int, ...], int, int, int, str]
+    local: tuple[tuple[int, ...], int, int, int, str, bool]
+    remote: tuple[tuple[int, ...], int, int, int, str, bool]
 
 
 class Forget(Message):

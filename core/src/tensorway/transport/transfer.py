@@ -64,12 +64,12 @@ class Transfer:
     @property
     def nbytes(self) -> int:
         """How many bytes it moves."""
-        return len(self.local_ids) * self.route.local.block_bytes * len(self.route.local.bases)
+        return len(self.local_ids) * self.route.local.block_bytes * self.route.local.width
 
     @property
     def pieces(self) -> int:
         """How many pieces of memory that is, before neighbors are joined."""
-        return len(self.local_ids) * len(self.route.local.bases)
+        return len(self.local_ids) * self.route.local.width
 
     @property
     def pending(self) -> bool:
@@ -169,7 +169,7 @@ class Transfer:
 
     def _post(self, left: float) -> None:
         limits = self._fabric.capabilities
-        blocks = max(1, limits.max_pieces // len(self.route.local.bases))
+        blocks = max(1, limits.max_pieces // self.route.local.width)
         for _ in range(limits.max_in_flight - len(self._jobs)):
             if self._posted >= len(self.local_ids):
                 return

@@ -21,16 +21,19 @@ def tables_with_ids(draw):
     block, count, planes = draw(st.integers(1, 9)), draw(st.integers(1, 12)), draw(st.integers(1, 3))
     stride = block + draw(st.sampled_from([0, 0, 1, 5]))
     bases = tuple(1000 * (plane + 1) + draw(st.integers(0, 50)) for plane in range(planes))
-    ids = draw(st.lists(st.integers(0, count - 1), max_size=20))
-    return BlockTable(bases, block, stride, count), ids
+    table = BlockTable(bases, block, stride, count, stacked=draw(st.booleans()))
+    return table, draw(st.lists(st.integers(0, count * (planes if table.stacked else 1) - 1), max_size=20))
 
 
 @given(tables_with_ids())
 def test_the_pieces_are_exactly_the_bytes_of_the_blocks_in_their_order(given_):
     table, ids = given_
-    naive = [
-        base + table.stride * block + byte for base in table.bases for block in ids for byte in range(table.block_bytes)
-    ]
+    if table.stacked:
+        rows = [base + table.stride * block for base in table.bases for block in range(table.count)]
+        starts = [rows[block] for block in ids]
+    else:
+        starts = [base + table.stride * block for base in table.bases for block in ids]
+    naive = [start + byte for start in starts for byte in range(table.block_bytes)]
     pieces = list(table.pieces(ids))
     assert naive == [start + byte for start, length in pieces for byte in range(length)]
     assert all(length > 0 for _, length in pieces)

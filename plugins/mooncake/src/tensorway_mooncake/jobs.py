@@ -193,10 +193,9 @@ def knock(remote: Remote, seconds: float, linger: float = 0.0) -> str:
 def pieces(local: BlockTable, far: BlockTable, local_ids: array[int], far_ids: array[int]) -> Iterator[_Piece]:
     """What to move; neighbors here that are neighbors there are one piece, which is what makes Mooncake faster."""
     nbytes, joins = local.block_bytes, local.dense and far.dense
-    for here, there in zip(local.bases, far.bases, strict=True):
+    for here, there in zip(local.starts(local_ids), far.starts(far_ids), strict=True):
         start = source = length = 0
-        for mine, theirs in zip(local_ids, far_ids, strict=True):
-            ours, others = here + local.stride * mine, there + far.stride * theirs
+        for ours, others in zip(here, there, strict=True):
             if joins and length and ours == start + length and others == source + length:
                 length += nbytes
                 continue

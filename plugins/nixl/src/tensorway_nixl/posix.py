@@ -77,7 +77,7 @@ def ours(remote: Remote, asked: str) -> Iterator[None]:
 
 def prepare(agent: PosixAgent, name: str, table: BlockTable, file: io.FileIO, size: tuple[int, int]) -> Lists:
     """Prepare a table and the file's blocks, of which `size` is length and count."""
-    planes = range(_START, _START + size[0], table.block_bytes)
+    planes = range(_START, _START + size[0], table.block_bytes)  # one, if the table is stacked
     blocks = BlockTable(tuple(planes), table.block_bytes, size[0], size[1])
     largest = len(planes) * max(table.count, blocks.count)
     asked = f"{len(planes)} planes of {table.count:,} and {blocks.count:,} blocks were to be prepared."
@@ -154,8 +154,8 @@ def open_file(path: str, nbytes: int, writable: bool, direct: bool, asked: str) 
 
 def check_table(table: BlockTable, block_bytes: int, direct: bool, asked: str) -> None:
     """Refuse a table whose blocks are not the file's, or that the kernel would not take without its page cache."""
-    if len(table.bases) * table.block_bytes != block_bytes:
-        true = f"{len(table.bases)} planes of {table.block_bytes:,} bytes are no block of {block_bytes:,} bytes."
+    if table.width * table.block_bytes != block_bytes:
+        true = f"{table.width} times {table.block_bytes:,} bytes, which one id moves, are no block of {block_bytes:,}."
         raise MemoryInvalid(asked, true, "Give a table of the file's blocks.")
     if direct and any(number % PAGE for number in (*table.bases, table.block_bytes, table.stride)):
         true = f"With direct, bases, block lengths and strides are multiples of {PAGE:,}."

@@ -33,10 +33,10 @@ def expanded(table: BlockTable) -> Any:
 
 
 def indices(table: BlockTable, ids: array[int]) -> Any:
-    """The indices of these blocks, in every plane."""
+    """The indices of these blocks, in every plane; ids of a stacked table are indices already."""
     np = _numpy()
     blocks = np.frombuffer(ids, dtype=np.int64)
-    if len(table.bases) == 1:
+    if table.width == 1:
         return blocks.astype(np.int32)
     planes = np.arange(len(table.bases), dtype=np.int64)
     return (planes[:, None] * table.count + blocks).astype(np.int32).ravel()
