@@ -128,3 +128,23 @@ class LeaseLost(TensorwayError, RuntimeError):
 
 class Incompatible(TensorwayError, ValueError):
     """Two members of a deployment differ in a fact in which they must agree."""
+
+
+class LayoutInvalid(TensorwayError, ValueError):
+    """Weights that cannot be moved row by row: broadcast, not contiguous, or not one row for each slot."""
+
+
+class PlacementInvalid(TensorwayError, ValueError):
+    """A placement that no group can have, or a file of one that is damaged."""
+
+
+class ExpertLost(TensorwayError, LookupError):
+    """Nobody holds an expert any more, and there is no copy of it to load."""
+
+
+class StagingFull(TensorwayError, MemoryError):
+    """More rows were to arrive at once than the staging memory has room for."""
+
+
+class Excluded(TensorwayError, RuntimeError):
+    """The other members went on without this one."""
