@@ -5,8 +5,10 @@ Ground: may import `errors`. A `Region` is made from anything that says where it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import mmap
 import os
@@ -29,6 +31,8 @@ MAP_FIXED_NOREPLACE: Final = 0x100000
 #: Where no process maps anything by itself: shared memory that lies there has room at its address in any other.
 _SPARSE: Final = (0x1000_0000_0000, 0x5000_0000_0000)
 _ATTEMPTS: Final = 8
+#: What a shared file is never again: shorter, which would end who touches what is gone; longer; or sealed otherwise.
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _DEVICE: Final = re.compile(r"[a-z][a-z0-9_]{0,15}(:[0-9]{1,4})?", re.ASCII)
 
 
@@ -79,10 +83,39 @@ class Region:
         )
 
 
-def shared(nbytes: int) -> memoryview:
-    """A writable buffer, all zeros, in memory that another process can map: what a contained transport registers.
+@attrs.frozen(eq=False)
+class SharedFile:
+    """The file behind memory of `shared`, all of which is mapped in this process."""
 
-    It lives as long as anything that was made of it does, and costs one open file.
+    address: int
+    #: In whole pages.
+    nbytes: int
+    #: The descriptor.
+    number: int
+    #: Which file that is, should the number become another's.
+    device: int
+    inode: int
+    _buffer: weakref.ref[object] = attrs.field(repr=False)
+
+    @classmethod
+    def of(cls, region: Region) -> tuple[SharedFile, object] | None:
+        """Where all of a region lies, and what keeps that there; None if it is no memory of `shared`."""
+        for file in list(_files.values()):
+            if file.address <= region.address and region.end <= file.address + file.nbytes:
+                buffer = file._buffer()
+                return None if buffer is None else (file, buffer)
+        return None
+
+
+#: By their addresses; a forked child has the same ones.
+_files: Final[dict[int, SharedFile]] = {}
+
+
+def shared(nbytes: int) -> memoryview:
+    """A writable buffer, all zeros, in memory that another process can map.
+
+    It is what a contained transport registers, and what `local` copies between processes without the kernel. It lives
+    as long as anything that was made of it does, and costs one open file.
     """
     if type(nbytes) is not int or not 0 < nbytes < ADDRESS_LIMIT:
         raise MemoryInvalid(
@@ -91,33 +124,45 @@ def shared(nbytes: int) -> memoryview:
             "Give a whole number above zero.",
         )
     whole = -(-nbytes // PAGE) * PAGE
-    file = os.memfd_create("tensorway", os.MFD_CLOEXEC)
+    file = os.memfd_create("tensorway", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(file, whole)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
         address = _map_somewhere(whole, file)
     except OSError as error:
         os.close(file)
         true = f"The system has none: {error.strerror}."
         raise MemoryInvalid(f"Shared memory of {nbytes:,} bytes was to be made.", true, "Ask for less.") from error
     buffer = (ctypes.c_char * nbytes).from_address(address)
+    status = os.fstat(file)
+    _files[address] = SharedFile(address, whole, file, status.st_dev, status.st_ino, weakref.ref(buffer))
     # Not at the end of the process: threads of a library may still use it then.
     weakref.finalize(buffer, _unmap, address, whole, file).atexit = False
     return memoryview(buffer).cast("B")
 
 
+def map_file(nbytes: int, file: int, offset: int = 0, wish: int = 0) -> int:
+    """Map a file, shared and writable, anywhere, or at `wish` and nowhere else; returns where. Raises `OSError`."""
+    flags = MAP_SHARED | (MAP_FIXED_NOREPLACE if wish else 0)
+    address = libc().mmap(wish or None, nbytes, PROTECTION, flags, file, offset)
+    if address in (None, ctypes.c_void_p(-1).value):
+        code = ctypes.get_errno() or errno.ENOMEM
+        raise OSError(code, os.strerror(code))
+    if wish not in (0, address):  # a kernel before 4.17 takes the address for a wish
+        libc().munmap(address, nbytes)
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+    return int(address)
+
+
 def _map_somewhere(nbytes: int, file: int) -> int:
-    for attempt in range(_ATTEMPTS):
-        # The last attempt leaves the place to the kernel.
-        wish = random.randrange(*_SPARSE, PAGE) if attempt < _ATTEMPTS - 1 else None
-        flags = MAP_SHARED | (MAP_FIXED_NOREPLACE if wish else 0)
-        address = libc().mmap(wish, nbytes, PROTECTION, flags, file, 0)
-        if address not in (None, ctypes.c_void_p(-1).value):
-            return int(address)
-    code = ctypes.get_errno() or errno.ENOMEM
-    raise OSError(code, os.strerror(code))
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(OSError):
+            return map_file(nbytes, file, wish=random.randrange(*_SPARSE, PAGE))
+    return map_file(nbytes, file)  # the last attempt leaves the place to the kernel
 
 
 def _unmap(address: int, nbytes: int, file: int) -> None:
+    _files.pop(address, None)  # before something else can lie there
     libc().munmap(address, nbytes)
     os.close(file)
 

@@ -4,6 +4,8 @@ Ground: may import `types`, `errors`, `settings`. Importing this reads nothing. 
 files below `Machine.root`, opens no device and loads no library, so it can neither create a context on a device nor
 crash. NVML and amdsmi are left out for that reason: each loads the driver's own library into this process, and what
 they would say here (model, bus address, count) the kernel says in /proc/driver/nvidia and /sys/class/kfd as well.
+
+Beside that, `boot_id`: transports and launchers compare it to learn whether two processes share a host.
 """
 
 from __future__ import annotations
@@ -240,6 +242,11 @@ def torch_build(python_path: Iterable[str] | None = None) -> TorchBuild | None:
     found = {name: _plain(value) for name, value in re.findall(_TORCH_LINE, next(filter(None, texts), ""))}
     version = found.pop("__version__", None)
     return TorchBuild(version, **found) if version else None
+
+
+def boot_id() -> str:
+    """What tells this boot of this kernel from every other, on this machine or another; containers share it."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
 
 
 def cuda(ctx: HookContext) -> Offer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -999,6 +1000,12 @@ def test_this_machine_is_described_by_its_environment(monkeypatch):
     assert (Path("/"), ("/opt/a", "/opt/b"), ("/opt/site",)) == (here.root, here.library_path, here.python_path)
     assert ("", None) == (here.visible["CUDA_VISIBLE_DEVICES"], here.visible["HIP_VISIBLE_DEVICES"])
     assert len(os.sched_getaffinity(0)) == here.processors
+
+
+def test_a_boot_is_the_same_for_every_process_that_it_has(site):
+    done = site.python("from tensorway import platforms; print(platforms.boot_id())")
+    assert platforms.boot_id() == done.stdout.strip()
+    assert re.fullmatch("[0-9a-f-]{36}", platforms.boot_id())
 
 
 def test_examining_opens_no_device_loads_no_library_and_imports_no_package(site, fake):

@@ -31,7 +31,7 @@ class World:
 
     def tell(self, member: int) -> None:
         each = self.members[member]
-        for other in each.alive - {member}:
+        for other in set(range(len(self.members))) - {member}:  # also who is lost: it may not know
             self.queues[member, other].append((tuple(each.view), bytes(each.statuses)))
 
     def deliver(self, sender: int, receiver: int) -> None:

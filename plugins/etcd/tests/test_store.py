@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import shutil
 import socket
@@ -15,7 +14,7 @@ import pytest
 
 import tensorway
 from tensorway.errors import DeadlineExceeded, LeaseLost, RecordRefused, Unauthenticated
-from tensorway.testing import RendezvousSuite
+from tensorway.testing import ServedRendezvousSuite
 from tensorway.testing.rendezvous import eventually
 
 SECRET = "a secret of the tests"
@@ -30,12 +29,20 @@ def encoded(text):
     return b64encode(text.encode()).decode()
 
 
-class TestEtcd(RendezvousSuite):
+class TestEtcd(ServedRendezvousSuite):
     name = "etcd"
+    large = 1 << 20
+
+    def entrance(self, server):
+        return {"endpoints": [server.url], "secret": SECRET}
 
     @pytest.fixture
     def options(self, shared):
-        return {"endpoints": [shared.url], "secret": SECRET}
+        return self.entrance(shared)
+
+    @pytest.fixture
+    def server(self, launch):
+        return launch()
 
 
 def test_without_a_secret_nobody_enters(monkeypatch):
@@ -86,61 +93,6 @@ def test_a_put_under_a_lease_that_etcd_does_not_know_is_lost(shared):
         with pytest.raises(LeaseLost):
             client.put("/leased", b"x", lease=lease)
         eventually(lambda: lease.lost, 5)
-
-
-def test_a_watch_goes_on_after_etcd_was_killed_and_says_that_it_may_have_missed_something(launch):
-    server = launch()
-    with enter(server) as client, client.watch("/w/") as watch:
-        client.put("/w/a", b"1")
-        assert ["put"] == [event.kind for event in watch.next(5)]
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(watch.next, 60)
-            server.kill()
-            time.sleep(0.3)
-            server.start()
-            assert ["reset"] == [event.kind for event in waiting.result(30)]
-        assert b"1" == client.get("/w/a").value  # what was written is still there
-        client.put("/w/b", b"2")
-        assert [("put", "/w/b")] == [(event.kind, event.key) for event in watch.next(10)]
-
-
-def test_a_call_waits_for_etcd_to_come_back_within_its_deadline(launch):
-    server = launch()
-    with enter(server) as client:
-        client.put("/a", b"1")
-        server.kill()
-        restart = threading.Timer(0.5, server.start)
-        restart.start()
-        assert client.put("/a", b"2", deadline=30) > 0
-        assert client.put("/a", b"3", expected=client.get("/a").revision) > 0
-        restart.join()
-
-
-def test_a_deadline_is_kept_while_etcd_is_stopped(launch):
-    server = launch()
-    with enter(server) as client, client.watch("/a") as watch:
-        revision = client.put("/a", b"1")
-        watch.next(5)
-        server.pause()
-        calls = [
-            lambda: client.get("/a", 0.5),
-            lambda: client.put("/a", b"2", deadline=0.5),
-            lambda: client.put("/a", b"2", expected=revision, deadline=0.5),
-            lambda: client.list("/a", 0.5),
-            lambda: client.lease(5, deadline=0.5),
-            lambda: client.watch("/b", deadline=0.5),
-            lambda: client.wait("/c", 0.5),
-        ]
-        for call in calls:
-            started = time.monotonic()
-            with pytest.raises(DeadlineExceeded):
-                call()
-            assert time.monotonic() - started < 1.5
-        started = time.monotonic()
-        assert [] == watch.next(0.5)
-        assert time.monotonic() - started < 1.5
-        server.resume()
-        assert client.get("/a", 10) is not None
 
 
 def test_a_deadline_is_kept_by_a_name_server_that_does_not_answer(monkeypatch):

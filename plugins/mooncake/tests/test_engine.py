@@ -87,6 +87,37 @@ def test_a_handle_is_not_asked_about_after_its_end(engine, native, end):
     assert before == len(native.calls)
 
 
+def test_a_handle_that_another_thread_gets_while_it_is_asked_about_is_that_thread_s(engine, native):
+    """What Mooncake frees with its last answer it may give away again before that answer is here."""
+    native.answers["batch_transfer_async_read"] = 7
+    first = engine.submit("read", "peer:1", 1, 2, 3)
+    asked = native.calls.append
+
+    class Freeing:
+        def append(self, call):
+            asked(call)
+            if call == ("transfer_check_status", first) and len(seen) == 1:
+                seen.append(engine.submit("read", "peer:1", 4, 5, 6))
+
+    native.calls, seen = Freeing(), [first]
+    native.answers["transfer_check_status"] = [engines.DONE, engines.PENDING, engines.DONE]
+    assert engines.DONE == engine.check(first)
+    assert [first, first] == seen
+    assert [engines.PENDING, engines.DONE] == [engine.check(first), engine.check(first)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("LargestInt out of UInt64 range"), MemoryError(), UnicodeError()])
+def test_what_mooncake_raises_about_a_peer_s_answer_is_a_failure_like_any_other(engine, native, error):
+    def raising(*words):
+        raise error
+
+    for name in ("batch_transfer_async_read", "transfer_sync", "send_probe"):
+        setattr(native, name, raising)
+    assert 0 == engine.submit("read", "peer:1", 1, 2, 3)
+    assert not engine.notify("peer:1", "x", 1, 2)
+    assert not engine.answers("peer:1")
+
+
 def test_an_answer_that_is_none_poisons_the_engine_and_the_handle_stays(engine, native):
     native.answers |= {"batch_transfer_async_read": 7, "transfer_check_status": [-2, -1]}
     handle = engine.submit("read", "peer:1", 1, 2, 3)

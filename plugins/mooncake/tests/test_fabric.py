@@ -331,7 +331,7 @@ def test_the_senders_that_are_remembered_are_bounded(monkeypatch):
             return [wire.seal(wire.Note("n", f"life-{number}", 0, b""), b"s") for number in range(50)]
 
     monkeypatch.setattr("tensorway_mooncake.notes._SENDERS", 10)
-    inbox = Inbox(Engine(), b"s", lambda incarnation: None)
+    inbox = Inbox(Engine(), b"s", lambda incarnation: ())
     assert 50 == len(inbox.receive())
     assert 10 == len(inbox._numbers)
 

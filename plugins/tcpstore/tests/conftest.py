@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,14 +13,7 @@ from typing import Any
 
 import pytest
 
-from tensorway.testing import elsewhere
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
+from tensorway.testing import Server, elsewhere, launching
 
 # torch looks up the names of addresses; where no name server answers, that is five seconds for each, or ten.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
@@ -38,35 +27,13 @@ time.sleep(600)
 """
 
 
-class Server:
+class TcpStore(Server):
     """One TCPStore that can be killed, stopped and started again, empty then."""
 
-    def __init__(self) -> None:
-        self.port = free_port()
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         self.address = f"127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-c", SERVE, str(self.port)])
-        until = time.monotonic() + 60
-        while not self.answers():
-            assert self.process.poll() is None and time.monotonic() < until
-            time.sleep(0.02)
-
-    def answers(self) -> bool:
-        with socket.socket() as sock:
-            return sock.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def pause(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(30)
+        self.command = [sys.executable, "-c", SERVE, str(self.port)]
 
 
 @pytest.fixture(scope="session")
@@ -88,29 +55,17 @@ def torch_version() -> str:
 
 
 @pytest.fixture(scope="session")
-def shared(torch_version: str) -> Iterator[Server]:
+def shared(torch_version: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TcpStore]:
     """A store that all tests share, and none harms."""
-    server = Server()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
+    with launching(TcpStore, tmp_path_factory.mktemp("tcpstore")) as launch:
+        yield launch()
 
 
 @pytest.fixture
-def launch(torch_version: str) -> Iterator[Callable[..., Server]]:
+def launch(torch_version: str, tmp_path: Path) -> Iterator[Callable[..., TcpStore]]:
     """Start stores of this test's own."""
-    servers: list[Server] = []
-
-    def start() -> Server:
-        servers.append(Server())
-        servers[-1].start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.kill()
+    with launching(TcpStore, tmp_path) as launch:
+        yield launch
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 import tensorway
 from tensorway.errors import AddressInvalid, DeadlineExceeded, RecordRefused, Unauthenticated, Unsupported
-from tensorway.testing import RendezvousSuite
+from tensorway.testing import RendezvousSuite, ServedRendezvousSuite
 from tensorway_tcpstore import store as store_module
 
 SECRET = "a secret of the tests"
@@ -24,12 +24,20 @@ def enter(address="", **options):
     return tensorway.create("rendezvous", "tcpstore", {"address": address, "secret": SECRET} | options)
 
 
-class TestTcpStore(RendezvousSuite):
+class TestTcpStore(ServedRendezvousSuite):
     name = "tcpstore"
+    large = 7 << 20
+
+    def entrance(self, server):
+        return {"address": server.address, "secret": SECRET}
 
     @pytest.fixture
     def options(self, shared):
-        return {"address": shared.address, "secret": SECRET}
+        return self.entrance(shared)
+
+    @pytest.fixture
+    def server(self, launch):
+        return launch()
 
 
 class TestServedHere(RendezvousSuite):

@@ -117,6 +117,11 @@ def check_key(key: str, what: str = "key") -> str:
     )
 
 
+def end_of(prefix: str) -> str:
+    """The first key after all that begin with a prefix, for stores that list a range of keys; keys are ASCII."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
 def check_value(key: str, value: object) -> bytes:
     """A value that every store can hold; raises `RecordRefused`."""
     if isinstance(value, bytes) and len(value) <= MAX_VALUE:

@@ -17,6 +17,8 @@ from typing import Final, Literal
 
 import attrs
 
+from tensorway.platforms import boot_id
+
 Scope = Literal["cluster", "host", "rank", "secret"]
 
 #: Carries to workers where their environment comes from; see `leaked`.
@@ -105,8 +107,7 @@ def cache_key(environment: Mapping[str, str], variables: tuple[Variable, ...] = 
 
 def this_host() -> str:
     """What tells this host from others: its name, its boot, and the network that its addresses belong to."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/net').readlink()}"
+    return f"{socket.gethostname()} {boot_id()} {Path('/proc/self/ns/net').readlink()}"
 
 
 def _digest(value: str) -> str:

@@ -51,6 +51,15 @@ def url(host: str, port: int | str) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def cannot_listen(what: str, choice: HostChoice, port: int, why: str | None) -> AddressInvalid:
+    """The error for a socket that cannot be bound where it was to be; `why` is what the system says."""
+    return AddressInvalid(
+        f"{what} was to listen on {url(choice.bind, port)} (from {choice.source}).",
+        f"It cannot: {why}.",
+        "Use port 0, and the system chooses a free one; or see who has this one: ss -ltnp.",
+    )
+
+
 def choose(
     policy: str = "auto",
     *,

@@ -5,6 +5,7 @@ Room `rendezvous`; may import the ground and its own room.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -79,6 +80,18 @@ def secret_of(given: str) -> str:
             "Set TENSORWAY_SECRET to the same long random text in every process of the deployment.",
         )
     return secret
+
+
+def password_in(file: str, whose: str) -> str:
+    """The password that a file holds, for the store of somebody else; raises `Unauthenticated` if it cannot be read."""
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unauthenticated(
+            f"The password for {whose} was to be read.",
+            f"It cannot be: {error}.",
+            "Name a text file that this process may read in password_file.",
+        ) from error
 
 
 def probe() -> ProbeResult:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Literal
 
 import attrs
 
@@ -18,6 +18,8 @@ from tensorway.rendezvous.contract import Event, Record, check_key, check_ttl, c
 MAX_RECORDS: Final = 65_536
 MAX_LEASES: Final = 65_536
 MAX_BYTES: Final = 512 << 20
+
+_Ending = Literal["deleted", "expired"]
 
 
 @attrs.define
@@ -100,19 +102,19 @@ class Records:
         for name in [name for name, lease in self._leases.items() if lease.ends <= now]:
             self._end(name, "expired")
 
-    def _end(self, lease: str, kind: str) -> None:
+    def _end(self, lease: str, kind: _Ending) -> None:
         held = self._leases.pop(lease, None)
         for key in sorted(held.keys) if held else ():
             self._remove(key, kind)
 
-    def _remove(self, key: str, kind: str) -> bool:
+    def _remove(self, key: str, kind: _Ending) -> bool:
         old = self._records.pop(key, None)
         if old is None:
             return False
         self._unlease(old)
         self._bytes -= len(old.value)
         self._revision += 1
-        self._changed(Event("expired" if kind == "expired" else "deleted", key))
+        self._changed(Event(kind, key))
         return True
 
     def _unlease(self, record: Record | None) -> None:

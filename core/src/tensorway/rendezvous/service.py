@@ -18,11 +18,11 @@ import msgspec
 import zmq
 
 from tensorway._logging import logger
-from tensorway.errors import AddressInvalid, RecordRefused, TensorwayError
+from tensorway.errors import RecordRefused, TensorwayError
 from tensorway.rendezvous import frames
 from tensorway.rendezvous.contract import Event, Record, check_key
 from tensorway.rendezvous.frames import Answer, Change, Request, Row
-from tensorway.rendezvous.hosts import HostChoice, url
+from tensorway.rendezvous.hosts import HostChoice, cannot_listen, url
 from tensorway.rendezvous.records import Records
 
 _log = logger("rendezvous")
@@ -220,10 +220,6 @@ def _bind(context: zmq.Context[Any], choice: HostChoice, port: int, secret: str)
     try:
         socket.bind(f"tcp://{url(choice.bind, port)}")
     except zmq.ZMQError as error:
-        raise AddressInvalid(
-            f"A rendezvous was to listen on {url(choice.bind, port)} (from {choice.source}).",
-            f"It cannot: {error.strerror}.",
-            "Use port 0, and the system chooses a free one; or see who has this one: ss -ltnp.",
-        ) from error
+        raise cannot_listen("A rendezvous", choice, port, error.strerror) from error
     bound = str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
     return socket, int(bound.rpartition(":")[2])

@@ -15,7 +15,10 @@ __all__ = [
     "OfferSuite",
     "PeerProcess",
     "RendezvousSuite",
+    "ServedRendezvousSuite",
+    "Server",
     "TransportSuite",
+    "launching",
     "probe_elsewhere",
 ]
 
@@ -25,7 +28,10 @@ _HOMES = {
     "OfferSuite": "offers",
     "PeerProcess": "peer",
     "RendezvousSuite": "rendezvous",
+    "ServedRendezvousSuite": "rendezvous",
+    "Server": "servers",
     "TransportSuite": "transports",
+    "launching": "servers",
     "probe_elsewhere": "elsewhere",
 }
 
@@ -43,5 +49,6 @@ if TYPE_CHECKING:
     from tensorway.testing.faults import Faults, FaultyFabric
     from tensorway.testing.offers import OfferSuite
     from tensorway.testing.peer import PeerProcess
-    from tensorway.testing.rendezvous import RendezvousSuite
+    from tensorway.testing.rendezvous import RendezvousSuite, ServedRendezvousSuite
+    from tensorway.testing.servers import Server, launching
     from tensorway.testing.transports import TransportSuite

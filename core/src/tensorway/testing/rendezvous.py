@@ -2,7 +2,8 @@
 
 Room `testing`. Subclass `RendezvousSuite`, set `name` and say in the fixture `options` how one more client enters the
 store that your fixture started. Declared abilities are the gates: what is declared must work, what is not must raise
-`Unsupported`.
+`Unsupported`. Where the store is a server in a process of its own, subclass `ServedRendezvousSuite`: it also kills,
+restarts and stops one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -33,12 +34,16 @@ from tensorway.errors import (
 )
 from tensorway.rendezvous.contract import MAX_VALUE
 from tensorway.rendezvous.rendezvous import Rendezvous
+from tensorway.testing.servers import Server
 from tensorway.testing.suite import Suite
 
 #: The shortest lease of the suite; stores count in seconds.
 TTL = 2.0
 #: How much later than it should a thing may happen on a busy machine, or in a store that looks twice a second.
 SLACK = 4.0
+#: How long a call that is given half a second may take while the server is stopped, and how long a watch may, which may
+#: have more than one thing to give up. Nobody waits for anything then, so there is less slack than elsewhere.
+LATEST, LATEST_WATCH = 1.5, 2.0
 
 
 class RendezvousSuite(Suite):
@@ -362,6 +367,118 @@ class RendezvousSuite(Suite):
         for _ in range(5):
             once()
         eventually(lambda: all(now <= then for now, then in zip(held(), before, strict=True)), SLACK)
+
+
+class ServedRendezvousSuite(RendezvousSuite):
+    """The same, and what becomes of a client while its server is away, for a store with a server of its own.
+
+    Say in the fixture `server` how a server of one test's own is started, and in `entrance` how one is entered. Where
+    starting one takes long, override `options` as well, with a server that all tests share: only those that ask for
+    `server` do it harm.
+    """
+
+    #: A value that the store takes, and the buffers of a socket do not: sending that is what can block. Fewer bytes
+    #: where the store takes fewer.
+    large: ClassVar[int] = 8 << 20
+
+    @pytest.fixture
+    def server(self) -> Server:
+        """A server that runs, and that the test may harm."""
+        raise NotImplementedError("start a server of the test's own: override the fixture `server`; see `launching`")
+
+    def entrance(self, server: Any) -> dict[str, object]:
+        """The options with which a client enters that server."""
+        raise NotImplementedError("say how a client enters a server: override `entrance`")
+
+    @pytest.fixture
+    def options(self, server: Server) -> dict[str, object]:
+        """How a client enters the store: a server of this test's own."""
+        return self.entrance(server)
+
+    @pytest.fixture
+    def visitor(self, server: Server) -> Iterator[Rendezvous]:
+        """A client of the server that the test may harm."""
+        import tensorway
+
+        with tensorway.create("rendezvous", self.name, self.entrance(server)) as client:
+            yield client
+
+    # -- a server that is away
+
+    def test_a_watch_goes_on_after_its_server_was_killed_and_says_that_it_may_have_missed_something(
+        self, visitor: Rendezvous, server: Server
+    ) -> None:
+        """Who waits is told `reset` when the server is back, and after that what changes; `durable` keeps its records.
+
+        *If this fails:* begin the watch anew when its connection is cut, and return a `reset` as soon as it has begun.
+        """
+        if "watch" not in visitor.abilities:
+            pytest.skip("needs a store with watches; that it has none is tested above")
+        with visitor.watch("/w/") as watch:
+            visitor.put("/w/a", b"1")
+            assert ["put"] == [event.kind for event in watch.next(5)]
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(watch.next, 60)
+                server.kill()
+                time.sleep(0.3)
+                server.start()
+                assert ["reset"] == [event.kind for event in waiting.result(30)]
+            if "durable" in visitor.abilities:
+                assert b"1" == visitor.get("/w/a").value  # type: ignore[union-attr]
+            visitor.put("/w/b", b"2")
+            assert [("put", "/w/b")] == [(event.kind, event.key) for event in watch.next(10)]
+
+    def test_a_call_waits_for_its_server_to_come_back_within_its_deadline(
+        self, visitor: Rendezvous, server: Server
+    ) -> None:
+        """A put that may be done twice is done when the server is back, and so is what comes after.
+
+        *If this fails:* connect anew, and send again what does not compare, until the deadline.
+        """
+        visitor.put("/a", b"1")
+        server.kill()
+        restart = threading.Timer(0.5, server.start)
+        restart.start()
+        assert visitor.put("/a", b"2", deadline=30) > 0
+        if "compare" in visitor.abilities:
+            assert visitor.put("/a", b"3", expected=visitor.get("/a").revision) > 0  # type: ignore[union-attr]
+        restart.join()
+
+    def test_a_deadline_is_kept_while_its_server_is_stopped(self, visitor: Rendezvous, server: Server) -> None:
+        """Connections are there, and nobody answers: every call ends in time, and a watch is silent.
+
+        *If this fails:* bound the sending, the answer and the connecting of each call by what is left of its seconds.
+        """
+        abilities = visitor.abilities
+        with visitor.watch("/a") if "watch" in abilities else contextlib.nullcontext() as watch:
+            revision = visitor.put("/a", b"1")
+            if watch is not None:
+                watch.next(5)
+            server.pause()
+            calls: list[Callable[[], object]] = [
+                lambda: visitor.get("/a", 0.5),
+                lambda: visitor.put("/a", b"2", deadline=0.5),
+                lambda: visitor.put("/a", bytes(self.large), deadline=0.5),
+                lambda: visitor.list("/a", 0.5),
+                lambda: visitor.wait("/c", 0.5),
+            ]
+            if "compare" in abilities:
+                calls.append(lambda: visitor.put("/a", b"2", expected=revision, deadline=0.5))
+            if "lease" in abilities:
+                calls.append(lambda: visitor.lease(5, deadline=0.5))
+            if "watch" in abilities:
+                calls.append(lambda: visitor.watch("/b", deadline=0.5))
+            for call in calls:
+                started = time.monotonic()
+                with pytest.raises(DeadlineExceeded):
+                    call()
+                assert time.monotonic() - started < LATEST
+            if watch is not None:
+                started = time.monotonic()
+                assert [] == watch.next(0.5)
+                assert time.monotonic() - started < LATEST_WATCH
+            server.resume()
+            assert visitor.get("/a", 10) is not None
 
 
 def held() -> tuple[int, int]:

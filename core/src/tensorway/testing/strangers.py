@@ -49,16 +49,16 @@ def fuzzed(rng: random.Random, data: bytes) -> bytes:
 
 def to_local(rng: random.Random, description: bytes) -> None:
     """Somebody of the same user at the door of `local`."""
-    from tensorway.transport import local
+    from tensorway.transport import ears
 
     incarnation = envelope.decode(description, "local").incarnation
-    hello = frames.encode(local._Hello("stranger", "0" * 32))
+    hello = frames.encode(ears.Hello("stranger", "0" * 32))
     words = [hello if rng.random() < 0.5 else fuzzed(rng, hello)]
     for _ in range(rng.randrange(4)):
         words.append(rng.choice((b"n" + rng.randbytes(9), rng.randbytes(70_000), b"n" * 65_538, b"x", hello, b"n")))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
         channel.settimeout(2)
-        channel.connect(local._address(incarnation))
+        channel.connect(ears.address(incarnation))
         try:
             for word in words:
                 channel.send(word)

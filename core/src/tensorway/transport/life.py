@@ -26,9 +26,8 @@ import msgspec
 
 from tensorway import errors
 from tensorway.errors import TensorwayError, TransferFailed
-from tensorway.transport import mover
+from tensorway.transport import mover, sockets
 from tensorway.transport.contract import Notification
-from tensorway.transport.local import _close, _kept
 
 #: What an answer may take beyond the time that the request itself was given.
 PATIENCE: Final = 10.0
@@ -86,7 +85,7 @@ class Life:
     """One mover, from its start to its end."""
 
     def __init__(self, owner: str, numbers: itertools.count[int]) -> None:
-        ours, theirs = _kept(socket.socketpair)
+        ours, theirs = sockets.kept(socket.socketpair)
         self.incarnation = ""
         #: How it ended; empty while it has not.
         self.ended = ""
@@ -116,10 +115,10 @@ class Life:
                 command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True
             )
         except BaseException:
-            _close(ours)
+            sockets.close(ours)
             raise
         finally:
-            _close(theirs)
+            sockets.close(theirs)
 
     def add(self, link: Link) -> None:
         """A link that it has now, to be told if it ends; it may have."""
@@ -198,7 +197,7 @@ class Life:
         if self._verdict:
             self._fail(self._verdict)
         self._fail(_how(self.process.wait()))
-        _close(self._channel.stream)
+        sockets.close(self._channel.stream)
         for request in self._requests.values():
             request.settled = True
         self._requests.clear()

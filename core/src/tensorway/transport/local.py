@@ -2,6 +2,7 @@
 
 Room `transport`; may import the ground and its own room. The embedded default: pure Python and ctypes, nothing to
 install. The bytes are copied once, by the process that asks, in the thread that posts; the peer need not run for it.
+What the peer has in memory of `tensorway.memory.shared` is mapped here (`shm`), and copied by memmove as well.
 A Unix socket in the abstract namespace carries notifications, tells when the peer is gone, and proves by the kernel's
 word whose it is.
 """
@@ -11,21 +12,17 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import selectors
 import socket
-import struct
 import threading
 import time
 import weakref
 from array import array
-from collections import deque
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Final
 
 import attrs
 import msgspec
 
+from tensorway._logging import logger
 from tensorway.errors import (
     DeadlineExceeded,
     DescriptionInvalid,
@@ -35,23 +32,19 @@ from tensorway.errors import (
     Unsupported,
 )
 from tensorway.memory import Region
+from tensorway.platforms import boot_id
+from tensorway.transport import sockets
 from tensorway.transport.blocks import BlockTable, covered
 from tensorway.transport.contract import Capabilities, Description, Notification, Operation
-from tensorway.transport.description import identifier
+from tensorway.transport.ears import FULL_PAUSE, MAX_NOTIFICATION, NOTE, Ears, Hello, knock, whose
 from tensorway.transport.iovec import behind, iovec, move
+from tensorway.transport.shm import Board, Mapped, Shared, View
 
+_log = logger("transport")
 #: What one call of the kernel takes.
 _IOV_MAX: Final = 1024
-_MAX_NOTIFICATION: Final = 65_536
-#: Notifications that nobody has fetched; beyond that senders wait.
-_MAX_QUEUED: Final = 65_536
-#: Peers that may be connected to one endpoint.
-_MAX_SENDERS: Final = 4096
 #: So that the socket's address, of 108 bytes at most, can hold it.
 _MAX_INCARNATION: Final = 64
-_FULL_PAUSE: Final = 500e-6
-_CREDENTIALS: Final = struct.Struct("3i")
-_NOTE: Final = b"n"
 _ENDED: Final = "its process closed the connection or ended"
 
 
@@ -64,13 +57,8 @@ class _Blob(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     pid: int
     #: Where the endpoint's incarnation lies in the peer's memory, so that reading it proves that reading works.
     canary: Annotated[int, msgspec.Meta(gt=0)]
-
-
-class _Hello(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """The first message on a connection."""
-
-    name: str
-    incarnation: str
+    #: What of its memory can be mapped.
+    shared: Shared | None = None
 
 
 @attrs.define(eq=False)
@@ -83,6 +71,9 @@ class _Link:
     channel: socket.socket = attrs.field(repr=False)
     same_process: bool
     incarnation: str
+    lane: str
+    #: The peer's shared memory; None if there is none, and as soon as the peer is lost, whose memory it holds.
+    mapped: Mapped | None = attrs.field(default=None, repr=False)
     lost: str = ""
 
 
@@ -93,6 +84,8 @@ class _Prepared:
     link: _Link
     local: BlockTable
     remote: BlockTable
+    #: The remote table where it is mapped here.
+    view: View | None = None
     #: Of memory within this process: the peer's epoch in which all of the remote table was registered.
     epoch: int = -1
 
@@ -102,6 +95,7 @@ PERMISSION: Final = (
     "Run both as one user with kernel.yama.ptrace_scope=0, or give the reader CAP_SYS_PTRACE "
     "(in a container: --cap-add SYS_PTRACE)."
 )
+_DEREGISTERED: Final = "Not all of the peer's memory is registered there any more."
 _FREED: Final = "Keep memory alive while it is registered; deregister before it is freed."
 
 
@@ -111,7 +105,7 @@ class LocalFabric:
     name = "local"
     capabilities = Capabilities(
         media=frozenset({"cpu"}),
-        max_notification=_MAX_NOTIFICATION,
+        max_notification=MAX_NOTIFICATION,
         max_pieces=_IOV_MAX,
         max_in_flight=1,
         synchronous=True,
@@ -122,92 +116,90 @@ class LocalFabric:
         for call in ("process_vm_readv", "process_vm_writev"):
             getattr(self._libc, call).restype = ctypes.c_ssize_t
         self._canary = ctypes.create_string_buffer(1)
-        self._links: weakref.WeakSet[_Link] = weakref.WeakSet()
-        self._queue: deque[Notification] = deque()
         #: Held while memory of ours is copied within this process, or is registered or deregistered.
         self._memory = threading.Lock()
         self._regions: list[Region] = []
+        self._board = Board()
         self._epoch = 0
-        self._senders: dict[socket.socket, _Hello | None] = {}
-        self._closed = False
 
     def open(self, name: str, incarnation: str) -> None:
         """Listen under the incarnation, and start the thread that hears what peers send."""
-        self._hello = msgspec.msgpack.encode(_Hello(name, incarnation))
+        self._hello = msgspec.msgpack.encode(Hello(name, incarnation))
         self._canary = ctypes.create_string_buffer(incarnation.encode())
-        (self._listener,) = _kept(_unix_socket)
-        self._listener.bind(_address(incarnation))
-        self._listener.listen(128)
-        self._listener.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._wake_in, self._wake_out = _kept(socket.socketpair)
-        self._selector.register(self._wake_in, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._listen, name="tensorway-local-ears", daemon=True)
-        self._thread.start()
+        self._ears = Ears(incarnation, self._notice)
         _by_incarnation[incarnation] = self
 
-    def attach(self, region: Region) -> Region:
-        """The kernel needs no registration; peers of this process do, before they touch memory themselves."""
+    def attach(self, region: Region) -> tuple[Region, int | None]:
+        """The kernel needs no registration; peers that touch memory themselves do, before they touch it."""
         with self._memory:
             self._regions.append(region)
-        return region
+            return region, self._board.add(region)
 
-    def detach(self, handle: Region) -> None:
+    def detach(self, handle: tuple[Region, int | None]) -> None:
         """From now on the memory may be freed: no peer of this process is copying it, and none will."""
+        region, slot = handle
         with self._memory:
-            self._regions.remove(handle)
+            self._regions.remove(region)
             self._epoch += 1
+            if slot is not None:
+                self._board.remove(slot)
 
     def describe(self) -> bytes:
-        """Who this is on this machine."""
-        return msgspec.msgpack.encode(_Blob(*_machine(), os.getpid(), ctypes.addressof(self._canary)))
+        """Who this is on this machine, and what of its memory can be mapped."""
+        with self._memory:
+            shared = self._board.describe()
+        return msgspec.msgpack.encode(_Blob(*_machine(), os.getpid(), ctypes.addressof(self._canary), shared))
 
     def connect(self, description: Description, seconds: float) -> _Link:
         """Connect to the peer's socket, check by the kernel whose it is, and read its incarnation from its memory."""
         asked = f"Peer {description.name} was to be reached over transport local."
         blob = _decode(description, asked)
-        (channel,) = _kept(_unix_socket)
+        (channel,) = sockets.kept(sockets.unix_socket)
         channel.settimeout(seconds)
         try:
-            _knock(channel, _address(description.incarnation), time.monotonic() + seconds)
-            pid, uid, _ = _CREDENTIALS.unpack(
-                channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            )
-            if pid != blob.pid or uid not in (os.getuid(), 0):
-                raise DescriptionInvalid(
-                    asked,
-                    f"Its socket belongs to process {pid} of user {uid}, not to {blob.pid}.",
-                    "Connect to no stranger.",
-                )
+            knock(channel, description.incarnation, time.monotonic() + seconds)
+            pid, ours = whose(channel)
+            if pid != blob.pid or not ours:
+                user = "" if ours else " of another user"
+                true = f"Its socket belongs to process {pid}{user}, not to {blob.pid}."
+                raise DescriptionInvalid(asked, true, "Connect to no stranger.")
             channel.sendall(self._hello)
             channel.setblocking(False)
-            link = _Link(description.name, pid, channel, pid == os.getpid(), description.incarnation)
+            within = pid == os.getpid()
+            link = _Link(
+                description.name, pid, channel, within, description.incarnation, "memmove" if within else "cma"
+            )
             self._prove(link, blob.canary, description.incarnation.encode(), asked)
+            if blob.shared is not None and not within:
+                self._map(link, blob.shared, description)
         except TensorwayError:
-            _close(channel)
+            sockets.close(channel)
             raise
         except (ConnectionError, FileNotFoundError) as error:
-            _close(channel)
+            sockets.close(channel)
             raise PeerLost(asked, f"Nobody listens for it: {error}.", "Connect to what is running now.") from error
         except TimeoutError as error:
-            _close(channel)
+            sockets.close(channel)
             true = f"It did not answer within {seconds:g} s."
             raise DeadlineExceeded(asked, true, "See whether it is stopped, or give a longer deadline.") from error
         except BaseException:
-            _close(channel)
+            sockets.close(channel)
             raise
-        self._links.add(link)
         return link
 
     def lane(self, link: _Link) -> str:
-        """`memmove` within a process, `cma` (cross-memory attach) between two."""
-        return "memmove" if link.same_process else "cma"
+        """`memmove` within a process; between two `shm` if all that the peer has registered is mapped here, else `cma`.
+
+        That is cross-memory attach, by the kernel. What is mapped is copied by memmove whatever the lane is called.
+        """
+        return link.lane
 
     def disconnect(self, link: _Link) -> None:
         """Close the connection."""
         link.lost = link.lost or "it was disconnected here"
-        _close(link.channel)
+        link.mapped = None
+        self._ears.unwatch(link.channel)
+        sockets.close(link.channel)
 
     def lost(self, link: _Link) -> str:
         """Whether the peer's end of the connection is closed.
@@ -223,26 +215,34 @@ class LocalFabric:
             except ConnectionResetError:  # it ended with something of ours unread
                 link.lost = _ENDED
             except OSError as error:
-                link.lost = f"its connection broke: {error.strerror}"
+                link.lost = link.lost or f"its connection broke: {error.strerror}"
+        if link.lost:
+            link.mapped = None
         return link.lost
 
     def prepare(self, link: _Link, local: BlockTable, remote: BlockTable) -> _Prepared:
-        """Nothing is worth keeping: a piece costs less than looking one up."""
-        return _Prepared(link, local, remote)
+        """Where the peer's blocks lie here, if they do; else a piece costs less than looking one up."""
+        mapped = link.mapped
+        return _Prepared(link, local, remote, None if mapped is None else mapped.view(remote))
 
     def post(
         self, operation: Operation, prepared: _Prepared, local_ids: array[int], remote_ids: array[int], seconds: float
     ) -> None:
         """Copy, now."""
         link, local, remote = prepared.link, prepared.local, prepared.remote
+        there = True
         if link.same_process:
             self._move_within(operation, prepared, local_ids, remote_ids)
+        elif prepared.view is not None:
+            there = self._move_mapped(operation, prepared, prepared.view, local_ids, remote_ids)
         else:
             self._copy(operation, link, local.vector(local_ids), remote.vector(remote_ids))
+        asked = f"A {operation} with peer {link.name} was asked for."
         if self.lost(link):
             # Its number may have become another process's while we copied: what we have is then nobody's data.
-            asked = f"A {operation} with peer {link.name} was asked for."
             raise PeerLost.because(asked, link.lost)
+        if not there:
+            raise TransferFailed(asked, _DEREGISTERED, _FREED)
 
     def done(self, job: object) -> bool:
         """Every post is done when it returns."""
@@ -257,36 +257,24 @@ class LocalFabric:
         asked, deadline = f"Peer {link.name} was to be notified over local.", time.monotonic() + seconds
         while True:
             try:
-                # One byte in front, because an empty message would look like the end of the connection.
-                link.channel.send(_NOTE + payload)
+                link.channel.send(NOTE + payload)
                 return
             except (BlockingIOError, InterruptedError):
                 if time.monotonic() >= deadline:
                     true = f"The peer's queue stayed full for {seconds:g} s."
                     raise DeadlineExceeded(asked, true, "See whether it runs and fetches its notifications.") from None
-                time.sleep(_FULL_PAUSE)
+                time.sleep(FULL_PAUSE)
             except OSError as error:
                 link.lost = link.lost or f"its connection broke: {error.strerror}"
                 raise PeerLost.because(asked, link.lost) from error
 
     def receive(self) -> list[Notification]:
         """What has arrived."""
-        arrived = []
-        while self._queue:
-            arrived.append(self._queue.popleft())
-        return arrived
+        return self._ears.receive()
 
     def close(self) -> None:
         """Stop listening; peers see their connections close."""
-        self._closed = True
-        self._wake_out.send(b"x")
-        self._thread.join(5)
-        self._close_files()
-
-    def _close_files(self) -> None:
-        for channel in (self._listener, self._wake_in, self._wake_out, *self._senders):
-            _close(channel)
-        self._selector.close()
+        self._ears.close()
 
     # -- moving bytes
 
@@ -301,9 +289,22 @@ class LocalFabric:
         with there._memory:
             if prepared.epoch != there._epoch:
                 if not covered(prepared.remote, there._regions):
-                    raise TransferFailed(asked, "Not all of the peer's memory is registered there any more.", _FREED)
+                    raise TransferFailed(asked, _DEREGISTERED, _FREED)
                 prepared.epoch = there._epoch
             move(operation, prepared.local, prepared.remote, local_ids, remote_ids)
+
+    def _move_mapped(
+        self, operation: Operation, prepared: _Prepared, view: View, local_ids: array[int], remote_ids: array[int]
+    ) -> bool:
+        """Whether the memory was there all the time.
+
+        Nothing is raised here: an error would keep this frame, and by it the mapping, as long as somebody has it.
+        """
+        mapped = prepared.link.mapped
+        if mapped is None or not mapped.registered(view):
+            return False
+        move(operation, prepared.local, view.table, local_ids, remote_ids)
+        return mapped.registered(view)
 
     def _copy(self, operation: Operation, link: _Link, mine: array[int], theirs: array[int]) -> None:
         call = self._libc.process_vm_readv if operation == "read" else self._libc.process_vm_writev
@@ -314,6 +315,23 @@ class LocalFabric:
                 raise self._failed(operation, link, ctypes.get_errno())
             # Fewer bytes than asked for: one side had more pieces, or the kernel's limit for one call was reached.
             mine, theirs = behind(mine, moved), behind(theirs, moved)
+
+    def _map(self, link: _Link, shared: Shared, description: Description) -> None:
+        """Take the fast lane as far as it goes; from now on the peer's end is watched, so that its memory is let go."""
+        try:
+            link.mapped = Mapped(link.pid, shared)
+        except OSError as error:  # not this kernel, not this user, or not that file
+            _log.debug("The shared memory of peer %s is not mapped: %s", link.name, error, extra={"peer": link.name})
+            return
+        if link.mapped.whole(description.regions):
+            link.lane = "shm"
+        self._ears.watch(link.channel, link)
+
+    def _notice(self, link: _Link) -> None:
+        """A peer whose memory is mapped has ended, or sends although nobody asked."""
+        if not self.lost(link):
+            link.lost, link.mapped = "it sent what is no message", None
+        self._ears.unwatch(link.channel)
 
     def _prove(self, link: _Link, canary: int, incarnation: bytes, asked: str) -> None:
         """Read the incarnation out of the peer's memory: the capability is proven, and so is that it is this peer."""
@@ -343,83 +361,10 @@ class LocalFabric:
             )
         return TransferFailed(asked, f"{name} (errno {code}).", "Look this up in the kernel's process_vm_readv(2).")
 
-    # -- hearing
-
-    def _listen(self) -> None:
-        while not self._closed:
-            for key, _ in self._selector.select():
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif key.fileobj is not self._wake_in:
-                    self._hear(key.fileobj)  # type: ignore[arg-type]
-
-    def _accept(self) -> None:
-        try:
-            (channel,) = _kept(lambda: self._listener.accept()[:1])
-        except OSError:  # who knocked went away; or this process has no file left, and they stay at the door
-            time.sleep(_FULL_PAUSE)
-            return
-        credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        if _CREDENTIALS.unpack(credentials)[1] not in (os.getuid(), 0) or len(self._senders) >= _MAX_SENDERS:
-            _close(channel)
-            return
-        channel.setblocking(False)
-        self._senders[channel] = None
-        self._selector.register(channel, selectors.EVENT_READ)
-
-    def _hear(self, channel: socket.socket) -> None:
-        """One message; anything that is not one costs its sender the connection, and nobody else anything."""
-        try:
-            message = channel.recv(_MAX_NOTIFICATION + 2)  # longer ones are cut, not split
-            if not 0 < len(message) <= _MAX_NOTIFICATION + 1:
-                raise ConnectionResetError
-            sender = self._senders[channel]
-            if sender is None:
-                self._senders[channel] = _greeting(message)
-            elif message[:1] == _NOTE:
-                self._enqueue(Notification(sender.name, sender.incarnation, message[1:]))
-            else:
-                raise ConnectionResetError
-        except (BlockingIOError, InterruptedError):
-            return
-        except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-            self._selector.unregister(channel)
-            del self._senders[channel]
-            _close(channel)
-
-    def _enqueue(self, notification: Notification) -> None:
-        # While nobody fetches, nobody is heard: the senders' queues fill, and their deadlines tell them.
-        while len(self._queue) >= _MAX_QUEUED and not self._closed:
-            time.sleep(_FULL_PAUSE)
-        self._queue.append(notification)
-
-
-def _greeting(message: bytes) -> _Hello:
-    hello = msgspec.msgpack.decode(message, type=_Hello)
-    if not (identifier(hello.name) and identifier(hello.incarnation)):
-        raise ConnectionResetError
-    return hello
-
-
-def _knock(channel: socket.socket, address: bytes, deadline: float) -> None:
-    while True:
-        try:
-            channel.connect(address)
-            return
-        except BlockingIOError:  # as many as may wait for it to accept them wait: it is stopped, or very busy
-            if time.monotonic() >= deadline:
-                raise TimeoutError from None
-            time.sleep(_FULL_PAUSE)
-
-
-def _address(incarnation: str) -> bytes:
-    return b"\0tensorway-local-" + incarnation.encode()
-
 
 def _machine() -> tuple[str, str]:
     """The running kernel, and the namespaces in which process numbers and abstract sockets mean something."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    return boot, " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))  # noqa: PTH115
+    return boot_id(), " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))  # noqa: PTH115
 
 
 def _decode(description: Description, asked: str) -> _Blob:
@@ -439,37 +384,11 @@ def _decode(description: Description, asked: str) -> _Blob:
 _by_incarnation: weakref.WeakValueDictionary[str, LocalFabric] = weakref.WeakValueDictionary()
 
 
-#: Every socket that a forked child would inherit, and what is held while there is one that is not yet among them.
-_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-_forking = threading.Lock()
-
-
-def _kept(make: Callable[[], tuple[socket.socket, ...]]) -> tuple[socket.socket, ...]:
-    """New sockets, of which a child that is forked from now on knows; `make` must not wait."""
-    with _forking:
-        made = make()
-        _sockets.update(made)
-        return made
-
-
-def _close(channel: socket.socket) -> None:
-    """Close it, and not while somebody forks: between forgetting the file and closing it, a child would inherit it."""
-    with _forking:
-        channel.close()
-
-
-def _unix_socket() -> tuple[socket.socket]:
-    return (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET),)
-
-
 def _close_inherited() -> None:
-    """In a forked child: a copy of a socket would hide from peers that the parent has ended."""
-    _forking.release()
-    for channel in list(_sockets):
-        channel.close()
+    """In a forked child, behind what `sockets` does there: the fabrics are the parent's."""
     for fabric in list(_by_incarnation.values()):
-        fabric._close_files()
+        fabric._ears.close_files()
     _by_incarnation.clear()
 
 
-os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_inherited)
+os.register_at_fork(after_in_child=_close_inherited)

@@ -7,7 +7,6 @@ to have it, too.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -20,7 +19,7 @@ from typing import Final
 import attrs
 
 from tensorway.errors import MemoryInvalid
-from tensorway.memory import MAP_FIXED_NOREPLACE, MAP_SHARED, PAGE, PROTECTION, Region, libc
+from tensorway.memory import PAGE, Region, libc, map_file
 
 _LINE: Final = re.compile(
     r"(?P<start>\w+)-(?P<end>\w+) (?P<mode>\S+) (?P<offset>\w+) (?P<major>\w+):(?P<minor>\w+) "
@@ -159,18 +158,14 @@ class AddressSpace:
 
 
 def _map(address: int, nbytes: int, file: int, offset: int) -> None:
-    got = libc().mmap(address, nbytes, PROTECTION, MAP_SHARED | MAP_FIXED_NOREPLACE, file, offset)
-    if got == address:
-        # It is the engine's, and may be large: not for the core file of a process that is made to crash.
-        libc().madvise(address, nbytes, mmap.MADV_DONTDUMP)
-        return
-    code = ctypes.get_errno()
-    if got not in (None, ctypes.c_void_p(-1).value):  # a kernel before 4.17 takes the address for a wish
-        libc().munmap(got, nbytes)
-        code = errno.EEXIST
-    if code == errno.EEXIST:
-        raise Taken
-    raise OSError(code, os.strerror(code))
+    try:
+        map_file(nbytes, file, offset, wish=address)
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            raise Taken from None
+        raise
+    # It is the engine's, and may be large: not for the core file of a process that is made to crash.
+    libc().madvise(address, nbytes, mmap.MADV_DONTDUMP)
 
 
 def _without(whole: tuple[int, int], taken: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 import pytest
 
+import tensorway
 from tensorway.errors import AddressInvalid
 from tensorway.rendezvous.hosts import Address, HostChoice, choose, local_addresses, url
 
@@ -82,6 +84,16 @@ def test_this_host_knows_its_own_addresses():
     found = local_addresses()
     assert Address("lo", ipaddress.ip_address("127.0.0.1")) in found
     assert not any(address.ip.is_link_local for address in found)
+
+
+def test_a_port_that_somebody_has_is_said_with_a_way_out():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(AddressInvalid) as caught:
+            tensorway.create("rendezvous", "direct", {"port": port, "secret": "a secret of the tests"})
+    assert f"A rendezvous was to listen on 127.0.0.1:{port} (from loopback)." == caught.value.asked
+    assert caught.value.true.startswith("It cannot: Address already in use")
+    assert "Use port 0, and the system chooses a free one; or see who has this one: ss -ltnp." == caught.value.to_do
 
 
 def test_brackets_go_around_what_needs_them():

@@ -7,7 +7,7 @@ import pytest
 
 from tensorway.testing import endurance
 from tensorway.testing.endurance import Count, Endurance
-from tensorway.transport import local, transfer
+from tensorway.transport import local, sockets, transfer
 
 
 def test_nothing_grows_over_many_transfers_and_connections():
@@ -38,7 +38,7 @@ def test_a_connection_that_is_not_closed_is_found(monkeypatch):
         breaches = Endurance("local", transfers=10, connections=20, seed=1).run()
     finally:
         for link in kept:
-            local._close(link.channel)
+            sockets.close(link.channel)
     assert any(text.startswith("connections: here had") and "files" in text for text in breaches)
     assert any(text.startswith("connections: peer had") and "files" in text for text in breaches)
 

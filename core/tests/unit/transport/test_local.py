@@ -35,7 +35,7 @@ from tensorway.errors import (
 from tensorway.memory import Region
 from tensorway.testing import OfferSuite, PeerProcess, TransportSuite
 from tensorway.testing.peer import content, digest
-from tensorway.transport import BlockTable, Endpoint, State, iovec, local
+from tensorway.transport import BlockTable, Endpoint, State, ears, iovec, local
 from tensorway.transport import description as envelope
 from tensorway.transport.local import LocalFabric
 
@@ -99,7 +99,7 @@ def knock(endpoint: Endpoint, *messages: bytes) -> socket.socket:
     """A stranger's connection."""
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     channel.settimeout(10)
-    local._knock(channel, local._address(endpoint.incarnation), time.monotonic() + 10)
+    ears.knock(channel, endpoint.incarnation, time.monotonic() + 10)
     for message in messages:
         channel.send(message)
     return channel
@@ -243,7 +243,7 @@ def test_a_peer_at_whose_door_too_many_wait_costs_a_deadline_and_no_more(here, o
                 channel = strangers.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
                 channel.setblocking(False)
                 try:
-                    channel.connect(local._address(incarnation))
+                    channel.connect(ears.address(incarnation))
                 except BlockingIOError:
                     break
             started = time.monotonic()
@@ -462,12 +462,12 @@ def test_who_sends_what_is_no_message_loses_the_connection_and_nobody_else_anyth
     here.notify(peer, b"still here")
     assert [b"still here"] == [note.payload for note in heard(there, 1)]
     assert "" == here._fabric.lost(peer.link)
-    eventually(lambda: 1 == len(there._fabric._senders))
+    eventually(lambda: 1 == len(there._fabric._ears._senders))
 
 
 def test_a_thousand_strangers_that_come_and_go_hurt_nobody(here, there):
     peer = here.connect(there.describe())
-    eventually(lambda: 1 == len(there._fabric._senders))
+    eventually(lambda: 1 == len(there._fabric._ears._senders))
     before = len(os.listdir("/proc/self/fd"))
     for index in range(1000):
         knock(there, *((), (HELLO,), (b"garbage",))[index % 3]).close()
@@ -478,8 +478,8 @@ def test_a_thousand_strangers_that_come_and_go_hurt_nobody(here, there):
 
 def test_there_is_an_end_to_how_many_may_be_connected(here, there, monkeypatch):
     peer = here.connect(there.describe())
-    eventually(lambda: 1 == len(there._fabric._senders))
-    monkeypatch.setattr(local, "_MAX_SENDERS", 2)
+    eventually(lambda: 1 == len(there._fabric._ears._senders))
+    monkeypatch.setattr(ears, "_MAX_SENDERS", 2)
     with knock(there, HELLO) as kept, knock(there) as refused:
         assert b"" == refused.recv(1)
         kept.setblocking(False)
@@ -492,7 +492,7 @@ def test_there_is_an_end_to_how_many_may_be_connected(here, there, monkeypatch):
 def test_a_process_without_a_file_left_does_not_spin_and_takes_the_next_when_it_can(here, there):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with knock(there, HELLO):  # what this process imports and opens once is there
-        eventually(lambda: there._fabric._senders)
+        eventually(lambda: there._fabric._ears._senders)
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     held: list[int] = []
     try:
@@ -500,7 +500,7 @@ def test_a_process_without_a_file_left_does_not_spin_and_takes_the_next_when_it_
         with contextlib.suppress(OSError):
             while True:
                 held.append(os.dup(0))
-        channel.connect(local._address(there.incarnation))
+        channel.connect(ears.address(there.incarnation))
         time.sleep(0.02)
         used = time.process_time()
         time.sleep(0.3)
@@ -519,7 +519,7 @@ def test_a_process_without_a_file_left_does_not_spin_and_takes_the_next_when_it_
 def test_a_sender_whose_notifications_nobody_fetches_gets_a_deadline_and_the_receiver_recovers(
     here, there, monkeypatch
 ):
-    monkeypatch.setattr(local, "_MAX_QUEUED", 10)
+    monkeypatch.setattr(ears, "_MAX_QUEUED", 10)
     peer, sent = here.connect(there.describe()), 0
     started = time.monotonic()
 
@@ -538,7 +538,7 @@ def test_a_sender_whose_notifications_nobody_fetches_gets_a_deadline_and_the_rec
 
 
 def test_an_endpoint_that_nobody_fetches_from_closes_all_the_same(here, monkeypatch):
-    monkeypatch.setattr(local, "_MAX_QUEUED", 2)
+    monkeypatch.setattr(ears, "_MAX_QUEUED", 2)
     there = Endpoint(LocalFabric())
     peer = here.connect(there.describe())
     for _ in range(5):
@@ -546,7 +546,7 @@ def test_an_endpoint_that_nobody_fetches_from_closes_all_the_same(here, monkeypa
     started = time.monotonic()
     there.close()
     assert time.monotonic() - started < 2
-    assert not there._fabric._thread.is_alive()
+    assert not there._fabric._ears._thread.is_alive()
 
 
 def test_memory_of_this_process_that_was_deregistered_is_not_touched(here, there):
@@ -669,7 +669,7 @@ def test_an_endpoint_leaves_no_thread_and_no_file(there):
             endpoint.notify(peer, b"x")
 
     once()
-    eventually(lambda: not there._fabric._senders)
+    eventually(lambda: not there._fabric._ears._senders)
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(20):
         once()
@@ -698,4 +698,4 @@ def test_a_transfer_over_a_link_that_was_disconnected_is_lost_and_says_by_whom(h
     transfer = here.read(route, [0], [0])
     assert State.FAILED is transfer.state
     assert "disconnected here" in str(transfer.error)
-    eventually(lambda: not there._fabric._senders)
+    eventually(lambda: not there._fabric._ears._senders)

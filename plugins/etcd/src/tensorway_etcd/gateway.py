@@ -1,7 +1,7 @@
 """Calls of etcd's HTTP gateway: to whichever endpoint answers, with a token where there are users, in a given time.
 
-May import tensorway's ground and its own package. A call that may be done twice is sent again when its connection
-breaks; one that may not, because it compares, is sent once.
+May import tensorway's ground, the rendezvous' offer and its own package. A call that may be done twice is sent again
+when its connection breaks; one that may not, because it compares, is sent once.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import attrs
 
 from tensorway.errors import Closed, DeadlineExceeded, RecordRefused, Unauthenticated
+from tensorway.rendezvous.offer import password_in
 from tensorway_etcd.options import EtcdOptions
 from tensorway_etcd.wire import MAX_ANSWER, Stream, connect, left
 
@@ -151,7 +151,7 @@ class Gateway:
     def _authenticate(self, endpoint: _Endpoint, until: float) -> None:
         if not self._options.user or self._token:
             return
-        password = _read(self._options.password_file).strip() if self._options.password_file else ""
+        password = password_in(self._options.password_file, "etcd") if self._options.password_file else ""
         body = {"name": self._options.user, "password": password}
         try:
             answer = self._ask(endpoint, until, "auth/authenticate", json.dumps(body).encode())
@@ -249,17 +249,6 @@ def _tls(options: EtcdOptions) -> ssl.SSLContext:
             "See that ca_file, cert_file and key_file name PEM files that this process may read.",
         ) from error
     return context
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unauthenticated(
-            "The password for etcd was to be read.",
-            f"It cannot be: {error}.",
-            "Name a text file that this process may read in password_file.",
-        ) from error
 
 
 def _distrust(endpoint: _Endpoint, error: OSError) -> Unauthenticated | None:

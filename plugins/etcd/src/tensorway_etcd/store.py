@@ -1,25 +1,23 @@
 """The store `etcd`: see `tensorway.rendezvous.contract.Store`.
 
-May import tensorway's ground, the rendezvous' contract and its own package. Revisions are etcd's own, and so is every
-comparison: one transaction on `mod_revision`. Leases are etcd's, in whole seconds.
+May import tensorway's ground, the rendezvous' contract and `reopening`, and its own package. Revisions are etcd's own,
+and so is every comparison: one transaction on `mod_revision`. Leases are etcd's, in whole seconds.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-import time
 from base64 import b64decode, b64encode
-from typing import Any, Final, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from tensorway.errors import DeadlineExceeded, LeaseLost, RecordRefused
-from tensorway.rendezvous.contract import Ability, Event, Record, check_key
+from tensorway.errors import LeaseLost, RecordRefused
+from tensorway.rendezvous.contract import Ability, Event, Record, check_key, end_of
+from tensorway.rendezvous.reopening import Reopening
 from tensorway_etcd.gateway import NOT_FOUND, Gateway, Refused, result
 from tensorway_etcd.options import EtcdOptions
 from tensorway_etcd.wire import Stream
-
-#: A watch that was cut is begun anew in attempts of this length, between which it can be closed.
-_REOPEN: Final = 1.0
 
 
 class EtcdStore:
@@ -88,7 +86,7 @@ class EtcdStore:
     def changes(self, prefix: str, seconds: float) -> EtcdChanges:
         """Watch a prefix."""
         changes = EtcdChanges(self._gateway, prefix, self._forget)
-        changes.open(seconds)
+        changes.begin(seconds)
         with self._lock:
             self._watches.add(changes)
         return changes
@@ -125,38 +123,19 @@ class EtcdStore:
         raise RecordRefused.changed(key, expected, found[0].revision if found else 0)
 
 
-class EtcdChanges:
-    """See `contract.Changes`. It has a connection to itself, and begins anew, with a `reset`, when that is cut."""
+class EtcdChanges(Reopening[Stream]):
+    """See `contract.Changes`."""
 
-    def __init__(self, gateway: Gateway, prefix: str, forget: Any) -> None:
+    def __init__(self, gateway: Gateway, prefix: str, forget: Callable[[EtcdChanges], None]) -> None:
+        super().__init__(prefix, forget)
         self._gateway = gateway
-        self._prefix = prefix
-        self._forget = forget
-        self._stream: Stream | None = None
-        self._busy = threading.Lock()
-        self._closed = False
 
-    def open(self, seconds: float) -> None:
-        """Begin; etcd says when it has, so that nothing after this is missed."""
+    def _open(self, seconds: float) -> Stream:
+        """etcd says when it has begun."""
         try:
-            self._stream = self._gateway.watch(_below(self._prefix), seconds)
+            return self._gateway.watch(_below(self._prefix), seconds)
         except Refused as error:
             _refuse(self._prefix, error)
-
-    def next(self, seconds: float) -> list[Event]:
-        """What happened."""
-        until = time.monotonic() + seconds
-        with self._busy:
-            while not self._closed:
-                if self._stream is None:
-                    if self._reopened(until):
-                        break
-                    events = []
-                else:
-                    events = self._told(self._stream, until)
-                if events or time.monotonic() >= until:
-                    return events
-        return [Event("reset", self._prefix)]
 
     def _told(self, stream: Stream, until: float) -> list[Event]:
         """All events that have arrived; waits for the first, and for the stream's end."""
@@ -165,29 +144,14 @@ class EtcdChanges:
             while (line := stream.line(0.0 if events else until)) is not None:
                 events += _events(result(line))
         except OSError:
-            stream.close()
-            self._stream = None
+            self._cut()
         return events
 
-    def _reopened(self, until: float) -> bool:
-        try:
-            self.open(max(0.0, min(_REOPEN, until - time.monotonic())))
-        except DeadlineExceeded:
-            time.sleep(max(0.0, min(0.05, until - time.monotonic())))
-            return False
-        return True
+    def _shut(self, stream: Stream) -> None:
+        stream.close()
 
-    def close(self) -> None:
-        """No more; who waits is woken."""
-        self._closed = True
-        stream = self._stream
-        if stream is not None:
-            stream.wake()
-        with self._busy:
-            if self._stream is not None:
-                self._stream.close()
-                self._stream = None
-        self._forget(self)
+    def _wake(self, stream: Stream) -> None:
+        stream.wake()
 
 
 def _text(key: str) -> str:
@@ -195,9 +159,8 @@ def _text(key: str) -> str:
 
 
 def _below(prefix: str) -> dict[str, str]:
-    """A range of keys: from the prefix to what follows the last that begins with it; keys are ASCII."""
-    end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-    return {"key": _text(prefix), "range_end": _text(end)}
+    """A range of keys, as etcd takes it."""
+    return {"key": _text(prefix), "range_end": _text(end_of(prefix))}
 
 
 def _events(told: dict[str, Any]) -> list[Event]:

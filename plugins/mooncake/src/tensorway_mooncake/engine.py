@@ -1,8 +1,9 @@
 """One Mooncake engine, behind every guard that it lacks: never called on what takes the process down.
 
-May import tensorway's ground and its own package. Mooncake raises nothing and answers with bare numbers; before
-`initialize`, and for a handle that it does not know or has freed, it takes the process down. It has no call that ends
-an engine: an engine ends when the last reference to it is dropped, and with it all that it may still write.
+May import tensorway's ground and its own package. Mooncake answers with bare numbers whatever goes wrong; before
+`initialize`, and for a handle that it does not know or has freed, it takes the process down. What it does raise, as
+`RuntimeError`, is that a peer answered nonsense. It has no call that ends an engine: an engine ends when the last
+reference to it is dropped, and with it all that it may still write.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import os
 import socket
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
 
+from tensorway import _logging
 from tensorway.errors import BackendUnavailable, Closed, MemoryInvalid, TransferFailed, Unsupported
 from tensorway.memory import ADDRESS_LIMIT, Region
 from tensorway.native import Absent, Loaded
@@ -32,6 +35,7 @@ _NO_HANDLES: Final = frozenset({0, (1 << 64) - 1, -1})
 #: Engines that are open, for a forked child to leave alone.
 _open: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
 _creating: Final = threading.Lock()
+_log = _logging.logger("mooncake")
 
 
 @attrs.define(eq=False)
@@ -113,7 +117,7 @@ class Engine:
                 "Report this to tensorway: it checks them before.",
             )
         call = native.batch_transfer_async_read if operation == "read" else native.batch_transfer_async_write
-        handle: int = call(segment, [local], [remote], [nbytes])
+        handle: int = _answered(0, call, segment, [local], [remote], [nbytes])
         if handle in _NO_HANDLES:
             return 0
         self._live.add(handle)
@@ -127,10 +131,14 @@ class Engine:
             return FAILED if self.gone else PENDING
         if handle not in self._live:
             raise LookupError(f"no operation of this engine has the handle {handle}")
+        # Before it is asked, not after: what it frees when it says that this is over it may give away again at once,
+        # and from then on the number is that of an operation of another thread.
+        self._live.discard(handle)
         status: int = native.transfer_check_status(handle)
         if status in (DONE, FAILED):
-            self._live.discard(handle)
-        elif status != PENDING:
+            return status
+        self._live.add(handle)
+        if status != PENDING:
             self.poison(f"Mooncake answered {status} when it was asked about an operation")
         return status
 
@@ -143,8 +151,10 @@ class Engine:
         """
         native = self._usable()
         note = self._symbols["Notify"](LABEL, message)
-        code = native.transfer_sync(segment, local, remote, 0, self._symbols["Opcode"].Write, note)
-        return bool(code == 0 and native.send_probe(segment) == 0)
+        write = self._symbols["Opcode"].Write
+        if _answered(-1, native.transfer_sync, segment, local, remote, 0, write, note) != 0:
+            return False
+        return 0 == _answered(-1, native.send_probe, segment)
 
     def notified(self) -> list[str]:
         """Messages that arrived under our name; what is no text is somebody else's."""
@@ -159,7 +169,7 @@ class Engine:
 
     def answers(self, segment: str) -> bool:
         """Whether a peer answers; waits without a deadline, as `notify` does."""
-        return bool(self._usable().send_probe(segment) == 0)
+        return 0 == _answered(-1, self._usable().send_probe, segment)
 
     # -- end
 
@@ -188,6 +198,15 @@ class Engine:
                 "Close this endpoint and make another; what it may still write stays in quarantine.",
             )
         return native
+
+
+def _answered(failed: int, call: Callable[..., int], *words: object) -> int:
+    """What Mooncake answers; `failed` when it raises, which it does when the peer's JSON is not what it expects."""
+    try:
+        return int(call(*words))
+    except Exception as error:  # of pybind11's choice
+        _log.debug("mooncake raised %r", error)
+        return failed
 
 
 def create(address: str) -> Engine:

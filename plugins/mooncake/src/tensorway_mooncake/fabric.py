@@ -89,8 +89,9 @@ class MooncakeFabric:
     def __init__(self, options: MooncakeOptions | None = None) -> None:
         self._options = options or MooncakeOptions()
         self._lock = threading.RLock()
-        self._remotes: dict[str, Remote] = {}
-        self._outboxes: dict[str, Outbox] = {}
+        #: By all that was said of them: what somebody says of an incarnation is not believed of what others say of it.
+        self._remotes: dict[tuple[object, ...], Remote] = {}
+        self._outboxes: dict[tuple[object, ...], Outbox] = {}
         self._page = ctypes.create_string_buffer(_SLOTS * _SLOT)
         self._slots = list(range(1, _SLOTS))
         #: Canaries that were given up and are not over; their slots are not used before they are.
@@ -104,7 +105,7 @@ class MooncakeFabric:
         self._version = version()
         self._engine = engines.create(self._options.host)
         self._jobs = Jobs(self._engine, patience())
-        self._inbox = Inbox(self._engine, self._secret, self._name_of)
+        self._inbox = Inbox(self._engine, self._secret, self._names_of)
         self._page.value = incarnation.encode()
         self._engine.register(Region(ctypes.addressof(self._page), len(self._page), owner=self._page))
 
@@ -129,16 +130,14 @@ class MooncakeFabric:
         """Check the description, and prove the way by reading the peer's incarnation."""
         asked, until = f"Peer {description.name} was to be reached over mooncake.", time.monotonic() + seconds
         blob = wire.decode(description, self._version, asked)
+        seen = Remote(description.name, description.incarnation, blob.address, blob.port, blob.canary, blob.secret)
         with self._lock:
-            remote = self._remotes.get(description.incarnation)
+            remote = self._remotes.get(seen.identity)
             if remote is None or remote.lost:
-                remote = Remote(
-                    description.name, description.incarnation, blob.address, blob.port, blob.canary, blob.secret
-                )
-                self._remotes[remote.incarnation] = remote
-                self._outboxes[remote.incarnation] = Outbox(self._engine, remote, ctypes.addressof(self._page))
+                remote = self._remotes[seen.identity] = seen
+                self._outboxes[seen.identity] = Outbox(self._engine, seen, ctypes.addressof(self._page))
             remote.links += 1
-            link = Link(remote, self._outboxes[remote.incarnation])
+            link = Link(remote, self._outboxes[seen.identity])
         try:
             if reason := knock(remote, max(until - time.monotonic(), 1e-3)):
                 raise PeerLost.because(asked, reason)
@@ -158,8 +157,9 @@ class MooncakeFabric:
             if not link.closed:
                 link.closed = True
                 link.remote.links -= 1
-                if link.remote.links == 0 and self._remotes.get(link.remote.incarnation) is link.remote:
-                    del self._remotes[link.remote.incarnation], self._outboxes[link.remote.incarnation]
+                identity = link.remote.identity
+                if link.remote.links == 0 and self._remotes.get(identity) is link.remote:
+                    del self._remotes[identity], self._outboxes[identity]
 
     def lost(self, link: Link) -> str:
         """What the last transfer or notification found out; Mooncake does not tell of a peer nobody talks to."""
@@ -210,10 +210,9 @@ class MooncakeFabric:
 
     # -- inside
 
-    def _name_of(self, incarnation: str) -> str | None:
+    def _names_of(self, incarnation: str) -> set[str]:
         with self._lock:
-            remote = self._remotes.get(incarnation)
-            return remote.name if remote is not None else None
+            return {remote.name for remote in self._remotes.values() if remote.incarnation == incarnation}
 
     def _read_canary(self, remote: Remote, until: float, asked: str) -> None:
         """Read the peer's incarnation out of its memory."""

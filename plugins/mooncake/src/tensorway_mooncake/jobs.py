@@ -53,6 +53,11 @@ class Remote:
         """Mooncake's word for a peer."""
         return f"{self.address}:{self.port}"
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """All that was said of it."""
+        return self.incarnation, self.name, self.address, self.port, self.canary, self.secret
+
 
 @attrs.define(eq=False)
 class Prepared:

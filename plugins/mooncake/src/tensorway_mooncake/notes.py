@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 import attrs
@@ -124,8 +124,8 @@ class Outbox:
 class Inbox:
     """What arrives: of each sender in order, and nothing twice."""
 
-    def __init__(self, engine: Engine, secret: bytes, name_of: Callable[[str], str | None]) -> None:
-        self._engine, self._secret, self._name_of = engine, secret, name_of
+    def __init__(self, engine: Engine, secret: bytes, names_of: Callable[[str], Collection[str]]) -> None:
+        self._engine, self._secret, self._names_of = engine, secret, names_of
         self._numbers: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -141,7 +141,7 @@ class Inbox:
 
     def _is_new(self, note: wire.Note) -> bool:
         # A peer that we are connected to has the name of its description, whatever it says here.
-        if self._name_of(note.incarnation) not in (None, note.name):
+        if (names := self._names_of(note.incarnation)) and note.name not in names:
             return False
         if note.number <= self._numbers.get(note.incarnation, -1):
             return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tensorway.types import HookContext, Offer
 from tensorway_mooncake.options import MooncakeOptions
 from tensorway_mooncake.probe import probe
@@ -24,8 +26,21 @@ def transport(ctx: HookContext) -> Offer:
 
 
 def construct(options: MooncakeOptions, context: object) -> object:
-    """An endpoint over Mooncake; loads it."""
+    """An endpoint over Mooncake; loads it, here or in a mover."""
     from tensorway.transport import Endpoint
     from tensorway_mooncake.fabric import MooncakeFabric
 
+    if options.contained:
+        import attrs
+
+        from tensorway.transport.contained import contain
+
+        return contain("mooncake", "tensorway_mooncake.offers:fabric", attrs.asdict(options), options.name)
     return Endpoint(MooncakeFabric(options), options.name)
+
+
+def fabric(**options: Any) -> object:
+    """The fabric alone, of options as plain data: what a mover makes."""
+    from tensorway_mooncake.fabric import MooncakeFabric
+
+    return MooncakeFabric(MooncakeOptions(**options))

@@ -26,3 +26,5 @@ class MooncakeOptions:
     name: str = ""
     #: The IPv4 address of this machine that peers are told to connect to; the default reaches this machine only.
     host: str = attrs.field(default="127.0.0.1", validator=_is_an_address)
+    #: Run Mooncake in a process of its own, over shared host memory, so that its crashes are not this process's.
+    contained: bool = False

@@ -14,12 +14,12 @@ import hashlib
 import hmac
 import ipaddress
 import os
-from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
 
 from tensorway.errors import DescriptionInvalid, Unsupported
+from tensorway.platforms import boot_id
 from tensorway.transport.contract import Description
 from tensorway.transport.description import identifier
 
@@ -113,8 +113,7 @@ def unseal(message: str, secret: bytes) -> Note | None:
 
 def host() -> str:
     """The running kernel, and the network namespace: what loopback addresses are about."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    return f"{boot} {os.readlink('/proc/self/ns/net')}"  # noqa: PTH115
+    return f"{boot_id()} {os.readlink('/proc/self/ns/net')}"  # noqa: PTH115
 
 
 def _seal(body: bytes, secret: bytes) -> bytes:

@@ -25,6 +25,7 @@ from tensorway.errors import (
 )
 from tensorway.memory import Region
 from tensorway.native import Absent, NativeLibrary
+from tensorway.platforms import boot_id
 from tensorway.transport.blocks import BlockTable
 from tensorway.transport.contract import Capabilities, Description, Notification, Operation
 from tensorway_nixl import agent as agents
@@ -414,5 +415,4 @@ def _lane(canary: Job, same_host: bool) -> str:
 
 def _host() -> str:
     """The running kernel, and the namespace in which numbers of processes mean something: no copy leaves either."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return f"{boot_id()} {Path('/proc/self/ns/pid').readlink()}"

@@ -1,7 +1,8 @@
 """Connections to Redis that keep a deadline, and the one script call over them.
 
-May import tensorway's ground and its own package; imports redis when it is constructed. The client's own pool and
-retries are not used: they know one time limit for all calls, and connect anew without telling who watches.
+May import tensorway's ground, the rendezvous' offer and its own package; imports redis when it is constructed. The
+client's own pool and retries are not used: they know one time limit for all calls, and connect anew without telling who
+watches.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from tensorway.errors import BackendUnavailable, Closed, DeadlineExceeded, RecordRefused, Unauthenticated
+from tensorway.rendezvous.offer import password_in
 from tensorway_redis.options import RedisOptions
 from tensorway_redis.script import KEYS, SCRIPT
 
@@ -196,14 +197,7 @@ def _arguments(redis: Any, options: RedisOptions) -> dict[str, Any]:
     if scheme == "rediss" and options.ca_file:
         given["ssl_ca_certs"] = options.ca_file
     if options.password_file:
-        try:
-            given["password"] = Path(options.password_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Unauthenticated(
-                "The password for Redis was to be read.",
-                f"It cannot be: {error}.",
-                "Name a text file that this process may read in password_file.",
-            ) from error
+        given["password"] = password_in(options.password_file, "Redis")
     return given
 
 

@@ -1,7 +1,7 @@
 """The store `redis`: see `tensorway.rendezvous.contract.Store`.
 
-May import tensorway's ground, the rendezvous' contract and its own package. Revisions are a counter in Redis; what is
-compared, is compared by the script that writes.
+May import tensorway's ground, the rendezvous' contract and `reopening`, and its own package. Revisions are a counter in
+Redis; what is compared, is compared by the script that writes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import time
 from typing import Any, Final, Literal
 
 from tensorway.errors import DeadlineExceeded, LeaseLost, RecordRefused, TensorwayError
-from tensorway.rendezvous.contract import Ability, Event, Record, check_key
+from tensorway.rendezvous.contract import Ability, Event, Record, check_key, end_of
+from tensorway.rendezvous.reopening import Reopening
 from tensorway_redis.connections import Connections
 from tensorway_redis.options import RedisOptions
 
 #: How often a client that watches lets Redis look for leases that have ended, in seconds.
 _LOOK: Final = 0.4
-#: A watch that was cut is begun anew in attempts of this length, between which it can be closed.
-_REOPEN: Final = 1.0
 _KINDS: Final[dict[bytes, Literal["put", "deleted", "expired"]]] = {b"p": "put", b"d": "deleted", b"e": "expired"}
 
 
@@ -54,8 +53,7 @@ class RedisStore:
 
     def list(self, prefix: str, seconds: float) -> list[Record]:
         """All below a prefix; the script's index is sorted by key."""
-        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-        return _records(self._connections.call("list", prefix, end, seconds=seconds))
+        return _records(self._connections.call("list", prefix, end_of(prefix), seconds=seconds))
 
     def delete(self, key: str, expected: int | None, seconds: float) -> bool:
         """Remove."""
@@ -79,7 +77,8 @@ class RedisStore:
 
     def changes(self, prefix: str, seconds: float) -> RedisChanges:
         """Watch a prefix."""
-        changes = RedisChanges(self, self._connections, prefix, seconds)
+        changes = RedisChanges(self, self._connections, prefix)
+        changes.begin(seconds)
         with self._lock:
             self._watches.add(changes)
         return changes
@@ -107,52 +106,39 @@ class RedisStore:
         self._connections.close()
 
 
-class RedisChanges:
-    """See `contract.Changes`. It has a connection to itself, and begins anew, with a `reset`, when that is cut."""
+class RedisChanges(Reopening[Any]):
+    """See `contract.Changes`."""
 
-    def __init__(self, store: RedisStore, connections: Connections, prefix: str, seconds: float) -> None:
+    def __init__(self, store: RedisStore, connections: Connections, prefix: str) -> None:
+        super().__init__(prefix, store.forget)
         self._store = store
         self._connections = connections
-        self._prefix = prefix
         # Redis' patterns have special characters; a key may have them, too.
         self._pattern = re.sub(r"([*?\[\]\\^-])", r"\\\1", connections.channel + prefix) + "*"
-        self._busy = threading.Lock()
-        self._closed = False
-        self._connection: Any = connections.subscribed(self._pattern, seconds)
 
-    def next(self, seconds: float) -> list[Event]:
-        """What happened."""
-        until = time.monotonic() + seconds
-        with self._busy:
-            while not self._closed:
-                left = max(0.0, min(_LOOK, until - time.monotonic()))
-                if self._connection is not None:
-                    self._look(left)
-                    events = self._told(left)
-                elif self._reopened(until):
-                    break
-                else:
-                    events = []
-                if events or time.monotonic() >= until:
-                    return events
-        return [Event("reset", self._prefix)]
+    def _open(self, seconds: float) -> Any:
+        return self._connections.subscribed(self._pattern, seconds)
+
+    def _told(self, connection: Any, until: float) -> list[Event]:
+        """All events that have arrived; waits for the first, and no longer than until it is time to look again."""
+        seconds = max(0.0, min(_LOOK, until - time.monotonic()))
+        self._look(seconds)
+        events: list[Event] = []
+        try:
+            while connection.can_read(timeout=0 if events else seconds):
+                events += self._event(connection.read_response())
+        except (self._connections.trouble, OSError):
+            self._cut()
+        return events
+
+    def _shut(self, connection: Any) -> None:
+        connection.disconnect()
 
     def _look(self, seconds: float) -> None:
         try:
             self._store.look(max(seconds, 0.05))
         except DeadlineExceeded:
             pass  # the connection of the watch tells what became of Redis
-
-    def _told(self, seconds: float) -> list[Event]:
-        """All events that have arrived; waits for the first."""
-        events: list[Event] = []
-        try:
-            while self._connection.can_read(timeout=0 if events else seconds):
-                events += self._event(self._connection.read_response())
-        except (self._connections.trouble, OSError):
-            self._connection.disconnect()
-            self._connection = None
-        return events
 
     def _event(self, message: Any) -> list[Event]:
         kind, _, channel, data = message
@@ -164,24 +150,6 @@ class RedisChanges:
             if known is not None and record.key.startswith(self._prefix):
                 return [Event(known, record.key, record if known == "put" else None)]
         return []  # nobody of ours said that
-
-    def _reopened(self, until: float) -> bool:
-        try:
-            seconds = max(0.0, min(_REOPEN, until - time.monotonic()))
-            self._connection = self._connections.subscribed(self._pattern, seconds)
-        except DeadlineExceeded:
-            time.sleep(max(0.0, min(0.05, until - time.monotonic())))
-            return False
-        return True
-
-    def close(self) -> None:
-        """No more; who waits is woken, half a second later at most."""
-        self._closed = True
-        with self._busy:
-            if self._connection is not None:
-                self._connection.disconnect()
-                self._connection = None
-        self._store.forget(self)
 
 
 def _checked(answer: list[Any], key: str, expected: int | None) -> list[Any]:

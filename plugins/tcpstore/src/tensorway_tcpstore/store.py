@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from tensorway.errors import AddressInvalid, BackendUnavailable, Closed, DeadlineExceeded, RecordRefused, Unsupported
+from tensorway.errors import BackendUnavailable, Closed, DeadlineExceeded, RecordRefused, Unsupported
 from tensorway.rendezvous.contract import Ability, Changes, Record, check_key
 from tensorway_tcpstore.options import TcpStoreOptions
 from tensorway_tcpstore.worker import Late, Worker
@@ -230,16 +230,12 @@ def _change(store: Any, key: str, value: bytes | None, expected: int | None, kno
 
 def _listen(options: TcpStoreOptions) -> tuple[socket.socket, str]:
     """A socket where the options say, and its address. Left to itself, a TCPStore listens on all interfaces."""
-    from tensorway.rendezvous.hosts import choose, url
+    from tensorway.rendezvous.hosts import cannot_listen, choose, url
 
     choice = choose(options.host)
     family = socket.AF_INET6 if ":" in choice.bind else socket.AF_INET
     try:
         listener = socket.create_server((choice.bind, options.port), family=family, backlog=1024)
     except OSError as error:
-        raise AddressInvalid(
-            f"A TCPStore was to listen on {url(choice.bind, options.port)} (from {choice.source}).",
-            f"It cannot: {error.strerror}.",
-            "Use port 0, and the system chooses a free one; or see who has this one: ss -ltnp.",
-        ) from error
+        raise cannot_listen("A TCPStore", choice, options.port, error.strerror) from error
     return listener, url(choice.advertise, listener.getsockname()[1])
