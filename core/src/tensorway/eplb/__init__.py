@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tensorway.eplb.contract import (
     Capabilities,
+    Control,
     Drained,
     EplbCommunicator,
     EplbContext,
@@ -27,6 +28,7 @@ from tensorway.eplb.staging import Staging
 
 __all__ = [
     "Capabilities",
+    "Control",
     "Drained",
     "EplbCommunicator",
     "EplbContext",

@@ -70,20 +70,23 @@ class Reservation:
     warmup: bool = False
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Fetch:
-    """Rows of one layer to bring from one member: slot `slots[i]` there into staging row `rows[i]` here."""
+    """Rows of one layer to bring from one member: slot `slots[i]` there into staging row `rows[i]` here.
+
+    Events name the very object that was posted.
+    """
 
     layer: int
     peer: int
     slots: array[int]
     rows: array[int]
-    #: Which cycle it belongs to, and which of its attempts it is: two are never equal.
+    #: Which cycle it belongs to, and which of its layer's attempts it is.
     cycle: int = 0
     attempt: int = 0
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Send:
     """What the same rows are for the member that has them; `post` at one end meets `serve` at the other."""
 

@@ -28,8 +28,14 @@ class StagingLease:
     rows: list[int]
     pool: Staging = attrs.field(repr=False)
 
+    def quarantine(self, rows: Iterable[int]) -> None:
+        """These rows may still be written to: they leave the lease, and are free when they are `drained`."""
+        held = set(rows).intersection(self.rows)
+        self.rows = [row for row in self.rows if row not in held]
+        self.pool._quarantine(held)
+
     def release(self) -> None:
-        """Give the rows back, but those in quarantine; again does nothing."""
+        """Give back what the lease has; again does nothing."""
         self.pool._release(self.rows)
         self.rows = []
 
@@ -86,11 +92,6 @@ class Staging:
             taken = [self._free.pop() for _ in range(rows)]
         return StagingLease(layer, taken, self)
 
-    def quarantine(self, rows: Iterable[int]) -> None:
-        """A fabric may still write to these rows; they are not free before `drained`."""
-        with self._lock:
-            self._quarantined.update(rows)
-
     def drained(self, rows: Iterable[int]) -> None:
         """Nothing writes to these rows any more: they are free."""
         with self._lock:
@@ -108,6 +109,10 @@ class Staging:
         region = self.regions[kind]
         return Region(region.address + row * kind[1], kind[1], region.device, owner=region.owner)
 
+    def _quarantine(self, rows: Iterable[int]) -> None:
+        with self._lock:
+            self._quarantined.update(rows)
+
     def _release(self, rows: Iterable[int]) -> None:
         with self._lock:
-            self._free.extend(row for row in rows if row not in self._quarantined)
+            self._free.extend(rows)

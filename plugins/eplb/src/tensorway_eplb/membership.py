@@ -1,0 +1,190 @@
+"""Who is in the group, and what each of them truly holds: told through the rendezvous, and decided there once.
+
+May import the core and its own dist. After a failure nobody trusts a map: every member says what is in its slots, and
+the placement is put together from that. A record that only one can create decides who goes on; who is not in it is out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Final
+
+import attrs
+import msgspec
+import numpy as np
+
+from tensorway.eplb import Group
+from tensorway.errors import DescriptionInvalid, Excluded, Incompatible, RecordRefused, Unsupported
+from tensorway.rendezvous import Rendezvous
+from tensorway.rendezvous.rendezvous import Lease
+from tensorway_eplb.placement import EMPTY, Map, Placement
+from tensorway_eplb.rows import UNKNOWN, Digests
+
+_TTL: Final = 10.0
+#: Ranks and experts that an error names.
+_NAMED: Final = 5
+
+
+class _Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a member has in its slots: 32-bit experts and 64-bit digests, [layers, slots], lowest byte first."""
+
+    life: str
+    layers: int
+    slots: int
+    experts: bytes
+    digests: bytes
+
+
+class _Next(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The members of an epoch."""
+
+    run: str
+    epoch: int
+    members: list[str]
+
+
+@attrs.frozen(eq=False)
+class Truth:
+    """What all members hold, put together."""
+
+    group: Group
+    placement: Placement
+    digests: Digests
+
+
+class Membership:
+    """One member's place in a group, over its epochs."""
+
+    def __init__(self, rendezvous: Rendezvous, group: Group, num_logical: int) -> None:
+        for ability in ("lease", "compare"):
+            if ability not in rendezvous.abilities:
+                raise Unsupported(
+                    f"A group of experts was to meet in the rendezvous {rendezvous.name}.",
+                    f"It has no {ability}, without which nobody decides who goes on after a loss.",
+                    "Use direct, etcd or redis.",
+                )
+        self.group = group
+        self._rendezvous, self._num_logical = rendezvous, num_logical
+        self._life = uuid.uuid4().hex
+        #: Which start of the group this is; epochs of another mean nothing.
+        self._run = "start"
+        self._lease: Lease | None = None
+
+    def exchange(self, held: Map, digests: Digests, deadline: float) -> Truth:
+        """Say what is in our slots, and learn what is in all others; [layers, slots] each. Waits for all members."""
+        until, group = time.monotonic() + deadline, self.group
+        if self._lease is None or self._lease.lost:
+            self._lease = self._rendezvous.lease(_TTL, deadline)
+        said = _Held(
+            self._life, held.shape[0], held.shape[1], held.astype("<i4").tobytes(), digests.astype("<u8").tobytes()
+        )
+        prefix = f"{group.path}/{self._run}/held/{group.epoch}"
+        self._rendezvous.put(
+            f"{prefix}/{group.name}", msgspec.msgpack.encode(said), lease=self._lease, deadline=until - time.monotonic()
+        )
+        found = []
+        for name in group.members:
+            record = self._rendezvous.wait(f"{prefix}/{name}", max(1e-3, until - time.monotonic()))
+            found.append(self._checked(name, record.value, held.shape))
+        if self._run == "start":
+            self._run = hashlib.blake2b("".join(each.life for each in found).encode(), digest_size=8).hexdigest()
+        experts = np.concatenate([np.frombuffer(each.experts, "<i4").reshape(held.shape) for each in found], axis=1)
+        placement = Placement(experts.astype(np.int32), self._num_logical, len(found), group.epoch)
+        seen = np.concatenate([np.frombuffer(each.digests, "<u8").reshape(held.shape) for each in found], axis=1)
+        return Truth(group, placement, self._one_table(placement, seen.astype(np.uint64)))
+
+    def regroup(self, members: Sequence[str] | None, lost: Sequence[str], deadline: float) -> Group:
+        """The next epoch: as somebody decided already, else with these members (all that are not lost, if None).
+
+        Raises `Excluded` when the others decided to go on without this one.
+        """
+        until, old = time.monotonic() + deadline, self.group
+        epoch = old.epoch + 1
+        wanted = tuple(members) if members is not None else tuple(name for name in old.members if name not in lost)
+        if old.name not in wanted or len(set(wanted)) != len(wanted):
+            raise Incompatible(
+                f"Member {old.name} was to regroup.",
+                f"The members of the next epoch would be {', '.join(wanted[:_NAMED])}.",
+                "Name each once, and itself among them.",
+            )
+        if self._lease is None or self._lease.lost:
+            self._lease = self._rendezvous.lease(_TTL, deadline)
+        key, chosen = f"{old.path}/{self._run}/epochs/{epoch}", _Next(self._run, epoch, list(wanted))
+        try:
+            value = msgspec.msgpack.encode(chosen)
+            self._rendezvous.put(key, value, lease=self._lease, expected=0, deadline=until - time.monotonic())
+        except RecordRefused:  # another was faster
+            chosen = _decoded(key, self._rendezvous.wait(key, max(1e-3, until - time.monotonic())).value)
+        if old.name not in chosen.members:
+            raise Excluded(
+                f"Member {old.name} was to be of epoch {epoch} of {old.path}.",
+                f"Its members are {', '.join(chosen.members)}: they held this one for lost.",
+                "Start this member anew; the others invite it by regroup(members=...).",
+            )
+        for name in set(chosen.members) - set(old.members):
+            self._rendezvous.put(f"{old.path}/invited/{name}", msgspec.msgpack.encode(chosen), lease=self._lease)
+        self.group = Group(old.path, tuple(chosen.members), chosen.members.index(old.name), epoch)
+        return self.group
+
+    def accept(self, deadline: float) -> Group:
+        """For a member that comes later: wait until a group invites it, and be of it."""
+        key = f"{self.group.path}/invited/{self.group.name}"
+        chosen = _decoded(key, self._rendezvous.wait(key, deadline).value)
+        self._rendezvous.delete(key)
+        if self.group.name not in chosen.members:
+            raise DescriptionInvalid(f"The record {key} was read.", "It invites somebody else.", "Regroup again.")
+        self._run = chosen.run
+        members = tuple(chosen.members)
+        self.group = Group(self.group.path, members, members.index(self.group.name), chosen.epoch)
+        return self.group
+
+    def close(self) -> None:
+        """Take back what was said."""
+        if self._lease is not None and not self._lease.lost:
+            self._rendezvous.end(self._lease)
+        self._lease = None
+
+    def _checked(self, name: str, value: bytes, shape: tuple[int, ...]) -> _Held:
+        asked = f"Member {name} said what it holds."
+        try:
+            held = msgspec.msgpack.decode(value, type=_Held)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            true = f"That cannot be read: {str(error).splitlines()[0]}"
+            raise DescriptionInvalid(asked, true, "Install one version of tensorway everywhere.") from None
+        rows = held.layers * held.slots
+        if (held.layers, held.slots) != shape or len(held.experts) != 4 * rows or len(held.digests) != 8 * rows:
+            true = f"It has {held.layers} layers of {held.slots} slots; here are {shape[0]} of {shape[1]}."
+            raise Incompatible(asked, true, "Load the same model, with as many redundant experts, on every rank.")
+        experts = np.frombuffer(held.experts, "<i4")
+        if rows and (experts.min() < EMPTY or experts.max() >= self._num_logical):
+            raise Incompatible(asked, f"It names experts beyond {self._num_logical - 1}.", "Load the same model.")
+        return held
+
+    def _one_table(self, placement: Placement, seen: Digests) -> Digests:
+        """One digest for each expert, of all that hold it; raises `Incompatible` where replicas differ."""
+        table = np.zeros((placement.layers, placement.num_logical), dtype=np.uint64)
+        layer, slot = np.nonzero((placement.map >= 0) & (seen != UNKNOWN))
+        expert = placement.map[layer, slot]
+        table[layer, expert] = seen[layer, slot]
+        wrong = np.flatnonzero(table[layer, expert] != seen[layer, slot])
+        if len(wrong):
+            first = int(wrong[0])
+            where = np.flatnonzero(placement.map[layer[first]] == expert[first]) // placement.slots
+            raise Incompatible(
+                f"The replicas of {len(table)} layers were compared.",
+                f"Expert {expert[first]} of layer {layer[first]} is not the same on ranks {sorted(set(where.tolist()))}"
+                f"; {len(wrong)} replicas differ in all.",
+                "Load it anew there: what derives from weights (scales) has to be loaded and moved with them.",
+            )
+        return table
+
+
+def _decoded(key: str, value: bytes) -> _Next:
+    try:
+        return msgspec.msgpack.decode(value, type=_Next)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        true = f"It names no members: {str(error).splitlines()[0]}"
+        raise DescriptionInvalid(f"The record {key} was read.", true, "Install one version everywhere.") from None

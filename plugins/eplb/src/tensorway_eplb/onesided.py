@@ -1,0 +1,293 @@
+"""The communicator `onesided`: the receiver reads rows where they lie, over any transport; the sender does nothing.
+
+May import the core. Weights and staging are registered once, in place. For each member and kind of row one route is
+prepared when members are connected, and none after that: a fetch is two arrays of ids.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Collection, Sequence
+from typing import Final
+
+import attrs
+import msgspec
+
+import tensorway
+from tensorway._logging import logger
+from tensorway.eplb import (
+    Capabilities,
+    Drained,
+    EplbContext,
+    Event,
+    ExpertLayout,
+    Failed,
+    Fetch,
+    Filled,
+    Group,
+    PeerFailed,
+    Send,
+)
+from tensorway.errors import Closed, DescriptionInvalid, PeerLost, TensorwayError, Unsupported
+from tensorway.rendezvous import Directory, Fact
+from tensorway.transport import BlockTable, Peer, Route, State, Transfer, Transport
+from tensorway_eplb.communicator_options import OneSidedOptions
+
+_log = logger("eplb")
+#: Kind of row: name, length, device.
+_Kind = tuple[str, int, str]
+#: Looks without a pause, then pauses that double from the first to the last.
+_SPINS: Final = 20
+_PAUSES: Final = (20e-6, 500e-6)
+
+
+class _Tables(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a member's rows are: for each kind, in the order of its layout, stride and a base for each layer."""
+
+    incarnation: str
+    kinds: list[tuple[int, list[int]]]
+
+
+@attrs.define(eq=False)
+class _Member:
+    """A member that rows are read from."""
+
+    name: str
+    peer: Peer
+    routes: dict[_Kind, Route]
+    #: Whether the movement was told that it is lost.
+    told: bool = False
+
+
+@attrs.define(eq=False)
+class _Job:
+    """A fetch that is under way: one transfer for each kind of row that its layer has."""
+
+    fetch: Fetch
+    transfers: list[Transfer]
+    failed: bool = False
+
+
+class OneSidedSession:
+    """See `tensorway.eplb.contract.Session`."""
+
+    def __init__(self, context: EplbContext, options: OneSidedOptions) -> None:
+        until = time.monotonic() + context.deadline
+        self._layout, self._staging, self._rendezvous = context.layout, context.staging, context.rendezvous
+        self._tables = context.layout.tables()
+        self._planes = {
+            kind: {layer: plane for plane, layer in enumerate(context.layout.planes(kind))} for kind in self._tables
+        }
+        endpoint = tensorway.create("transport", options.transport, dict(options.transport_options))
+        self.endpoint: Transport = endpoint
+        self.capabilities = Capabilities(
+            devices=self.endpoint.capabilities.media, initiator="receiver", regroup=True,
+            max_layers_in_flight=options.layers_in_flight,
+        )  # fmt: skip
+        self._closed = False
+        self._jobs: list[_Job] = []
+        self._quarantine: list[_Job] = []
+        self._events: list[Event] = []
+        self._members: dict[int, _Member] = {}
+        try:
+            if "read" not in self.endpoint.capabilities.operations:
+                raise Unsupported(
+                    f"Experts were to be read over transport {self.endpoint.name}.", "It cannot read.", "Take another."
+                )
+            self.endpoint.register(*_memory(context.layout), *context.staging.regions.values())
+            self._group = context.group
+            self._directory = self._join(context.group, until - time.monotonic())
+            self._connect(until - time.monotonic())
+        except BaseException:
+            self.endpoint.close()
+            raise
+
+    @property
+    def control(self) -> OneSidedSession:
+        """Messages travel with the transport's notifications."""
+        return self
+
+    # -- members
+
+    def _join(self, group: Group, deadline: float) -> Directory:
+        facts = {**self._layout.facts(), "transport": Fact(self.endpoint.name)}
+        self._publish(group, deadline)
+        directory = Directory(self._rendezvous, self.endpoint, group.name, f"{group.path}/members", facts)
+        directory.live(deadline)
+        return directory
+
+    def _publish(self, group: Group, deadline: float) -> None:
+        rows = [(table.stride, list(table.bases)) for table in self._tables.values()]
+        value = msgspec.msgpack.encode(_Tables(self.endpoint.incarnation, rows))
+        self._rendezvous.put(f"{group.path}/tables/{group.name}", value, deadline=deadline)
+
+    def _connect(self, deadline: float) -> None:
+        """Connect to every member of the group that is not connected yet, all at once."""
+        until, group = time.monotonic() + deadline, self._group
+        known = {member.name: member for member in self._members.values() if not member.peer.lost}
+        names = {rank: group.members[rank] for rank in group.others}
+        found = self._directory.connect_all([name for name in names.values() if name not in known], deadline)
+        for peer in found.values():
+            if isinstance(peer, TensorwayError):
+                raise peer
+        self._members = {
+            rank: known.get(name) or self._prepared(name, found[name], until - time.monotonic())  # type: ignore[arg-type]
+            for rank, name in names.items()
+        }
+
+    def _prepared(self, name: str, peer: Peer, deadline: float) -> _Member:
+        """Prepare one route for each kind of row."""
+        tables = self._read_tables(name, peer, deadline)
+        routes = {}
+        for (kind, mine), (stride, bases) in zip(self._tables.items(), tables.kinds, strict=True):
+            remote = BlockTable(tuple(bases), kind[1], stride, mine.count, kind[2], stacked=True)
+            routes[kind] = self.endpoint.prepare(peer, self._staging.table(kind), remote)
+        return _Member(name, peer, routes)
+
+    def _read_tables(self, name: str, peer: Peer, deadline: float) -> _Tables:
+        asked, key = f"Member {name} was to be read from.", f"{self._group.path}/tables/{name}"
+        until = time.monotonic() + deadline
+        while True:
+            record = self._rendezvous.wait(key, max(0.0, until - time.monotonic()))
+            try:
+                tables = msgspec.msgpack.decode(record.value, type=_Tables)
+            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+                true = f"What it says about its rows cannot be read: {error}."
+                raise DescriptionInvalid(asked, true, "Install one version of tensorway everywhere.") from None
+            if tables.incarnation == peer.incarnation or time.monotonic() >= until:
+                break
+            time.sleep(_PAUSES[1])  # it was restarted, and writes these anew before it says that it is live
+        planes = [len(table.bases) for table in self._tables.values()]
+        if tables.incarnation != peer.incarnation or planes != [len(bases) for _, bases in tables.kinds]:
+            raise DescriptionInvalid(asked, "What it says about its rows is of another life.", "Start it anew.")
+        return tables
+
+    # -- session
+
+    def warmup(self, deadline: float) -> None:
+        """Nothing is allocated by use."""
+
+    def begin(self, cycle: int, fetches: Sequence[Fetch], sends: Sequence[Send]) -> None:
+        """Everything was prepared when members were connected."""
+        self._check()
+
+    def post(self, fetch: Fetch, deadline: float) -> None:
+        """Read the rows of every tensor of the layer."""
+        self._check()
+        member, job = self._members[fetch.peer], _Job(fetch, [])
+        self._jobs.append(job)
+        try:
+            for kind, route in member.routes.items():
+                plane = self._planes[kind].get(fetch.layer)
+                if plane is not None:
+                    first = plane * self._layout.slots
+                    there = array("q", [first + slot for slot in fetch.slots])
+                    job.transfers.append(self.endpoint.read(route, fetch.rows, there, deadline=deadline))
+        except PeerLost as error:
+            self._fail(job, error.true)
+
+    def serve(self, send: Send, deadline: float) -> None:
+        """Receivers read by themselves."""
+
+    def poll(self, seconds: float) -> list[Event]:
+        """What became of fetches; waits for the first thing that happens."""
+        until, looks, pause = time.monotonic() + seconds, 0, _PAUSES[0]
+        while True:
+            self._check()
+            self._look()
+            events, self._events = self._events, []
+            if events or (left := until - time.monotonic()) <= 0:
+                return events
+            looks += 1
+            if looks > _SPINS:
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, _PAUSES[1])
+
+    def cancel(self, fetches: Collection[Fetch], why: str) -> None:
+        """Give these up."""
+        for job in list(self._jobs):
+            if job.fetch in fetches:
+                self._fail(job, why)
+
+    def regroup(self, group: Group, deadline: float) -> None:
+        """Connections to who stays are kept, and so is everything that is registered."""
+        self._check()
+        until = time.monotonic() + deadline
+        staying = set(group.members)
+        self.cancel([job.fetch for job in self._jobs], "the group changes")
+        for member in self._members.values():
+            if member.name not in staying:
+                self.endpoint.disconnect(member.peer)
+        self._group = group
+        self._connect(until - time.monotonic())
+
+    def close(self, deadline: float = 5.0) -> None:
+        """End; who reads from here sees that this member is gone."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._directory.close()
+        except TensorwayError as error:  # the rendezvous may be gone before us, and our lease ends by itself
+            _log.debug("No goodbye was said: %s", error)
+        self.endpoint.close(deadline)
+
+    # -- control
+
+    def send(self, peer: int, payload: bytes, deadline: float) -> None:
+        """One message to a member."""
+        self._check()
+        self.endpoint.notify(self._members[peer].peer, payload, deadline)
+
+    def receive(self) -> list[tuple[int, bytes]]:
+        """Messages of members, as they are connected now; of nobody else."""
+        ranks = {member.peer.incarnation: rank for rank, member in self._members.items()}
+        return [
+            (ranks[note.incarnation], note.payload)
+            for note in self.endpoint.notifications()
+            if note.incarnation in ranks
+        ]
+
+    # -- inside
+
+    def _look(self) -> None:
+        for job in list(self._jobs):
+            if job.failed:
+                continue
+            states = [transfer.poll() for transfer in job.transfers]
+            if State.FAILED in states:
+                error = next(transfer.error for transfer in job.transfers if transfer.error is not None)
+                self._fail(job, error.true)
+            elif State.PENDING not in states:
+                self._jobs.remove(job)
+                self._events.append(Filled(job.fetch))
+        for job in list(self._quarantine):
+            if all(transfer.released for transfer in job.transfers):
+                self._quarantine.remove(job)
+                self._events.append(Drained(job.fetch))
+        for rank, member in self._members.items():
+            if member.peer.lost and not member.told:
+                member.told = True
+                self._events.append(PeerFailed(rank, member.peer.lost))
+
+    def _fail(self, job: _Job, why: str) -> None:
+        self._jobs.remove(job)
+        for transfer in job.transfers:
+            transfer.cancel()
+        released = all(transfer.released for transfer in job.transfers)
+        if not released:
+            self._quarantine.append(job)
+        self._events.append(Failed(job.fetch, why, released))
+
+    def _check(self) -> None:
+        if self._closed:
+            raise Closed("A session of expert weights was used.", "It is closed.", "Open another.")
+
+
+def _memory(layout: ExpertLayout) -> list[object]:
+    """Every tensor's rows, each once."""
+    regions = {
+        (tensor.region.address, tensor.region.nbytes): tensor.region for rows in layout.layers for tensor in rows
+    }
+    return list(regions.values())

@@ -1,0 +1,287 @@
+"""What an engine holds: one rank's part in rebalancing, from joining to leaving. Start reading here.
+
+May import the core and its own dist. All ranks of a group call the same methods in the same order; each call has a
+deadline, ends by it, and says who is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import tensorway
+from tensorway.eplb import Control, EplbContext, ExpertLayout, Group, Session, Staging
+from tensorway.errors import Closed, Excluded, PeerLost, PlacementInvalid
+from tensorway.memory import Region
+from tensorway.rendezvous import Rendezvous
+from tensorway_eplb.arrivals import CopySource
+from tensorway_eplb.control import StoreControl
+from tensorway_eplb.cycle import Cycle, Engine, Outcome, Terms, settle_event
+from tensorway_eplb.membership import Membership, Truth
+from tensorway_eplb.placement import EMPTY, Placement
+from tensorway_eplb.plan import TransferPlan
+from tensorway_eplb.policy import Topology
+from tensorway_eplb.rows import UNKNOWN, Copy, Digests, Rows
+
+
+class Rebalancer:
+    """One rank of a group that moves experts. One thread at a time uses it."""
+
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        group: Group,
+        layout: ExpertLayout,
+        engine: Engine,
+        *,
+        placement: Placement | None = None,
+        staging: Staging | int | None = None,
+        communicator: str = "auto",
+        options: Mapping[str, object] | None = None,
+        topology: Topology | None = None,
+        source: CopySource | None = None,
+        copy: Copy | None = None,
+        verify: bool | None = None,
+        patience: float = 2.0,
+        deadline: float = 60.0,
+    ) -> None:
+        """Join the group; returns when all its members have.
+
+        `placement` is where experts are now; without one this rank holds nothing yet, and waits for the others to
+        invite it by `regroup`. `staging` is memory or a number of rows (default: two layers of slots). `verify`:
+        compare what arrives with digests taken now (default: if the processor can read the weights).
+        """
+        until = time.monotonic() + deadline
+        self.layout, self._engine, self._source = layout, engine, source
+        self._patience, self._topology = patience, topology
+        self._closed = False
+        self._cycle = 0
+        self._held = np.full((len(layout.layers), layout.slots), EMPTY, dtype=np.int32)
+        self._lost: dict[str, str] = {}
+        #: What became of the last rebalance; None before the first.
+        self.outcome: Outcome | None = None
+        self._placement: Placement
+        self._control: Control
+        self._counted: dict[str, float] = {}
+        #: Held while rows of a layer are read or written as a whole: a commit, a reload.
+        self._layers = threading.Lock()
+        self._membership = Membership(rendezvous, group, layout.num_logical)
+        if isinstance(staging, Staging):
+            self.staging = staging
+        else:
+            self.staging = Staging.on_host(layout.kinds, staging or 2 * layout.slots)
+        self._rows = Rows(layout, self.staging, copy)
+        if verify and not layout.host_visible:
+            raise PlacementInvalid("Rows were to be verified.", "The processor cannot read them.", "Give verify=False.")
+        self._verify = layout.host_visible if verify is None else verify
+        if placement is None:
+            group = self._membership.accept(deadline)
+        else:
+            self._check(placement, group)
+            self._held = placement.by_rank[:, group.me].copy()
+        self._digests = self._own_digests()
+        context = EplbContext(group, layout, self.staging, rendezvous, until - time.monotonic())
+        session: Any = tensorway.create("eplb_communicator", communicator, dict(options or {}), context=context)
+        self._session: Session = session
+        try:
+            self._control = self._session.control or StoreControl(rendezvous, group)
+            self._adopt(self._membership.exchange(self._held, self._digests, until - time.monotonic()))
+        except BaseException:
+            self.close()
+            raise
+
+    # -- what is
+
+    @property
+    def group(self) -> Group:
+        """The members of this epoch."""
+        return self._membership.group
+
+    @property
+    def placement(self) -> Placement:
+        """Which expert is in which slot of the group, as all members said or committed since."""
+        return self._placement
+
+    @property
+    def lost(self) -> Mapping[str, str]:
+        """Members that were lost in this epoch, and why: `regroup` goes on without them."""
+        return dict(self._lost)
+
+    def statistics(self) -> Mapping[str, float]:
+        """What was moved, what failed, and how long it took, since this rank joined."""
+        return dict(self._counted)
+
+    # -- moving
+
+    def rebalance(self, new: Placement, deadline: float = 30.0) -> Outcome:
+        """Move to another placement; every rank calls it with the same one.
+
+        Returns when every layer is decided: it has its new rows and map on all ranks, or its old ones on all. Raises
+        `PeerLost` when members were lost, with `outcome` saying what became of the layers: then call `regroup`; and
+        `Excluded` when this one is.
+        """
+        self._open()
+        if self._lost:
+            raise PeerLost.because("A rebalance was asked for.", f"{self._names(self._lost)}; regroup first")
+        plan = TransferPlan.make(self._placement, new, self._topology_of(), copies=self._copies())
+        self._cycle += 1
+        terms = Terms(
+            self._session, self._control, self.staging, self._rows, _Locked(self._engine, self._layers),
+            self.group.epoch, self._cycle, self.group.me, self._digests if self._verify else None,
+            self._source, self._patience,
+        )  # fmt: skip
+        outcome = Cycle(plan, terms, deadline).run()
+        self._take(plan, outcome)
+        return outcome
+
+    def regroup(
+        self, members: Sequence[str] | None = None, *, reloaded: bool = False, deadline: float = 30.0
+    ) -> Placement:
+        """Go on in the next epoch: with these members, or with all that are not lost.
+
+        Returns what all of them truly hold, which is what maps must say from now on. `reloaded`: the weights are
+        others now, so take their digests anew.
+        """
+        self._open()
+        until = time.monotonic() + deadline
+        group = self._membership.regroup(members, list(self._lost), deadline)
+        self._session.regroup(group, until - time.monotonic())
+        if isinstance(self._control, StoreControl):
+            self._control.regroup(group)
+        self._drain()
+        own = self._own_digests() if reloaded else self._digests_of_held()
+        self._adopt(self._membership.exchange(self._held, own, until - time.monotonic()))
+        return self._placement
+
+    @contextlib.contextmanager
+    def reloading(self, layer: int, expert: int) -> Iterator[list[dict[str, Region]]]:
+        """The rows of an expert here, wherever it is now, for as long as they are overwritten; nothing commits then."""
+        with self._layers:
+            slots = np.flatnonzero(self._held[layer] == expert).tolist()
+            yield [self._rows.live(layer, slot) for slot in slots]
+
+    def audit(self) -> list[tuple[int, int, int]]:
+        """Layer, slot and expert of rows here that are not what was loaded; reads all weights once."""
+        table = self._digests
+        wrong = []
+        for layer, slot in np.argwhere(self._held >= 0).tolist():
+            expert = int(self._held[layer, slot])
+            with self._layers:
+                known = int(table[layer, expert])
+                if known != UNKNOWN and self._rows.live_digest(layer, slot) != known:
+                    wrong.append((layer, slot, expert))
+        return wrong
+
+    def close(self, deadline: float = 5.0) -> None:
+        """Leave; the second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._session.close(deadline)
+        if isinstance(control := getattr(self, "_control", None), StoreControl):
+            control.close()
+        self._membership.close()
+
+    def __enter__(self) -> Rebalancer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- inside
+
+    def _take(self, plan: TransferPlan, outcome: Outcome) -> None:
+        """Remember what a cycle did, and raise what it could not do."""
+        rows = self._placement.map.copy()
+        layers = list(outcome.committed)
+        rows[layers] = plan.new.map[layers]
+        self._placement = Placement(rows, plan.new.num_logical, plan.new.ranks, plan.old.epoch + 1)
+        self._held = self._placement.by_rank[:, self.group.me].copy()
+        self._lost.update({self.group.members[rank]: why for rank, why in outcome.lost.items()})
+        self._count(outcome)
+        asked = f"A rebalance of {len(plan.layers)} layers was asked for."
+        true = f"{len(outcome.committed)} of them are committed, and the others keep their old weights"
+        self.outcome = outcome
+        if outcome.excluded_by is not None:
+            who = self.group.members[outcome.excluded_by]
+            raise Excluded(asked, f"Member {who} holds this one for lost. {true}.", "Regroup, or start it anew.")
+        if outcome.lost:
+            raise PeerLost(asked, f"Lost: {self._names(self._lost)}. {true}.", "Call regroup() on all that are left.")
+
+    def _count(self, outcome: Outcome) -> None:
+        counts: dict[str, float] = {
+            "rebalances": 1,
+            "layers_committed": len(outcome.committed),
+            "layers_aborted": len(outcome.aborted),
+            "members_lost": len(outcome.lost),
+            **{f"{phase}_seconds": spent for phase, spent in outcome.seconds.items()},
+            **{name: float(getattr(outcome.counts, name)) for name in outcome.counts.__slots__ if name[0] != "_"},
+        }
+        for name, value in counts.items():
+            self._counted[name] = self._counted.get(name, 0.0) + value
+
+    def _adopt(self, truth: Truth) -> None:
+        self._placement, self._digests = truth.placement, truth.digests
+        self._lost = {}
+        self._cycle = 0
+
+    def _own_digests(self) -> Digests:
+        """Of what is in the slots now: [layers, slots]."""
+        found = np.zeros(self._held.shape, dtype=np.uint64)
+        if self._verify:
+            for layer, slot in np.argwhere(self._held >= 0).tolist():
+                found[layer, slot] = self._rows.live_digest(layer, slot)
+        return found
+
+    def _digests_of_held(self) -> Digests:
+        """As the table says: what is in a slot was verified when it came."""
+        layers = np.arange(len(self._held))[:, None]
+        found: Digests = np.where(self._held >= 0, self._digests[layers, np.maximum(self._held, 0)], np.uint64(UNKNOWN))
+        return found
+
+    def _drain(self) -> None:
+        for event in self._session.poll(0.0):
+            settle_event(event, self.staging)
+
+    def _copies(self) -> set[tuple[int, int]]:
+        """Of experts that nobody holds: which can be loaded."""
+        source = self._source
+        return {which for which in self._placement.lost if source is not None and source.has(*which)}
+
+    def _topology_of(self) -> Topology:
+        ranks = len(self.group.members)
+        known = self._topology
+        return known if known is not None and len(known.nodes) == ranks else Topology.flat(ranks)
+
+    def _names(self, lost: Mapping[str, str]) -> str:
+        return "; ".join(f"{name} ({why})" for name, why in sorted(lost.items()))
+
+    def _open(self) -> None:
+        if self._closed:
+            raise Closed("A rebalancer was used.", "It is closed.", "Make another.")
+
+    def _check(self, placement: Placement, group: Group) -> None:
+        mine = (len(self.layout.layers), len(group.members), self.layout.slots, self.layout.num_logical)
+        its = (placement.layers, placement.ranks, placement.slots, placement.num_logical)
+        if mine != its:
+            raise PlacementInvalid(
+                "A group was to be joined with a placement.",
+                f"It has layers, ranks, slots and experts {its}; the layout and the group have {mine}.",
+                "Give the placement by which the weights were loaded.",
+            )
+
+
+class _Locked:
+    """The engine's commit, while nobody reloads."""
+
+    def __init__(self, engine: Engine, lock: threading.Lock) -> None:
+        self._engine, self._lock = engine, lock
+
+    def commit(self, layer: int, experts: Any, write: Callable[[], None]) -> None:
+        with self._lock:
+            self._engine.commit(layer, experts, write)
