@@ -231,7 +231,7 @@ def _sources(
             served.reshape(old.layers, ranks).astype(np.int64), len(arriving) + 1,
         )  # fmt: skip
     found = chosen >= 0
-    source, slot = np.full(len(arriving), -1), np.full(len(arriving), -1)
+    source, slot = (np.full(len(arriving), -1, dtype=np.int64) for _ in range(2))
     source[found], slot[found] = who[chosen[found]], holder_slot[chosen[found]]
     return source, slot
 
