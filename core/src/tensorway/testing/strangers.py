@@ -5,6 +5,9 @@ Room `testing`. Each of them has a `look`, which raises when somebody honest bes
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import random
 import select
 import socket
@@ -15,6 +18,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
+import msgspec
 import zmq
 
 import tensorway
@@ -29,6 +33,8 @@ from tensorway.transport import description as envelope
 SECRET: Final = "a secret of the strangers"
 _CALLS: Final = ("put", "get", "list", "delete", "grant", "keep", "revoke", "watch", "unwatch", "ping")
 _ZMTP: Final = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x00CURVE" + bytes(15) + b"\x00" + bytes(31)
+#: The word that says to Mooncake that a message is a notification.
+_MOONCAKE_NOTIFY: Final = b"\x02"
 _SERVICE: Final = """
     import logging, sys, tensorway
     logging.disable()
@@ -67,8 +73,30 @@ def to_local(rng: random.Random, description: bytes) -> None:
             pass  # it has heard enough, or the kernel takes no message of that length
 
 
+def to_mooncake(rng: random.Random, description: bytes) -> None:
+    """Somebody at the port of `mooncake`, who has the description and so the secret that seals, or has not.
+
+    Mooncake itself is told what it understands, a JSON object of texts: at anything else it takes its process down.
+    """
+    blob = msgspec.msgpack.decode(envelope.decode(description, "mooncake").blob)
+    address, port, secret = blob[3], blob[4], blob[6]
+    note = msgspec.msgpack.encode(["stranger", "0" * 32, rng.randrange(1 << 62), b"a payload"])
+    body = note if rng.random() < 0.3 else fuzzed(rng, note)
+    key = secret if rng.random() < 0.7 else rng.randbytes(len(secret))
+    sealed = hashlib.blake2b(body, digest_size=16, key=key, person=b"tensorway").digest() + body
+    text = base64.b64encode(sealed if rng.random() < 0.7 else damaged(rng, sealed)).decode()
+    if rng.random() < 0.1:
+        text = rng.choice(("", "\0", "{}", text[1:], text + "=", "\u00fc" * 9, "\U0010ffff", "x" * 200_000))
+    label = "tensorway" if rng.random() < 0.9 else rng.choice(("", "else", "tensorway\0", "\u00fc"))
+    data = json.dumps({"name": label, "notify_msg": text}, ensure_ascii=rng.random() < 0.5).encode()
+    with socket.create_connection((address, port), 5) as channel:
+        channel.sendall((len(data) + 1).to_bytes(8, "little") + _MOONCAKE_NOTIFY + data)
+        channel.shutdown(socket.SHUT_WR)
+        channel.recv(4096)
+
+
 #: How to talk to an endpoint without a transport of ours: transport -> what does it.
-NOTES: Final[dict[str, Callable[[random.Random, bytes], None]]] = {"local": to_local}
+NOTES: Final[dict[str, Callable[[random.Random, bytes], None]]] = {"local": to_local, "mooncake": to_mooncake}
 
 
 # -- the rendezvous

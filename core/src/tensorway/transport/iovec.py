@@ -11,13 +11,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat, starmap
 from operator import sub
-from typing import Any
+from typing import Any, Final
 
 from tensorway.transport.blocks import BlockTable
 from tensorway.transport.contract import Operation
 
 #: Address and length.
 _Piece = tuple[int, int]
+#: `ctypes.memmove` makes a number of each address that it returns. Other threads run while it copies.
+_memmove: Final = ctypes.CDLL(None).memmove
+_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memmove.restype = None
 
 
 def iovec(vector: array[int]) -> Any:
@@ -53,9 +57,9 @@ def move(
     for mine, theirs in zip(local.starts(local_ids), remote.starts(remote_ids), strict=True):
         targets, sources = (mine, theirs) if operation == "read" else (theirs, mine)
         if _neighbors(targets, length) and _neighbors(sources, length):
-            deque(starmap(ctypes.memmove, _joined(targets, sources, length)), maxlen=0)
+            deque(starmap(_memmove, _joined(targets, sources, length)), maxlen=0)
         else:
-            deque(map(ctypes.memmove, targets, sources, repeat(length)), maxlen=0)
+            deque(map(_memmove, targets, sources, repeat(length)), maxlen=0)
 
 
 def _neighbors(starts: Sequence[int], length: int) -> bool:

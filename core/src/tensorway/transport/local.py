@@ -321,7 +321,9 @@ class LocalFabric:
         try:
             link.mapped = Mapped(link.pid, shared)
         except OSError as error:  # not this kernel, not this user, or not that file
-            _log.debug("The shared memory of peer %s is not mapped: %s", link.name, error, extra={"peer": link.name})
+            _log.debug(
+                "The shared memory of peer %s is not mapped: %s", link.name, str(error), extra={"peer": link.name}
+            )
             return
         if link.mapped.whole(description.regions):
             link.lane = "shm"

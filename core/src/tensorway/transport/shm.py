@@ -9,7 +9,6 @@ be made shorter, since touching what is gone would end this process.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import functools
@@ -25,12 +24,14 @@ from typing import Annotated, Final
 import attrs
 import msgspec
 
+from tensorway._logging import logger
 from tensorway.errors import MemoryInvalid
 from tensorway.memory import PAGE, Region, SharedFile, libc, map_file, shared
 from tensorway.transport.blocks import BlockTable
 from tensorway.transport.description import MAX_REGIONS
 from tensorway.transport.sockets import unforked
 
+_log = logger("transport")
 #: Files of one peer that are mapped; regions in others are copied by the kernel.
 MAX_FILES: Final = 1024
 _WORD: Final = 8
@@ -162,8 +163,11 @@ class Mapped:
         self._words = (ctypes.c_uint64 * (said.board.nbytes // _WORD)).from_address(self._board.here)
         self._mappings: dict[int, _Mapping] = {}
         for file in {file.address: file for file in said.files}.values():
-            with contextlib.suppress(OSError):  # gone, or none that may be mapped: the kernel copies what lies there
+            try:
                 self._mappings[file.address] = _Mapping(pid, file)
+            except OSError as error:  # gone, or none that may be mapped: the kernel copies what lies there
+                # As text: who keeps the error keeps this frame, and what is mapped.
+                _log.debug("Shared memory of process %d is not mapped: %s", pid, str(error))
         starts = sorted(self._mappings)
         self._windows = []
         for share in said.shares:

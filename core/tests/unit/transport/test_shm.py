@@ -603,6 +603,33 @@ def test_what_a_description_says_wrongly_is_copied_by_the_kernel(here, hostile, 
     refused(here, reworded(hostile[0], change))
 
 
+def test_why_something_is_not_mapped_is_logged(here, hostile, caplog):
+    caplog.set_level("DEBUG", "tensorway.transport")
+    refused(here, reworded(hostile[0], CHANGES["another inode"]))
+    refused(here, reworded(hostile[0], CHANGES["no board"]))
+    assert ["another file's", "Invalid argument"] == [
+        next(why for why in ("another file's", "Invalid argument") if why in record.getMessage())
+        for record in caplog.records
+    ]
+
+
+@pytest.mark.parametrize("mapped", [NBYTES, 4096], ids=["all of the file", "a part of it"])
+def test_a_region_that_goes_on_behind_its_file_is_touched_only_by_the_kernel(here, hostile, mapped):
+    """Touching it here would end this process."""
+    longer = NBYTES + (1 << 40)
+    wide = reworded(
+        hostile[0], lambda board, file, share: [board, [[*file[:4], mapped]], [[share[0], longer, *share[2:]]]]
+    )
+    seen = envelope.decode(wide, "local")
+    regions = (attrs.evolve(seen.regions[0], nbytes=longer),)
+    peer = here.connect(envelope.encode(attrs.evolve(seen, regions=regions)))
+    assert "cma" == peer.lane
+    local_table = BlockTable.over(here.register(bytearray(BLOCK)).regions[0], BLOCK)
+    route = here.prepare(peer, local_table, BlockTable.over(peer.regions[0], BLOCK))
+    with pytest.raises(TransferFailed, match="not there"):
+        here.read(route, [0], [route.remote.count - 1]).wait()
+
+
 def test_a_word_that_the_board_does_not_hold_is_a_failed_transfer(here, hostile):
     wrong = reworded(hostile[0], lambda board, file, share: [board, [file], [[*share[:3], share[3] + 1]]])
     route = connected(here, wrong, bytearray(NBYTES))
