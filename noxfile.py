@@ -26,6 +26,7 @@ SOURCES = [folder / "src" for folder in DISTS.values()]
 #: What pip is given for each backend's library, in a call of its own. Everything is pinned here or in constraints.txt.
 LIBRARIES: dict[str, list[str]] = {
     "cpu": [],
+    "eplb": [],
     # etcd needs no library, and its server: apt-get install etcd-server.
     "etcd": [],
     "gloo": ["torch"],
@@ -120,7 +121,8 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy, strict, over the sources of all dists at once."""
-    session.install(*group("types"), *CORE["dependencies"], *CORE["optional-dependencies"]["testing"])
+    # numpy and xxhash bring types of their own; what a plugin's library has is Any.
+    session.install(*group("types"), *CORE["dependencies"], *CORE["optional-dependencies"]["testing"], "numpy", "xxhash")
     session.run("mypy", "--cache-dir", str(session.cache_dir / "mypy"), *SOURCES)
 
 
@@ -253,6 +255,8 @@ def hosts(session: nox.Session) -> None:
     session.run("unshare", *root, *ENCLOSED, *command, external=True, env={"TENSORWAY_TEST_HOSTS": "required"})
 
 
+#: Of two peers; and the numbers of whom it has heard.
+MOONCAKE_KEEPS = ["--kept-files", "6", "--kept-entries", "4096"]
 #: What `campaign` runs: a module of `tensorway.testing` and its arguments.
 CAMPAIGNS = {
     "faults": ["campaign", "0", "10000"],
@@ -261,6 +265,9 @@ CAMPAIGNS = {
     "endurance-cma": ["endurance", "nixl"],
     "endurance-tcp": ["endurance", "nixl", "--options", '{"ucx_tls": ["tcp"]}'],
     "hostile-nixl": ["hostile", "nixl", "--keep-opaque", "--kept-files", "400", "--kinds", "descriptions"],
+    # Mooncake opens up to four connections to a peer, as it needs them.
+    "endurance-mooncake": ["endurance", "mooncake", "--kept-files", "3"],
+    "hostile-mooncake": ["hostile", "mooncake", *MOONCAKE_KEEPS, "--kinds", "descriptions,notes"],
 }
 
 
@@ -270,9 +277,10 @@ def campaign(session: nox.Session) -> None:
     wanted = session.posargs or list(CAMPAIGNS)
     if unknown := set(wanted) - set(CAMPAIGNS):
         session.error(f"there is no campaign {', '.join(sorted(unknown))}; there is: {', '.join(CAMPAIGNS)}")
-    install(session, ["tensorway", "tensorway-nixl"])
-    if any("nixl" in CAMPAIGNS[name] for name in wanted):
-        session.install(*CONSTRAINTS, *LIBRARIES["nixl"])
+    install(session, ["tensorway", "tensorway-nixl", "tensorway-mooncake"])
+    for library in ("nixl", "mooncake"):
+        if any(library in CAMPAIGNS[name] for name in wanted):
+            session.install(*CONSTRAINTS, *LIBRARIES[library])
     session.chdir(session.create_tmp())
     for name in wanted:
         module, *arguments = CAMPAIGNS[name]

@@ -71,14 +71,10 @@ class Rebalancer:
         #: Held while rows of a layer are read or written as a whole: a commit, a reload.
         self._layers = threading.Lock()
         self._membership = Membership(rendezvous, group, layout.num_logical)
-        if isinstance(staging, Staging):
-            self.staging = staging
-        else:
-            self.staging = Staging.on_host(layout.kinds, staging or 2 * layout.slots)
+        rows = staging or 2 * layout.slots
+        self.staging = rows if isinstance(rows, Staging) else Staging.on_host(layout.kinds, rows)
         self._rows = Rows(layout, self.staging, copy)
-        if verify and not layout.host_visible:
-            raise PlacementInvalid("Rows were to be verified.", "The processor cannot read them.", "Give verify=False.")
-        self._verify = layout.host_visible if verify is None else verify
+        self._verify = _verifiable(layout, verify)
         if placement is None:
             group = self._membership.accept(deadline)
         else:
@@ -274,6 +270,12 @@ class Rebalancer:
                 f"It has layers, ranks, slots and experts {its}; the layout and the group have {mine}.",
                 "Give the placement by which the weights were loaded.",
             )
+
+
+def _verifiable(layout: ExpertLayout, wanted: bool | None) -> bool:
+    if wanted and not layout.host_visible:
+        raise PlacementInvalid("Rows were to be verified.", "The processor cannot read them.", "Give verify=False.")
+    return layout.host_visible if wanted is None else wanted
 
 
 class _Locked:

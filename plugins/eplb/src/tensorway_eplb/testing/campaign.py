@@ -112,9 +112,10 @@ class Campaign:
         fresh = self.processes[victim]
         self.ranks[fresh].start(engine.join, Place(self.path, (new,), 0), self.model, None)
         self.members, self.processes = [*members, new], [*left, fresh]
-        for report in self.ranks.each(left, engine.regroup, self.members, 20.0):
+        reports = self.ranks.each(left, engine.regroup, self.members, 20.0)
+        self.ranks[fresh].result(30.0)  # what it raised says more than that the others waited for it
+        for report in reports:
             assert not report.error and not report.wrong, report
-        self.ranks[fresh].result(30.0)
         self.typical = 0.7 * self.typical + 0.3 * self.quiet()
 
 
