@@ -110,23 +110,20 @@ def test_transfers_of_many_threads_end_typed_and_are_released_while_movers_are_k
 
     def work(part):
         blocks = range(part * share, (part + 1) * share)
-        bounds = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
-        last = False
-        while not last:
-            last = over.is_set()  # one more, which is to succeed
+        bounds, over_with_it = slice(blocks.start * BLOCK, blocks.stop * BLOCK), False
+        while not over_with_it:
             try:
-                route = connect(here, peer.describe() if part == 0 else description, region)
-                while True:
+                route = connect(here, description, region)
+                while not over_with_it:
+                    over_with_it = over.is_set()  # after one more, which is to succeed
                     transfers.append(transfer := here.read(route, blocks, blocks))
                     transfer.wait()
                     if mine[bounds] != theirs[bounds]:
                         wrong.append(part)
                     mine[bounds] = bytes(share * BLOCK)
                     done[part] += 1
-                    if over.is_set():
-                        break
             except (PeerLost, TransferFailed):
-                last = False
+                over_with_it = False
             except Exception as error:
                 wrong.append(error)
                 return

@@ -20,6 +20,10 @@ def test_an_address_of_the_network_is_taken():
     assert MooncakeOptions("engine-1", "10.0.0.7") == validated(OFFER, {"name": "engine-1", "host": "10.0.0.7"})
 
 
+def test_containment_is_asked_for():
+    assert MooncakeOptions(contained=True) == validated(OFFER, {"contained": True})
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

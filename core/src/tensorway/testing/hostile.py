@@ -50,6 +50,8 @@ class Hostile:
     keep_opaque: bool = False
     #: Files that the fabric's library may keep for good: UCX does, of connections that it closes (ai-dynamo/nixl#2025).
     kept_files: int = 0
+    #: Entries that the fabric may keep, with a bound: `mooncake` remembers from whom it has heard.
+    kept_entries: int = 0
     say: Callable[[str], object] = lambda line: None
     #: Told before each case which it is.
     mark: Callable[[str], object] = lambda case: None
@@ -155,7 +157,7 @@ def _inside(given: Any) -> int:
     with Path(given.inside).open("wb", buffering=0) as place:
         mark = lambda case: os.pwrite(place.fileno(), case.ljust(40).encode(), 0)  # noqa: E731
         wanted = (given.name, given.options, given.cases, given.seed, given.kinds, given.only, given.keep_opaque)
-        breaches = Hostile(*wanted, given.kept_files, say, mark).run()
+        breaches = Hostile(*wanted, given.kept_files, given.kept_entries, say, mark).run()
     say("\n".join(["BREACHES:", *breaches]) if breaches else "everything hostile was refused or passed over")
     return 1 if breaches else 0
 
@@ -163,12 +165,13 @@ def _inside(given: Any) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run it in a child process, and say what was seen; 1 if something is not as it must be, or crashed."""
     parser = argparse.ArgumentParser("tensorway.testing.hostile", description=__doc__)
-    parser.add_argument("name", help="the transport: local, nixl")
+    parser.add_argument("name", help="the transport: local, mooncake, nixl")
     parser.add_argument("--cases", type=int, default=10_000, help="of each kind")
     parser.add_argument("--kinds", type=lambda text: tuple(text.split(",")), default=KINDS)
     parser.add_argument("--only", type=int, help="one case, to have it again")
     parser.add_argument("--keep-opaque", action="store_true", help="leave alone what only the library can judge")
     parser.add_argument("--kept-files", type=int, default=0, help="how many files the library may keep for good")
+    parser.add_argument("--kept-entries", type=int, default=0, help="how many entries the fabric may keep for good")
     parser.add_argument("--options", type=json.loads, default={}, help="the transport's, as JSON")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--inside", help=argparse.SUPPRESS)

@@ -61,7 +61,8 @@ class Rig:
         """A count without what the endpoint keeps of every name that it has met."""
         counts, now = self.endpoint.statistics(), Count.of(os.getpid())
         names = sum(1 + len(row) for row in counts.values())
-        return attrs.evolve(now, entries=now.entries - names, files=now.files + (self.run.kept_files * first))
+        entries, files = self.run.kept_entries * first, self.run.kept_files * first
+        return attrs.evolve(now, entries=now.entries - names + entries, files=now.files + files)
 
     def reach(self, description: bytes) -> None:
         """Connect, and if that works, read what is described."""

@@ -35,7 +35,7 @@ def test_a_connection_that_is_not_closed_is_found(monkeypatch):
     monkeypatch.setattr(endurance, "_SETTLING", 0.1)
     kept = []
     try:
-        breaches = Endurance("local", transfers=10, connections=20, seed=1).run()
+        breaches = Endurance("local", transfers=10, connections=20, seed=1, kept_files=3).run()
     finally:
         for link in kept:
             sockets.close(link.channel)

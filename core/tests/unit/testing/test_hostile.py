@@ -11,7 +11,7 @@ from tensorway.errors import DescriptionInvalid
 from tensorway.testing import hostile, rig, strangers
 from tensorway.testing.hostile import KINDS, Hostile
 from tensorway.testing.mutations import damaged, opaque, redigested, reworded
-from tensorway.transport import Endpoint, description
+from tensorway.transport import Endpoint, description, sockets
 from tensorway.transport.local import LocalFabric
 
 
@@ -49,7 +49,6 @@ def test_a_crash_is_told_with_its_case(capfd, monkeypatch, tmp_path):
 
 def test_a_leak_is_found(monkeypatch):
     kept = []
-    close = LocalFabric.disconnect
 
     def forgetful(self, link):
         kept.append(link)
@@ -60,7 +59,7 @@ def test_a_leak_is_found(monkeypatch):
         breaches = Hostile("local", cases=400, seed=1, kinds=("descriptions",)).run()
     finally:
         for link in kept:
-            close(None, link)
+            sockets.close(link.channel)
     assert any("files" in text for text in breaches)
 
 
@@ -98,4 +97,4 @@ def test_mutations_come_from_the_seed(described):
 
 
 def test_a_stranger_knows_how_to_knock():
-    assert {"local"} <= set(strangers.NOTES)
+    assert {"local", "mooncake"} <= set(strangers.NOTES)
