@@ -161,6 +161,9 @@ class Cycle:
             if time.monotonic() >= self._until:
                 for rank in waiting:
                     self._lose(rank, "it did not begin in time")
+        if self._agreement.view:  # nothing has moved yet: better to plan anew, without who is lost
+            for layer in self.plan.layers:
+                self._agreement.give_up(layer, "not every rank began")
         self._heard = dict.fromkeys(self._heard, time.monotonic())
 
     def _step(self) -> None:

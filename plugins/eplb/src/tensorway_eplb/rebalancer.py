@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from tensorway_eplb.placement import EMPTY, Placement
 from tensorway_eplb.plan import TransferPlan
 from tensorway_eplb.policy import Topology
 from tensorway_eplb.rows import UNKNOWN, Copy, Digests, Rows
+
+#: Experts that an error names.
+_NAMED: Final = 5
 
 
 class Rebalancer:
@@ -124,6 +127,7 @@ class Rebalancer:
         self._open()
         if self._lost:
             raise PeerLost.because("A rebalance was asked for.", f"{self._names(self._lost)}; regroup first")
+        self._check_target(new)
         plan = TransferPlan.make(self._placement, new, self._topology_of(), copies=self._copies())
         self._cycle += 1
         terms = Terms(
@@ -260,6 +264,16 @@ class Rebalancer:
     def _open(self) -> None:
         if self._closed:
             raise Closed("A rebalancer was used.", "It is closed.", "Make another.")
+
+    def _check_target(self, new: Placement) -> None:
+        gone = set(new.lost) - set(self._placement.lost)
+        if gone:
+            named = ", ".join(f"{expert} of layer {layer}" for layer, expert in sorted(gone)[:_NAMED])
+            raise PlacementInvalid(
+                "A rebalance was asked for.",
+                f"The new placement leaves out {len(gone)} experts that are held now: {named}.",
+                "Give every expert a slot: nobody would have it any more.",
+            )
 
     def _check(self, placement: Placement, group: Group) -> None:
         mine = (len(self.layout.layers), len(group.members), self.layout.slots, self.layout.num_logical)
