@@ -3,7 +3,7 @@ from __future__ import annotations
 from tensorway.hookspecs import API
 from tensorway.testing import OfferSuite
 from tensorway.types import HookContext
-from tensorway_gloo.offers import eplb_communicator
+from tensorway_gloo.offers import construct, eplb_communicator
 
 
 class TestOffer(OfferSuite):
@@ -12,9 +12,9 @@ class TestOffer(OfferSuite):
     native_modules = ("torch",)
 
 
-def test_the_offer_is_probe_only_until_there_is_a_communicator_to_construct():
+def test_the_offer_is_probed_in_a_child_and_constructs_a_session():
     offer = eplb_communicator(HookContext(api=API, core_version="0"))
 
-    assert offer.factory is None
+    assert construct is offer.factory
     assert "child" == offer.probe_in
     assert {"cpu", "cuda", "rocm", "xpu"} == offer.devices

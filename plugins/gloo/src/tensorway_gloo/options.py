@@ -9,11 +9,11 @@ import attrs
 class GlooOptions:
     """Options of the communicator `gloo`."""
 
-    #: Network interface that gloo binds to; None leaves the choice to GLOO_SOCKET_IFNAME and the host's name.
+    #: Network interface whose address to listen on; None takes the one from which there is a route to the rendezvous.
     interface: str | None = attrs.field(
         default=None,
         # The kernel's own rule for names of interfaces: up to 15 characters, no slash, no space.
         validator=attrs.validators.optional(attrs.validators.matches_re(r"[^\s/]{1,15}")),
     )
-    #: Seconds after which a peer that does not answer is lost.
+    #: Seconds that the members may take to connect to each other, unless the engine allows fewer.
     timeout_s: float = attrs.field(default=30.0, validator=[attrs.validators.gt(0.0), attrs.validators.le(86_400.0)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 from tensorway.types import ProbeResult
 
@@ -40,8 +40,9 @@ def probe() -> ProbeResult:
 
 def _sum_over_one_rank() -> list[float]:
     import torch
-    import torch.distributed as dist
+    import torch.distributed
 
+    dist: Any = torch.distributed  # which says what is in it in some builds only
     # A group of its own: the default group belongs to the application.
     group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, _TIMEOUT)
     tensor = torch.tensor([1.0, 2.0])
