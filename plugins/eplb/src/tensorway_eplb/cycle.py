@@ -6,6 +6,7 @@ when. Nobody waits for a dead member longer than its patience, and nobody waits 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from tensorway._logging import logger
 from tensorway.eplb import Failed, Fetch, Filled, PeerFailed, Send, Session, Staging
 from tensorway.eplb.contract import Control, Event
 from tensorway.errors import DeadlineExceeded, PeerLost, PlacementInvalid, StagingFull
-from tensorway_eplb.agreement import Agreement, Report, Status
+from tensorway_eplb.agreement import Agreement, Decision, Report, Status
 from tensorway_eplb.arrivals import Arrivals, CopySource, Counts, Supply
 from tensorway_eplb.placement import EMPTY, Map, Placement
 from tensorway_eplb.plan import LayerPlan, TransferPlan
@@ -38,14 +39,27 @@ _SLOWEST: Final = 10e6
 _BEATS: Final = 4
 
 
+class Pending(Protocol):
+    """A commit that an engine does later, on a thread of its own."""
+
+    @property
+    def done(self) -> bool:
+        """Whether rows and map are the new ones."""
+        ...
+
+    def withdraw(self) -> bool:
+        """Take it back; False if it is done, or being done."""
+        ...
+
+
 class Engine(Protocol):
     """What an engine does for a rebalance."""
 
-    def commit(self, layer: int, experts: Map, write: Callable[[], None]) -> None:
+    def commit(self, layer: int, experts: Map, write: Callable[[], None]) -> Pending | None:
         """Take over a layer: call `write`, which makes this rank's rows the new ones, and use the map from then on.
 
         `experts` says which logical expert each slot of the group holds now. Rows and map must change together for
-        whatever computes with them.
+        whatever computes with them. An engine that can do so only later returns what says when it has.
         """
         ...
 
@@ -82,6 +96,8 @@ class Terms:
     source: CopySource | None = None
     #: A member that is silent for so long is lost.
     patience: float = 2.0
+    #: Set it, and no layer is begun any more; those that were are decided.
+    stop: threading.Event = attrs.field(factory=threading.Event)
 
 
 class Cycle:
@@ -110,6 +126,9 @@ class Cycle:
         self._aborted: dict[int, str] = {}
         self._told = (0.0, bytes(len(plan.layers)), frozenset[int]())
         self._committing = 0.0
+        self._pending: dict[int, Pending] = {}
+        self._decided: dict[int, Decision] = {}
+        self._next = 0
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="tensorway-eplb-load")
         self._supply = Supply(
             terms.session, terms.staging, terms.rows, plan.old, terms.digests, terms.source, self._loader, terms.cycle,
@@ -123,11 +142,14 @@ class Cycle:
         try:
             self._begin()
             seconds["begin"] = time.monotonic() - self._began
-            while not self._agreement.finished and self._agreement.excluded_by is None:
+            while (self._pending or self._next < len(self.plan.layers)) and self._agreement.excluded_by is None:
                 self._step()
             if self._agreement.excluded_by is not None:
                 self._agreement.abandon("the others went on without this rank")
                 self._settle()
+                while self._pending:
+                    self._take_over()
+                    time.sleep(_LOOK)
             seconds["move"] = time.monotonic() - self._began - seconds["begin"] - self._committing
             self._end()
         finally:
@@ -162,8 +184,7 @@ class Cycle:
                 for rank in waiting:
                     self._lose(rank, "it did not begin in time")
         if self._agreement.view:  # nothing has moved yet: better to plan anew, without who is lost
-            for layer in self.plan.layers:
-                self._agreement.give_up(layer, "not every rank began")
+            self._give_up("not every rank began")
         self._heard = dict.fromkeys(self._heard, time.monotonic())
 
     def _step(self) -> None:
@@ -175,9 +196,16 @@ class Cycle:
                 self._agreement.give_up(arrivals.layer, arrivals.failed)
             elif not arrivals.missing:
                 self._agreement.ready(arrivals.layer)
+        if self.terms.stop.is_set():
+            self._give_up("the rebalance was cancelled")
         self._settle()
+        self._take_over()
         self._miss()
         self._tell()
+
+    def _give_up(self, why: str) -> None:
+        for layer in self.plan.layers:
+            self._agreement.give_up(layer, why)
 
     def _post(self) -> None:
         """Begin layers in the plan's order, as many at once as communicator and staging allow."""
@@ -200,17 +228,37 @@ class Cycle:
 
     def _settle(self) -> None:
         """Do what was decided."""
-        for decision in self._agreement.decisions():
+        self._decided.update((decision.layer, decision) for decision in self._agreement.decisions())
+        # In the plan's order, so that engines that take layers over later find the same sequence on every rank.
+        while self._next < len(self.plan.layers) and self.plan.layers[self._next] in self._decided:
+            decision = self._decided[self.plan.layers[self._next]]
+            self._next += 1
             arrivals = self._open.get(decision.layer)
             if decision.commit and arrivals is not None:
                 started = time.monotonic()
-                self.terms.engine.commit(decision.layer, self.plan.new.map[decision.layer], arrivals.write)
+                pending = self.terms.engine.commit(decision.layer, self.plan.new.map[decision.layer], arrivals.write)
                 self._committing += time.monotonic() - started
+                if pending is not None:
+                    self._pending[decision.layer] = pending
+                    continue
                 self._committed.append(decision.layer)
             else:
                 self._aborted[decision.layer] = decision.why
             if arrivals is not None:
                 self._release(arrivals)
+
+    def _take_over(self) -> None:
+        """Layers that the engine has taken over meanwhile; and none that it has not, once the time is up."""
+        late = time.monotonic() >= self._until + _GRACE
+        for layer, pending in list(self._pending.items()):
+            if not pending.done:
+                if not late or not pending.withdraw():
+                    continue
+                self._aborted[layer] = "the engine did not take it over in time"
+            else:
+                self._committed.append(layer)
+            del self._pending[layer]
+            self._release(self._open[layer])
 
     def _miss(self) -> None:
         """Members that are silent, and what to do when the time is up."""
@@ -220,8 +268,7 @@ class Cycle:
                 self._lose(rank, f"it was silent for {self._patience:.1f} s")
         if now < self._until:
             return
-        for layer in self.plan.layers:
-            self._agreement.give_up(layer, "it was not there by the deadline")
+        self._give_up("it was not there by the deadline")
         if now >= self._until + _GRACE:
             for rank in self._agreement.waiting_for():
                 self._lose(rank, "it did not agree in time")

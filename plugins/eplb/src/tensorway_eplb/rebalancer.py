@@ -21,9 +21,9 @@ from tensorway.memory import Region
 from tensorway.rendezvous import Rendezvous
 from tensorway_eplb.arrivals import CopySource
 from tensorway_eplb.control import StoreControl
-from tensorway_eplb.cycle import Cycle, Engine, Outcome, Terms, settle_event
+from tensorway_eplb.cycle import Cycle, Engine, Outcome, Pending, Terms, settle_event
 from tensorway_eplb.membership import Membership, Truth
-from tensorway_eplb.placement import EMPTY, Placement
+from tensorway_eplb.placement import EMPTY, Map, Placement
 from tensorway_eplb.plan import TransferPlan
 from tensorway_eplb.policy import Topology
 from tensorway_eplb.rows import UNKNOWN, Copy, Digests, Rows
@@ -117,12 +117,20 @@ class Rebalancer:
 
     # -- moving
 
-    def rebalance(self, new: Placement, deadline: float = 30.0) -> Outcome:
+    def rebalance(
+        self,
+        new: Placement,
+        deadline: float = 30.0,
+        *,
+        engine: Engine | None = None,
+        stop: threading.Event | None = None,
+    ) -> Outcome:
         """Move to another placement; every rank calls it with the same one.
 
         Returns when every layer is decided: it has its new rows and map on all ranks, or its old ones on all. Raises
         `PeerLost` when members were lost, with `outcome` saying what became of the layers: then call `regroup`; and
-        `Excluded` when this one is.
+        `Excluded` when this one is. `engine` takes the layers over instead of the one that was given at first; when
+        `stop` is set, layers that are not agreed yet keep their old rows everywhere.
         """
         self._open()
         if self._lost:
@@ -131,9 +139,9 @@ class Rebalancer:
         plan = TransferPlan.make(self._placement, new, self._topology_of(), copies=self._copies())
         self._cycle += 1
         terms = Terms(
-            self._session, self._control, self.staging, self._rows, _Locked(self._engine, self._layers),
+            self._session, self._control, self.staging, self._rows, _Locked(engine or self._engine, self._layers),
             self.group.epoch, self._cycle, self.group.me, self._digests if self._verify else None,
-            self._source, self._patience,
+            self._source, self._patience, stop or threading.Event(),
         )  # fmt: skip
         outcome = Cycle(plan, terms, deadline).run()
         self._take(plan, outcome)
@@ -298,6 +306,9 @@ class _Locked:
     def __init__(self, engine: Engine, lock: threading.Lock) -> None:
         self._engine, self._lock = engine, lock
 
-    def commit(self, layer: int, experts: Any, write: Callable[[], None]) -> None:
-        with self._lock:
-            self._engine.commit(layer, experts, write)
+    def commit(self, layer: int, experts: Map, write: Callable[[], None]) -> Pending | None:
+        def locked() -> None:
+            with self._lock:
+                write()
+
+        return self._engine.commit(layer, experts, locked)
