@@ -1,16 +1,18 @@
 """What one small read over NIXL takes, and what the waist adds to a transfer and to a block, all in the same run.
 
-    python tests/bench/nixl_latency.py [--short]
+    python tests/bench/nixl_latency.py [--short] [--spinning]
 
 Three ways to read, in turns, over one connection each to the same peer. `raw` is the shortest there is: lists prepared
-once, indices that are arrays already, polling. `anchor` is what engines do: a list of descriptors built for each
-transfer, and sleeps of half a millisecond between two looks. Printed are medians of ratios and of differences within a
-turn: the machine is shared.
+once, indices that are arrays already, looks with nothing but `sched_yield` between them: `time.sleep(0)` is 70 us.
+`anchor` is what engines do: a list of descriptors built for each transfer, and sleeps of half a millisecond between two
+looks. With `--spinning` the peer's progress thread never sleeps, and burns a core. Printed are medians of ratios and of
+differences within a turn: the machine is shared.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import statistics
 import sys
@@ -67,7 +69,8 @@ class Native:
     def raw(self, local: Any, remote: Any) -> None:
         """Prepared lists, arrays of indices, looks without a pause that is worth the name."""
         native, (ours, theirs) = self.native, self.lists
-        self._move(native.makeXferReq(self.bindings.NIXL_READ, ours, local, theirs, remote, b"", [], False), 0.0)
+        request = native.makeXferReq(self.bindings.NIXL_READ, ours, local, theirs, remote, b"", [], False)
+        self._move(request, os.sched_yield)
 
     def anchor(self, local: list[int], remote: list[int]) -> None:
         """Lists for this transfer, and sleeps of half a millisecond."""
@@ -75,14 +78,21 @@ class Native:
             self._descriptors([(start + block * self.block, self.block, 0) for block in ids])
             for start, ids in zip(self.starts, (local, remote), strict=True)
         )
-        self._move(self.native.createXferReq(self.bindings.NIXL_READ, ours, theirs, self.peer, b"", []), 0.5e-3)
+        self._move(
+            self.native.createXferReq(self.bindings.NIXL_READ, ours, theirs, self.peer, b"", []), half_a_millisecond
+        )
 
-    def _move(self, request: Any, pause: float) -> None:
+    def _move(self, request: Any, pause: Callable[[], None]) -> None:
         state = self.native.postXferReq(request, b"")
         while state == self.bindings.NIXL_IN_PROG:
-            time.sleep(pause)
+            pause()
             state = self.native.getXferStatus(request)
         self.native.releaseXferReq(request)
+
+
+def half_a_millisecond() -> None:
+    """How engines wait."""
+    time.sleep(0.5e-3)
 
 
 def by_tensorway(endpoint: Any, description: bytes, block: int) -> Read:
@@ -133,7 +143,8 @@ def measure(lane: str, options: dict[str, Any], count: int) -> None:
     import tensorway
     from tensorway.testing import PeerProcess
 
-    peer, endpoint = PeerProcess("nixl", options), tensorway.create("transport", "nixl", options)
+    theirs = {**options, "progress_interval_us": 0} if "--spinning" in sys.argv else options
+    peer, endpoint = PeerProcess("nixl", theirs), tensorway.create("transport", "nixl", options)
     peer.register(4096 * COUNT, seed=1)
     description, ids = peer.describe(), {}
     for number in (1, MANY):

@@ -167,6 +167,20 @@ def test_metadata_that_nixl_cannot_read_is_refused_for_good_and_said_so(pair, st
     start("here").connect(description)
 
 
+def test_of_metadata_that_nixl_cannot_read_only_the_last_is_remembered_and_all_stays_refused(pair, start, monkeypatch):
+    here, _, description = pair
+    monkeypatch.setattr(fabric, "_MAX_POISONED", 1)
+    with pytest.raises(DescriptionInvalid, match="NIXL cannot read its metadata"):
+        here.connect(altered(description, metadata=blob_of(description).metadata[:-40]))
+    second = start("peer").describe()
+    with pytest.raises(DescriptionInvalid, match="NIXL cannot read its metadata"):
+        here.connect(altered(second, metadata=blob_of(second).metadata[:-40]))
+    assert 1 == len(here._fabric._poisoned)
+
+    with pytest.raises(DescriptionInvalid, match="NIXL cannot read its metadata"):
+        here.connect(description)
+
+
 def test_what_a_peer_registers_later_is_reached_by_its_next_description(pair):
     here, peer, description = pair
     first, mine = here.connect(description), bytearray(NBYTES)

@@ -38,6 +38,15 @@ def test_an_index_names_a_block_of_a_plane():
     ]
 
 
+@pytest.mark.parametrize("count", [1, 32, 33, 100])
+def test_ids_of_one_plane_are_indices_however_many(count):
+    from tensorway_nixl import tables
+
+    ids = array("q", range(count - 1, -1, -1))
+
+    assert [*ids] == [*map(int, tables.indices(BlockTable((1 << 20,), 512, 512, 100), ids))]
+
+
 @pytest.mark.parametrize(("device", "index"), [("cpu", 0), ("cuda", 0), ("cuda:3", 3)])
 def test_a_device_has_an_index(device, index):
     from tensorway_nixl import tables

@@ -159,10 +159,15 @@ def block_ids(ids: Iterable[int] | Any, count: int, *, unique: bool, whose: str)
     if isinstance(ids, array) and ids.typecode == "q":
         values: Any = ids[:]  # whole numbers for certain, and a copy: the caller may change its own
     else:
-        several = ids.tolist() if hasattr(ids, "tolist") else ids
-        if not isinstance(several, Iterable):
-            raise _ids_invalid(whose, f"A {type(several).__name__} was given, which is not several ids.")
-        values = list(several)
+        if type(ids) is list:
+            values = ids[:]
+        else:
+            several = ids.tolist() if hasattr(ids, "tolist") else ids
+            if not isinstance(several, Iterable):
+                raise _ids_invalid(whose, f"A {type(several).__name__} was given, which is not several ids.")
+            values = list(several)
+        if len(values) == 1 and type(values[0]) is int and 0 <= values[0] < count:
+            return array("q", values)  # as below, and a third of the time
         if not set(map(type, values)) <= _WHOLE:
             raise _ids_invalid(whose, "One of them is not a whole number.")
     if not values:

@@ -11,7 +11,6 @@ import os
 import threading
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -31,6 +30,7 @@ from tensorway.transport.contract import (
     Registration,
     Route,
 )
+from tensorway.transport.counts import Counts
 from tensorway.transport.transfer import Transfer
 
 #: Endpoints that were closed while their fabric could still write: their memory lives as long as the process.
@@ -84,8 +84,9 @@ class Endpoint:
         self._epoch = 0
         self._registrations: list[_Registration] = []
         self._peers: list[Peer] = []
-        self._transfers: list[Transfer] = []
-        self._counts: dict[str, defaultdict[str, float]] = {}
+        #: In the order in which they were started; a dict, because most are its only row, and for a moment.
+        self._transfers: dict[Transfer, None] = {}
+        self._counts = Counts()
         self._pump: threading.Thread | None = None
         self._idle = False
         fabric.open(self.endpoint_name, self._incarnation)
@@ -266,18 +267,16 @@ class Endpoint:
         with self._lock:
             transfers = list(self._transfers)
         for transfer in transfers:
-            transfer.poll()
+            if transfer.advance():
+                self._retire(transfer)
         with self._lock:
-            for transfer in [transfer for transfer in self._transfers if transfer.released]:
-                self._transfers.remove(transfer)
-                self._count(transfer)
             return sum(transfer.pending for transfer in self._transfers)
 
     def statistics(self) -> Mapping[str, Mapping[str, float]]:
         """Per peer: bytes, transfers, pieces, seconds and failures by cause."""
         self.poll()
         with self._lock:
-            return {peer: dict(counts) for peer, counts in self._counts.items()}
+            return self._counts.rows()
 
     def close(self, deadline: float = 5.0) -> None:
         """End everything: transfers are cancelled, and their memory stays alive until the fabric has let go of it."""
@@ -288,7 +287,8 @@ class Endpoint:
                 return
             self._closed = True
             self._wake.notify_all()
-        for transfer in list(self._transfers):
+            transfers = list(self._transfers)
+        for transfer in transfers:
             transfer.cancel()
         until = time.monotonic() + deadline
         while self._transfers and time.monotonic() < until:
@@ -336,18 +336,19 @@ class Endpoint:
                 f"It names {len(local)} local and {len(remote)} remote blocks.",
                 "Name as many of the one as of the other.",
             )
-        transfer = Transfer(route, operation, local, remote, notify, time.monotonic() + deadline, self._fabric)
+        now = time.monotonic()
+        transfer = Transfer(route, operation, local, remote, notify, now + deadline, self._fabric, now, self._pid)
         with self._lock:
-            self._check_open()  # now `close` sees either the transfer, or nothing of it
+            if self._closed:  # now `close` sees either the transfer, or nothing of it
+                self._check_open()
             if route.epoch != self._epoch:
                 self._check_local(route.local)
                 # What was prepared may point to a registration that is gone, also if the memory is registered again.
                 if not route.peer.lost:
                     route.prepared = self._fabric.prepare(route.peer.link, route.local, route.remote)
                 route.epoch = self._epoch
-            self._transfers.append(transfer)
-        transfer.poll()
-        if transfer.released:
+            self._transfers[transfer] = None
+        if transfer.advance():
             self._retire(transfer)
         else:
             self._ensure_pump()
@@ -357,19 +358,9 @@ class Endpoint:
         """It is released: nobody has to look after it any more."""
         with self._lock:
             if transfer in self._transfers:  # if not, another thread was faster
-                self._transfers.remove(transfer)
-                self._count(transfer)
-
-    def _count(self, transfer: Transfer) -> None:
-        counts = self._counts.setdefault(transfer.route.peer.name, defaultdict(float))
-        counts["posting_seconds"] += transfer.posting_seconds
-        counts["seconds"] += transfer.seconds
-        if transfer.error is not None:
-            counts[f"failed_{type(transfer.error).__name__}"] += 1
-            return
-        counts["transfers"] += 1
-        counts[f"{transfer.operation}_bytes"] += transfer.nbytes
-        counts["pieces"] += transfer.pieces
+                del self._transfers[transfer]
+                if self._counts.add(transfer):
+                    self._counts.fold({peer.name for peer in self._peers})
 
     def _ensure_pump(self) -> None:
         """Start the thread that moves pending transfers on: deadlines and notifications need nobody's polling."""

@@ -23,8 +23,9 @@ from tensorway.transport.contract import Fabric, Operation, Route
 
 #: Seconds for which one look may wait until a notification can be sent.
 _SLICE: Final = 0.02
-#: Waiting: this many looks without a pause, then pauses that double from the first to the last.
-_SPINS: Final = 20
+#: Waiting: for so long without a pause, then pauses that double from the first to the last. A small read over TCP takes
+#: 50 to 150 us; and the shortest sleep there is takes more than 50, whatever it is told.
+_SPIN: Final = 200e-6
 _FIRST_PAUSE: Final = 20e-6
 _LAST_PAUSE: Final = 500e-6
 
@@ -35,6 +36,9 @@ class State(enum.Enum):
     PENDING = "pending"
     DONE = "done"
     FAILED = "failed"
+
+
+_PENDING: Final = State.PENDING
 
 
 @attrs.define(eq=False)
@@ -49,14 +53,15 @@ class Transfer:
     #: When it is too late, on the clock of `time.monotonic`.
     deadline: float
     _fabric: Fabric = attrs.field(repr=False)
+    #: When it was asked for, and by which process: its maker knows both.
+    _started: float
+    _pid: int = attrs.field(repr=False)
     state: State = State.PENDING
     #: Why it failed.
     error: TensorwayError | None = None
     #: Seconds spent in the fabric's `post`, and from the first post to the end.
     posting_seconds: float = 0.0
     seconds: float = 0.0
-    _pid: int = attrs.field(factory=os.getpid, init=False, repr=False)
-    _started: float = attrs.field(factory=time.monotonic, init=False)
     _posted: int = attrs.field(default=0, init=False)
     _jobs: list[Any] = attrs.field(factory=list, init=False, repr=False)
     _lock: threading.RLock = attrs.field(factory=threading.RLock, init=False, repr=False)
@@ -74,49 +79,38 @@ class Transfer:
     @property
     def pending(self) -> bool:
         """Whether it is still under way."""
-        return self.state is State.PENDING
+        return self.state is _PENDING
 
     @property
     def released(self) -> bool:
         """Whether its local memory may be used again: nothing will be written to it any more."""
         self._check_process()
         with self._lock:
-            return not self.pending and self._settle()
+            return self.state is not _PENDING and self._settle()
 
     def poll(self) -> State:
         """Move it on by one step and say where it is; raises nothing, but `Closed` in a forked child."""
         self._check_process()
         with self._lock:
-            if self.pending:
-                try:
-                    self._step()
-                except TensorwayError as error:
-                    self._fail(error)
-                except Exception as error:  # a defect of the fabric must not leave a transfer that never ends
-                    true = f"The fabric raised {type(error).__name__}: {error}"
-                    self._fail(TransferFailed(self._asked(), true, "Report this to the transport's author."))
+            self._move()
             return self.state
+
+    def advance(self) -> bool:
+        """`poll`, then `released`, for the endpoint, which has checked the process already."""
+        with self._lock:
+            self._move()
+            return self.state is not _PENDING and self._settle()
 
     def wait(self, deadline: float | None = None) -> None:
         """Return when it is done; raise what it failed with.
 
         If `deadline` is sooner than its own, raise `DeadlineExceeded` then, and the transfer goes on.
         """
-        if not self.pending:  # most are done when they have been started
-            self._raise()
-            return
-        until = None if deadline is None else time.monotonic() + deadline
-        waits, moved = pauses(), self._moved()
-        while self.poll() is State.PENDING:
-            if moved != (moved := self._moved()):
-                waits = pauses()
-            if until is not None and time.monotonic() >= until:
-                raise self._too_late(f"It is still under way after {deadline:g} s; it goes on until its own deadline.")
-            if pause := next(waits):
-                time.sleep(pause)
-            else:
-                os.sched_yield()  # who makes the progress may need this very core
-        self._raise()
+        if self.state is _PENDING:  # most are done when they have been started
+            self._wait(deadline)
+        self._check_process()
+        if self.error is not None:
+            raise self.error
 
     def __await__(self) -> Generator[Any, None, None]:
         return self._finish().__await__()
@@ -128,23 +122,42 @@ class Transfer:
             if self.pending:
                 self._fail(TransferCancelled(self._asked(), "It was cancelled by who started it.", "Nothing is owed."))
 
+    def _wait(self, deadline: float | None) -> None:
+        until = None if deadline is None else time.monotonic() + deadline
+        waits, moved = pauses(), self._moved()
+        while self.poll() is _PENDING:
+            if moved != (moved := self._moved()):
+                waits = pauses()
+            if until is not None and time.monotonic() >= until:
+                raise self._too_late(f"It is still under way after {deadline:g} s; it goes on until its own deadline.")
+            if pause := next(waits):
+                time.sleep(pause)
+            else:
+                os.sched_yield()  # who makes the progress may need this very core
+
     async def _finish(self) -> None:
         waits, moved = pauses(), self._moved()
-        while self.poll() is State.PENDING:
+        while self.poll() is _PENDING:
             if moved != (moved := self._moved()):
                 waits = pauses()
             await asyncio.sleep(next(waits))
         if self.error is not None:
             raise self.error
 
-    def _raise(self) -> None:
-        self._check_process()
-        if self.error is not None:
-            raise self.error
+    def _move(self) -> None:
+        if self.state is _PENDING:
+            try:
+                self._step()
+            except TensorwayError as error:
+                self._fail(error)
+            except Exception as error:  # a defect of the fabric must not leave a transfer that never ends
+                true = f"The fabric raised {type(error).__name__}: {error}"
+                self._fail(TransferFailed(self._asked(), true, "Report this to the transport's author."))
 
     def _step(self) -> None:
         """Look at what is under way, post what fits, end when nothing is left."""
-        self._drop(self._finished)
+        if self._jobs:
+            self._drop(self._finished)
         peer = self.route.peer
         if reason := peer.lost or self._fabric.lost(peer.link):
             peer.lost = peer.lost or reason
@@ -153,7 +166,7 @@ class Transfer:
             raise self._too_late("It was not done by its deadline.")
         if self._posted < len(self.local_ids):
             self._post(left)
-        moved = self._posted == len(self.local_ids) and not self._jobs
+        moved = not self._jobs and self._posted == len(self.local_ids)
         if moved and (self.notify is None or self._sent(self.notify, left)):
             self._end(State.DONE)
 
@@ -171,10 +184,12 @@ class Transfer:
         limits = self._fabric.capabilities
         blocks = max(1, limits.max_pieces // self.route.local.width)
         for _ in range(limits.max_in_flight - len(self._jobs)):
-            if self._posted >= len(self.local_ids):
+            if (rest := len(self.local_ids) - self._posted) <= 0:
                 return
-            part = slice(self._posted, self._posted + blocks)
-            local, remote = self.local_ids[part], self.remote_ids[part]
+            local, remote = self.local_ids, self.remote_ids
+            if rest != len(local) or rest > blocks:  # most fit into one post, and are not copied for it
+                part = slice(self._posted, self._posted + blocks)
+                local, remote = local[part], remote[part]
             started = time.perf_counter()
             job = self._fabric.post(self.operation, self.route.prepared, local, remote, left)
             self.posting_seconds += time.perf_counter() - started
@@ -197,7 +212,8 @@ class Transfer:
         return self._fabric.done(job) and self._fabric.settled(job)
 
     def _settle(self) -> bool:
-        self._drop(self._let_go)
+        if self._jobs:
+            self._drop(self._let_go)
         return not self._jobs
 
     def _drop(self, over: Callable[[Any], bool]) -> None:
@@ -233,7 +249,8 @@ class Transfer:
 
 def pauses() -> Generator[float, None, None]:
     """How long to wait before each look: not at all at first, since most transfers end soon, then longer and longer."""
-    for _ in range(_SPINS):
+    until = time.monotonic() + _SPIN
+    while time.monotonic() < until:
         yield 0.0
     pause = _FIRST_PAUSE
     while True:

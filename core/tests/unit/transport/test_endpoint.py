@@ -430,6 +430,41 @@ def test_statistics_count_per_peer_by_direction_and_by_cause(rig, describe_peer)
     assert 0 < row["posting_seconds"] < row["seconds"]
 
 
+def test_of_peers_that_are_gone_only_so_many_keep_a_row_and_the_sums_stay(rig, describe_peer, monkeypatch):
+    from tensorway.transport import counts
+
+    monkeypatch.setattr(counts, "MAX_ROWS", 3)
+    rig.fabric.synchronous = True
+    rig.endpoint.read(rig.route, [0], [0]).wait()  # the oldest of all, and connected to the end
+    for number in range(8):
+        peer = rig.endpoint.connect(describe_peer(f"guest-{number}"))
+        route = rig.endpoint.prepare(peer, rig.table(), BlockTable((1 << 40,), 16, 16, 8))
+        rig.endpoint.read(route, [0, 1], [0, 1]).wait()
+        rig.endpoint.write(route, [0], [0]).wait()
+        rig.endpoint.disconnect(peer)
+        with pytest.raises(PeerLost):
+            rig.endpoint.read(route, [0], [0]).wait()
+    rows = rig.endpoint.statistics()
+    assert {"other", counts.OTHERS, "guest-7"} <= set(rows)
+    assert len(rows) <= 4
+    sums = {key: sum(row.get(key, 0) for row in rows.values()) for key in rows[counts.OTHERS]}
+    assert {"transfers": 17, "read_bytes": 17 * 16, "write_bytes": 8 * 16, "pieces": 25, "failed_PeerLost": 8} == {
+        key: value for key, value in sums.items() if "seconds" not in key
+    }
+
+
+def test_peers_that_are_connected_keep_their_rows_however_many(rig, describe_peer, monkeypatch):
+    from tensorway.transport import counts
+
+    monkeypatch.setattr(counts, "MAX_ROWS", 3)
+    rig.fabric.synchronous = True
+    for number in range(8):
+        peer = rig.endpoint.connect(describe_peer(f"guest-{number}"))
+        route = rig.endpoint.prepare(peer, rig.table(), BlockTable((1 << 40,), 16, 16, 8))
+        rig.endpoint.read(route, [0], [0]).wait()
+    assert {f"guest-{number}" for number in range(8)} == set(rig.endpoint.statistics())
+
+
 def test_statistics_are_a_copy(rig):
     rig.fabric.synchronous = True
     rig.endpoint.read(rig.route, [0], [0]).wait()

@@ -93,6 +93,13 @@ def test_jobs_may_end_in_any_order(rig):
     assert State.DONE is transfer.poll()
 
 
+def test_what_is_given_to_the_fabric_is_not_what_the_caller_can_change(rig):
+    local, remote = [3], [5]
+    rig.fabric.hooks["post"] = lambda *_: (local.clear(), remote.append(7))
+    rig.endpoint.read(rig.route, local, remote)
+    assert ([3], [5]) == (rig.fabric.jobs[0].local, rig.fabric.jobs[0].remote)
+
+
 def test_a_notification_follows_the_last_job_and_is_sent_once(rig):
     transfer = rig.endpoint.write(rig.route, range(24), range(24), notify=b"after")
     for _ in range(3):

@@ -55,6 +55,8 @@ _LAST_PAUSE: Final = 5e-3
 _TCP_MICROSECONDS: Final = 5
 #: Peers that nobody uses whose connection is kept.
 _MAX_KEPT: Final = 64
+#: Incarnations whose metadata could not be read that are remembered, with why.
+_MAX_POISONED: Final = 1024
 #: How many peers are sent a heartbeat at one look of the thread.
 _HEARTBEATS: Final = 100
 #: A look of the thread that found so many notifications is followed by another one soon.
@@ -185,7 +187,12 @@ class NixlFabric:
         asked = f"A route to {link.remote.name} was to be prepared."
         ours = self._prepare_list(self._agent.bindings.NIXL_INIT_AGENT, local, link.remote, asked)
         theirs = self._prepare_list(link.remote.incarnation, remote, link.remote, asked)
-        return Prepared(link.remote, local, remote, ours, theirs)
+        bindings, whom = self._agent.bindings, f"with peer {link.remote.name} was asked for."
+        words: dict[Operation, tuple[Any, str]] = {
+            "read": (bindings.NIXL_READ, f"A read {whom}"),
+            "write": (bindings.NIXL_WRITE, f"A write {whom}"),
+        }
+        return Prepared(link.remote, local, remote, ours, theirs, words)
 
     def _prepare_list(self, agent: str, table: BlockTable, remote: Remote, asked: str) -> agents.List:
         def expanded() -> Any:
@@ -209,14 +216,13 @@ class NixlFabric:
         self, operation: Operation, prepared: Prepared, local_ids: array[int], remote_ids: array[int], seconds: float
     ) -> Job | None:
         """Start one NIXL transfer; NIXL joins neighbors. Over shared memory it is done when this returns."""
-        native, bindings, remote = self._agent.native, self._agent.bindings, prepared.remote
-        asked = f"A {operation} with peer {remote.name} was asked for."
-        if prepared.ours.epoch != self._agent.epoch:
-            prepared.ours = self._prepare_list(bindings.NIXL_INIT_AGENT, prepared.local, remote, asked)
+        agent, remote, (word, asked) = self._agent, prepared.remote, prepared.words[operation]
+        if prepared.ours.epoch != agent.epoch:
+            prepared.ours = self._prepare_list(agent.bindings.NIXL_INIT_AGENT, prepared.local, remote, asked)
         ours, theirs = prepared.ours, prepared.theirs
         try:
-            handle = native.makeXferReq(
-                bindings.NIXL_READ if operation == "read" else bindings.NIXL_WRITE,
+            handle = agent.native.makeXferReq(
+                word,
                 ours.handle,
                 tables.indices(prepared.local, local_ids),
                 theirs.handle,
@@ -309,6 +315,8 @@ class NixlFabric:
             true = f"NIXL cannot read its metadata ({type(error).__name__}: {error})."
         if true:
             self._poisoned[incarnation] = f"{true} It takes no other for this incarnation any more."
+            if len(self._poisoned) > _MAX_POISONED:  # what is forgotten is NIXL's to refuse, with fewer words
+                del self._poisoned[next(iter(self._poisoned))]
             raise DescriptionInvalid(asked, true, "Give it unchanged; then restart the peer, or make another endpoint.")
 
     def _look(self) -> bool:

@@ -13,6 +13,7 @@ import attrs
 
 from tensorway.errors import TensorwayError
 from tensorway.transport.blocks import BlockTable
+from tensorway.transport.contract import Operation
 from tensorway_nixl.agent import List
 
 
@@ -50,6 +51,8 @@ class Prepared:
     far: BlockTable
     ours: List
     theirs: List
+    #: For each operation NIXL's word, and what is asked for by it.
+    words: dict[Operation, tuple[Any, str]] = attrs.field(repr=False)
 
 
 @attrs.define(eq=False)
