@@ -121,8 +121,9 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy, strict, over the sources of all dists at once."""
-    # numpy and xxhash bring types of their own; what a plugin's library has is Any.
-    session.install(*group("types"), *CORE["dependencies"], *CORE["optional-dependencies"]["testing"], "numpy", "xxhash")
+    # These bring types of their own; what other libraries of plugins have is Any.
+    typed = ["numpy", "xxhash"]
+    session.install(*group("types"), *CORE["dependencies"], *CORE["optional-dependencies"]["testing"], *typed)
     session.run("mypy", "--cache-dir", str(session.cache_dir / "mypy"), *SOURCES)
 
 
@@ -265,6 +266,9 @@ CAMPAIGNS = {
     "endurance-cma": ["endurance", "nixl"],
     "endurance-tcp": ["endurance", "nixl", "--options", '{"ucx_tls": ["tcp"]}'],
     "hostile-nixl": ["hostile", "nixl", "--keep-opaque", "--kept-files", "400", "--kinds", "descriptions"],
+    # Ranks that die or stop in the middle of rebalances.
+    "eplb": ["tensorway_eplb.testing.campaign"],
+    "eplb-nixl": ["tensorway_eplb.testing.campaign", "--options", '{"transport": "nixl"}', "--moments", "100"],
     # Mooncake opens up to four connections to a peer, as it needs them.
     "endurance-mooncake": ["endurance", "mooncake", "--kept-files", "3"],
     "hostile-mooncake": ["hostile", "mooncake", *MOONCAKE_KEEPS, "--kinds", "descriptions,notes"],
@@ -277,14 +281,14 @@ def campaign(session: nox.Session) -> None:
     wanted = session.posargs or list(CAMPAIGNS)
     if unknown := set(wanted) - set(CAMPAIGNS):
         session.error(f"there is no campaign {', '.join(sorted(unknown))}; there is: {', '.join(CAMPAIGNS)}")
-    install(session, ["tensorway", "tensorway-nixl", "tensorway-mooncake"])
+    install(session, ["tensorway", "tensorway-nixl", "tensorway-mooncake", "tensorway-eplb"])
     for library in ("nixl", "mooncake"):
-        if any(library in CAMPAIGNS[name] for name in wanted):
+        if any(library in "".join(CAMPAIGNS[name]) for name in wanted):
             session.install(*CONSTRAINTS, *LIBRARIES[library])
     session.chdir(session.create_tmp())
     for name in wanted:
         module, *arguments = CAMPAIGNS[name]
-        session.run("python", "-m", f"tensorway.testing.{module}", *arguments)
+        session.run("python", "-m", module if "." in module else f"tensorway.testing.{module}", *arguments)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -1,6 +1,6 @@
 """Ranks that die or stop in the middle of rebalances, at random moments, again and again; and what must hold then.
 
-    python -m tensorway_eplb.testing.campaign [SEED] [MOMENTS] [--ranks N] [--communicator NAME] [--options JSON]
+    python -m tensorway_eplb.testing.campaign [--seed N] [--moments N] [--ranks N] [--communicator NAME] [--options JSON]
 
 May import the core, its `testing` and this dist. Of every survivor: it returns within the deadline and a second, and
 names who is missing; every row is what its map says, to the byte; all survivors have the same map; the group goes on
@@ -122,8 +122,8 @@ class Campaign:
 def main(argv: list[str] | None = None) -> int:
     """Run a campaign; stops at the first thing that does not hold."""
     parser = argparse.ArgumentParser(prog="tensorway_eplb.testing.campaign", description=__doc__.splitlines()[0])
-    parser.add_argument("seed", type=int, nargs="?", default=random.randrange(1 << 30))
-    parser.add_argument("moments", type=int, nargs="?", default=500)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--moments", type=int, default=500)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--communicator", default="onesided")
     parser.add_argument("--options", type=json.loads, default={"transport": "local"})
