@@ -2,8 +2,9 @@
 
     python tests/bench/transport_local.py [--short]
 
-Two processes; blocks in random order. CPU seconds of the reading process (the peer's process does nothing for a
-read), as paired ratios: the machine is shared, and each pair is measured within the same tenth of a second.
+Two processes; blocks in random order; over each lane: `cma`, where the kernel copies, and `shm`, where the memory of
+both is of `tensorway.memory.shared`. CPU seconds of the reading process (the peer's process does nothing for a read),
+as paired ratios: the machine is shared, and each pair is measured within the same tenth of a second.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
+from typing import Any
 
 import tensorway
+from tensorway.memory import Region, shared
 from tensorway.testing import PeerProcess
-from tensorway.transport import BlockTable
+from tensorway.testing.peer import allocated
+from tensorway.transport import BlockTable, Peer
 
 SIZES = ((4 << 10, 4096), (16 << 10, 2048), (64 << 10, 1024), (1 << 20, 64))
 
@@ -38,13 +42,14 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], pairs: int) 
     return f"{statistics.median(found):5.2f} x memmove   ({found[0]:.2f} to {found[-1]:.2f})"
 
 
-def bytes_cost(peer: PeerProcess, pairs: int) -> None:
+def bytes_cost(peer: PeerProcess, shared_memory: bool, pairs: int) -> None:
     """CPU per byte, for several block sizes."""
     for number, (block, count) in enumerate(SIZES):
         nbytes = block * count
         peer.register(nbytes, seed=number)
         # All pages are there: what was never written to is one page of zeros for the kernel, and copies like cache.
         mine, source, target = (bytearray(b"\1" * nbytes) for _ in range(3))
+        mine = allocated(mine, shared_memory=shared_memory)
         with tensorway.create("transport", "local") as transport:
             other = transport.connect(peer.describe())
             here = transport.register(mine).regions[0]
@@ -59,13 +64,13 @@ def bytes_cost(peer: PeerProcess, pairs: int) -> None:
 
             read()
             copy()
-            print(f"read of {count:>5} blocks of {block >> 10:>4} KiB: {ratio(read, copy, pairs)}")
+            print(f"{other.lane}: read of {count:>5} blocks of {block >> 10:>4} KiB: {ratio(read, copy, pairs)}")
 
 
-def at_length(peer: PeerProcess, pairs: int) -> None:
+def at_length(peer: PeerProcess, sharing: PeerProcess, pairs: int) -> None:
     """64 KiB x 4,095 in random order, beside what else moves the same bytes between two processes, in turns."""
     block, count = 64 << 10, 4095
-    number = peer.register(block * count, seed=9)
+    number, shared_number = (each.register(block * count, seed=9) for each in (peer, sharing))
     orders = [random.Random(seed).sample(range(count), count) for seed in (1, 2)]
     mine, source, target = (bytearray(b"\1" * (block * count)) for _ in range(3))
     starts = [ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory)) for memory in (target, source)]
@@ -87,7 +92,11 @@ def at_length(peer: PeerProcess, pairs: int) -> None:
             for to, start in zip(*orders, strict=True):
                 ctypes.memmove(starts[0] + to * block, starts[1] + start * block, block)
 
-        ways["local"] = lambda: transport.read(route, *orders).wait()
+        ways["local, lane cma"] = lambda: transport.read(route, *orders).wait()
+        other = transport.connect(sharing.describe())
+        for memory, name in ((shared(block * count), "both shared"), (mine, "only the peer's shared")):
+            here, there = transport.register(memory).regions[0], other.regions[shared_number]
+            ways[f"local, lane {other.lane}, {name}"] = reader(transport, other, here, there, block, orders)
         ways["process_vm_readv itself"] = raw
         ways["memmove of the same blocks in this process"] = blocks
         with contextlib.ExitStack() as stack:
@@ -102,6 +111,14 @@ def at_length(peer: PeerProcess, pairs: int) -> None:
         print(f"64 KiB x {count} at random, {name}: {statistics.median(ratios[1:]):.2f} x memmove of all at once")
 
 
+def reader(
+    transport: Any, other: Peer, here: Region, there: Region, block: int, orders: list[list[int]]
+) -> Callable[[], object]:
+    """Reads all blocks of a region, in these orders here and there."""
+    route = transport.prepare(other, BlockTable.over(here, block), BlockTable.over(there, block))
+    return lambda: transport.read(route, *orders).wait()
+
+
 def by_nixl(
     stack: contextlib.ExitStack, orders: list[list[int]], block: int, count: int
 ) -> Callable[[], object] | None:
@@ -113,8 +130,7 @@ def by_nixl(
     peer.register(block * count, seed=9)
     transport = stack.enter_context(tensorway.create("transport", "nixl"))
     other, here = transport.connect(peer.describe()), transport.register(bytearray(block * count)).regions[0]
-    route = transport.prepare(other, BlockTable.over(here, block), BlockTable.over(other.regions[0], block))
-    return lambda: transport.read(route, *orders).wait()
+    return reader(transport, other, here, other.regions[0], block, orders)
 
 
 def transfer_cost(peer: PeerProcess, rounds: int) -> None:
@@ -128,7 +144,8 @@ def transfer_cost(peer: PeerProcess, rounds: int) -> None:
         for _ in range(rounds):
             transport.read(route, [0], [1]).wait()
         print(
-            f"one 4 KiB block: {(time.perf_counter() - started) / rounds * 1e6:.1f} us each, from the call to the end"
+            f"{other.lane}: one 4 KiB block: {(time.perf_counter() - started) / rounds * 1e6:.1f} us each, "
+            "from the call to the end"
         )
         idle = cpu(lambda: time.sleep(1))
         print(f"an idle endpoint: {idle:.2%} of a core")
@@ -137,13 +154,16 @@ def transfer_cost(peer: PeerProcess, rounds: int) -> None:
 def main() -> None:
     """Print all rows."""
     short = "--short" in sys.argv
-    peer = PeerProcess("local")
+    peer, sharing = PeerProcess("local"), PeerProcess("local", shared_memory=True)
     try:
-        bytes_cost(peer, 7 if short else 51)
-        at_length(peer, 5 if short else 21)
-        transfer_cost(peer, 500 if short else 20_000)
+        for each in (peer, sharing):
+            bytes_cost(each, each is sharing, 7 if short else 51)
+        at_length(peer, sharing, 5 if short else 21)
+        for each in (peer, sharing):
+            transfer_cost(each, 500 if short else 20_000)
     finally:
         peer.close()
+        sharing.close()
 
 
 if __name__ == "__main__":

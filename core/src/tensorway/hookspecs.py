@@ -24,6 +24,9 @@ PROJECT: Final = "tensorway"
 #: Entry-point groups are `GROUP_PREFIX + hook`; `API_GROUP` declares the API.
 GROUP_PREFIX: Final = "tensorway."
 API_GROUP: Final = "tensorway.api"
+#: `GROUP_PREFIX + COMMAND` is the group of commands for the command line. They are no hook: `tensorway.cli.commands`
+#: runs them.
+COMMAND: Final = "command"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

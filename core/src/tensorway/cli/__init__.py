@@ -10,8 +10,9 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import tensorway
 from tensorway.cli import exits
@@ -19,15 +20,45 @@ from tensorway.cli.output import Output
 from tensorway.errors import TensorwayError
 from tensorway.types import KINDS
 
+if TYPE_CHECKING:
+    from tensorway.plugins.scan import Declaration
+
+#: The core's own commands; a plugin's command of one of these names is never reached.
+COMMANDS: Final = ("demo", "doctor", "plugins", "why", "new-plugin", "check", "probe")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
-    out = Output(as_json=arguments.json, debug=arguments.debug)
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words and not words[0].startswith("-") else ""
+    if name in COMMANDS:  # who asks for one of ours does not pay for looking for others
+        arguments = _parser().parse_args(words)
+        return _guarded(lambda out: _run(arguments, out), arguments)
+    from tensorway.cli import commands
+
+    rest, flags = commands.split(words[1:])
+    return _guarded(lambda out: _run_other(name, rest, words, out), flags)
+
+
+def _run_other(name: str, rest: list[str], words: list[str], out: Output) -> int:
+    """A plugin's command; or help, the version, or what is wrong with the words."""
+    from tensorway.cli import commands
+
+    found = commands.listed()
+    if name not in (*commands.EXTRAS, *(row.name for row in found)):
+        parser = _parser(found)
+        parser.parse_args(words)
+        parser.error("the command comes first")
+    return commands.run(name, rest, out)
+
+
+def _guarded(run: Callable[[Output], int], flags: argparse.Namespace) -> int:
+    """Run it; whatever it raises becomes three lines and an exit code."""
+    out = Output(as_json=flags.json, debug=flags.debug)
     # What the host warns of, it also reports; on a terminal that would be said twice.
     logging.getLogger("tensorway").addHandler(logging.StreamHandler() if out.debug else logging.NullHandler())
     try:
-        return _run(arguments, out)
+        return run(out)
     except KeyboardInterrupt:
         return exits.INTERRUPTED
     except BrokenPipeError:
@@ -107,7 +138,8 @@ def _explain(error: Exception, out: Output) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(others: Iterable[Declaration] = ()) -> argparse.ArgumentParser:
+    """The parser of our commands, which also lists those of plugins."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object of a documented schema")
     common.add_argument("--debug", action="store_true", help="show tracebacks, logs and what probes printed")
@@ -143,6 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--output", type=Path, default=Path("conformance.json"), metavar="FILE", help="the report")
     check.add_argument("--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="how long one test may take")
     _add_probe(command("probe", "Measure what a transport really does: with a peer, or here with a second process."))
+    for row in others:
+        if row.name not in COMMANDS:
+            commands.add_parser(row.name, help=f"From {row.dist} {row.version}.", add_help=False)
     return parser
 
 

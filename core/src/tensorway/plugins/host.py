@@ -51,6 +51,8 @@ class Host:
         self.settings = settings
         #: Metadata that could not be used.
         self.complaints: tuple[Complaint, ...] = found.complaints
+        #: What dists bring for the command line, which loads it itself.
+        self.commands: tuple[Declaration, ...] = found.commands
         self.context = HookContext(api=hookspecs.API, core_version=tensorway.__version__)
         self._slots: dict[tuple[str, str], Slot] = {}
         self._lock = threading.RLock()
@@ -230,23 +232,29 @@ class Host:
 
         return load_offer
 
+    def left_out(self, row: Declaration) -> str:
+        """Why TENSORWAY_PLUGINS leaves a backend or a command out; empty if it does not."""
+        if any(_selects(item, row) for item in self.settings.deny):
+            return "TENSORWAY_PLUGINS leaves it out (denied)"
+        allow = self.settings.allow
+        if allow and row.dist != CORE and not any(_selects(item, row) for item in allow):
+            return "TENSORWAY_PLUGINS leaves it out (not among the allowed)"
+        return ""
+
     def _apply_lists(self) -> None:
-        allow, deny = self.settings.allow, self.settings.deny
-        for item in allow:
-            if not any(_selects(item, slot.declaration) for slot in self._slots.values()):
-                names = sorted({slot.declaration.name for slot in self._slots.values()})
+        rows = [*(slot.declaration for slot in self._slots.values()), *self.commands]
+        for item in self.settings.allow:
+            if not any(_selects(item, row) for row in rows):
+                names = sorted({row.name for row in rows})
                 raise SettingInvalid(
                     f"TENSORWAY_PLUGINS allows {item!r}.",
                     f"No installed plugin is called that. Installed: {', '.join(names) or 'none'}.",
                     f"{_did_you_mean(item, names)}Install it, or take it off the list.",
                 )
         for slot in self._slots.values():
-            row = slot.declaration
-            denied = any(_selects(item, row) for item in deny)
-            left_out = allow and row.dist != CORE and not any(_selects(item, row) for item in allow)
-            if (denied or left_out) and slot.record is None:
-                why = "denied" if denied else "not among the allowed"
-                slot.block("denied", f"TENSORWAY_PLUGINS leaves it out ({why})", "Change TENSORWAY_PLUGINS to use it.")
+            why = self.left_out(slot.declaration)
+            if why and slot.record is None:
+                slot.block("denied", why, "Change TENSORWAY_PLUGINS to use it.")
 
     def _complain_about_conflicts(self) -> None:
         rivals: dict[tuple[str, str], list[Declaration]] = {}

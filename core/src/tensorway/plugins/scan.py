@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from tensorway.hookspecs import API_GROUP, GROUP_PREFIX, HOOKS
+from tensorway.hookspecs import API_GROUP, COMMAND, GROUP_PREFIX, HOOKS
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -30,7 +30,7 @@ MAX_BYTES: Final = 4 << 20
 
 @attrs.frozen
 class Declaration:
-    """One entry point: `dist` says that it offers backend `name` of `kind`."""
+    """One entry point: `dist` says that it offers backend `name` of `kind`, or a command of that name."""
 
     kind: str
     name: str
@@ -65,6 +65,8 @@ class Scan:
 
     declarations: tuple[Declaration, ...]
     complaints: tuple[Complaint, ...]
+    #: Commands for the command line; `kind` is `COMMAND`.
+    commands: tuple[Declaration, ...] = ()
 
 
 def scan(distributions: Callable[[], Iterable[Distribution]] | None = None) -> Scan:
@@ -84,11 +86,15 @@ def scan(distributions: Callable[[], Iterable[Distribution]] | None = None) -> S
             complaints.append(_twice(identity, found[identity.name][0]))
             continue
         found[identity.name] = (identity.location, list(_declarations(identity, tuple(_entries(text)), complaints)))
-    declarations = (declaration for _, rows in found.values() for declaration in rows)
-    order = {kind: index for index, kind in enumerate(HOOKS)}
+    order = {kind: index for index, kind in enumerate((*HOOKS, COMMAND))}
+    declarations = sorted(
+        (declaration for _, rows in found.values() for declaration in rows),
+        key=lambda row: (order[row.kind], row.name, row.dist),
+    )
     return Scan(
-        tuple(sorted(declarations, key=lambda row: (order[row.kind], row.name, row.dist))),
+        tuple(row for row in declarations if row.kind != COMMAND),
         tuple(sorted(complaints, key=lambda row: (row.dist, row.code, row.reason))),
+        tuple(row for row in declarations if row.kind == COMMAND),
     )
 
 
@@ -210,7 +216,7 @@ def _declarations(
 
 def _problem(kind: str, entry_point: _Entry, seen: dict[tuple[str, str], str]) -> tuple[str, str, str] | None:
     """What is wrong with one entry point: code, reason, remedy."""
-    if kind not in HOOKS:
+    if kind not in HOOKS and kind != COMMAND:
         reason = f"it offers a {printable(kind)!r}, and this core has no such hook"
         return "unknown-hook", reason, "Upgrade tensorway, or report this to the plugin's author."
     if not _NAME.fullmatch(entry_point.name):

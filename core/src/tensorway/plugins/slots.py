@@ -173,7 +173,7 @@ class Slot:
             self._fail(
                 SlotState.CONSTRUCTED,
                 "construct-failed",
-                _describe(error),
+                describe(error),
                 "Mend what it names and construct again; nothing is remembered against it.",
                 _milliseconds(started),
                 _trace(error),
@@ -215,8 +215,8 @@ class Slot:
                 SlotState.LOADABLE, "offer-invalid", error.true, error.to_do, _milliseconds(started), _trace(error)
             )
         except BaseException as error:  # SystemExit from a plugin must not end the host
-            code, remedy = _import_problem(self.declaration, error)
-            self._fail(SlotState.LOADABLE, code, _describe(error), remedy, _milliseconds(started), _trace(error))
+            code, remedy = import_problem(self.declaration, error)
+            self._fail(SlotState.LOADABLE, code, describe(error), remedy, _milliseconds(started), _trace(error))
         else:
             if self.record is None:  # a plugin that asked for itself has been refused meanwhile
                 self.offer, self.state, self.load_ms = offer, SlotState.LOADABLE, _milliseconds(started)
@@ -301,7 +301,7 @@ def _marked(hook: Callable[..., object]) -> Callable[..., object]:
     return hookspecs.hookimpl(implementation)
 
 
-def _import_problem(declaration: Declaration, error: BaseException) -> tuple[str, str]:
+def import_problem(declaration: Declaration, error: BaseException) -> tuple[str, str]:
     """Code and remedy for what importing a plugin raised."""
     package = declaration.value.partition(":")[0].partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
@@ -313,7 +313,8 @@ def _import_problem(declaration: Declaration, error: BaseException) -> tuple[str
     return "import-failed", "Report this to the plugin's author; the traceback is in tensorway doctor --debug."
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

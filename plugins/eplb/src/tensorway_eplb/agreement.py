@@ -129,11 +129,7 @@ class Agreement:
     def waiting_for(self) -> frozenset[int]:
         """Members without whose word the layers for which this one is ready cannot be decided."""
         pending = [self._index[layer] for layer in self._undecided if self.status(layer) is Status.READY]
-        return frozenset(
-            member
-            for member in self.alive - {self._me}
-            if pending and not self._says(member, lambda status: all(status[index] for index in pending))
-        )
+        return frozenset(member for member in self.alive - {self._me} if pending and not self._says(member, pending))
 
     # -- inside
 
@@ -141,10 +137,10 @@ class Agreement:
         self.view = view
         self._decide(list(self._undecided))
 
-    def _says(self, member: int, what: Callable[[bytes], bool]) -> bool:
-        """Whether a member's last word is of this very view, and so."""
+    def _says(self, member: int, ready: Iterable[int]) -> bool:
+        """Whether a member's last word is of this very view, and it has these layers."""
         heard = self._heard.get(member)
-        return heard is not None and heard[0] == self.view and what(heard[1])
+        return heard is not None and heard[0] == self.view and all(heard[1][index] for index in ready)
 
     def _decide(self, layers: list[int]) -> None:
         others = self.alive - {self._me}
@@ -157,7 +153,7 @@ class Agreement:
                 continue
             elif Status.COMMITTED in said:
                 self._close(layer, True)
-            elif all(self._says(member, lambda statuses, at=index: statuses[at] == Status.READY) for member in others):
+            elif all(self._says(member, [index]) for member in others):
                 if self._survivable(layer, self.view):
                     self._close(layer, True)
                 else:

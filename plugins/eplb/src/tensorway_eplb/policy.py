@@ -72,7 +72,9 @@ def check_question(loads: Any, current: Placement, topology: Topology) -> Loads:
     except (TypeError, ValueError, OverflowError) as error:
         raise PlacementInvalid(asked, f"The loads are no numbers: {error}.", "Give [layers, experts].") from None
     if given.shape != (current.layers, current.num_logical):
-        raise PlacementInvalid(asked, f"The loads have shape {given.shape}.", "Give one load for each layer and expert.")
+        raise PlacementInvalid(
+            asked, f"The loads have shape {given.shape}.", "Give one load for each layer and expert."
+        )
     if not np.isfinite(given).all() or (given < 0).any():
         raise PlacementInvalid(asked, "A load is negative, infinite or not a number.", "Give what was counted.")
     if len(topology.nodes) != current.ranks:

@@ -29,3 +29,5 @@ class IncrementalOptions:
     tolerance: float = attrs.field(default=0.004, validator=[attrs.validators.ge(0), attrs.validators.lt(1)])
     #: A step that shortens the slowest rank's time by less than this share of the ideal time is not made.
     min_gain: float = attrs.field(default=0.0005, validator=[attrs.validators.ge(0), attrs.validators.lt(1)])
+    #: A layer that would be faster by more than this share if it were packed anew is, if the budget has room for that.
+    repack: float = attrs.field(default=0.03, validator=[attrs.validators.gt(0), attrs.validators.le(1)])
