@@ -18,7 +18,7 @@ PLUGINS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*
 DISTS = {"tensorway": CORE} | {f"tensorway-{name}": folder for name, folder in PLUGINS.items()}
 #: Extras of the core that are no backend.
 OTHER_EXTRAS = {"testing"}
-#: Dists of a movement, and not of a library: what they offer has names of its own, and their mathematics needs packages.
+#: Dists of a movement, and what their mathematics needs: what they offer has names of its own.
 MOVEMENTS = {"eplb": {"numpy", "xxhash"}}
 
 
@@ -77,7 +77,8 @@ def test_an_extra_pins_its_plugin_to_the_same_version(name):
     assert [(f"tensorway-{name}", f"=={VERSION}")] == [(r.name, str(r.specifier)) for r in pinned]
     offered = project(PLUGINS[name]).get("optional-dependencies", {})
     assert pinned[0].extras <= set(offered), f"tensorway-{name} has no extra {sorted(pinned[0].extras - set(offered))}"
-    assert not set(offered) - {"plot"} or pinned[0].extras, f"tensorway[{name}] leaves out the library that tensorway-{name} offers"
+    left_out = f"tensorway[{name}] leaves out the library that tensorway-{name} offers"
+    assert not set(offered) - {"plot"} or pinned[0].extras, left_out
 
 
 def test_no_extra_asks_for_all_backends():

@@ -1,6 +1,6 @@
 """Ranks that die or stop in the middle of rebalances, at random moments, again and again; and what must hold then.
 
-    python -m tensorway_eplb.testing.campaign [--seed N] [--moments N] [--ranks N] [--communicator NAME] [--options JSON]
+    python -m tensorway_eplb.testing.campaign [--seed N] [--moments N] [--ranks N] [--options JSON]
 
 May import the core, its `testing` and this dist. Of every survivor: it returns within the deadline and a second, and
 names who is missing; every row is what its map says, to the byte; all survivors have the same map; the group goes on
