@@ -16,11 +16,13 @@ from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import tensorway
 from tensorway import cli, errors, plugins
 from tensorway.cli import new_plugin
+from tensorway.eplb import ExpertLayout, Group, Staging
 from tensorway.memory import Region
 from tensorway.plugins import scan, slots
 from tensorway.rendezvous.hosts import Address, choose
@@ -28,6 +30,10 @@ from tensorway.rendezvous.negotiation import Fact, agree
 from tensorway.settings import from_environment
 from tensorway.transport import BlockTable, Endpoint
 from tensorway.transport.local import LocalFabric
+from tensorway_eplb.membership import Membership
+from tensorway_eplb.placement import Placement
+from tensorway_eplb.plan import TransferPlan
+from tensorway_eplb.policy import Topology
 
 CLASSES = {name: cls for name, cls in inspect.getmembers(errors, inspect.isclass) if cls.__module__ == errors.__name__}
 PLUGINS = Path(scan.__file__).parent
@@ -227,7 +233,45 @@ def incompatible(site, capsys):
     agree("prefill-0", {"block_bytes": Fact(4096)}, {"block_bytes": Fact(65536)})
 
 
+class Broadcast:
+    """A tensor of one row that says it has four, as `expand` makes them."""
+
+    shape, strides, itemsize, dtype = (4, 8), (0, 2), 2, "bfloat16"
+
+
+def layout_invalid(site, capsys):
+    ExpertLayout.of([{"w13": Broadcast()}], 8)
+
+
+def placement_invalid(site, capsys):
+    Placement(np.array([[0, 1, 2, 8]]), 8, 2)
+
+
+def expert_lost(site, capsys):
+    old, new = (Placement(np.array([row]), 4, 2) for row in ([0, 1, -1, 3], [0, 1, 2, 3]))
+    TransferPlan.make(old, new, Topology.flat(2))
+
+
+def staging_full(site, capsys):
+    pool = Staging.on_host([("w13", 64, "cpu")], 6)
+    lease = pool.lease(6, 3)
+    lease.quarantine(lease.rows[:2])
+    pool.lease(7, 4)
+
+
+def excluded(site, capsys):
+    with tensorway.create("rendezvous", "direct", {"secret": SECRET}) as service:
+        first, _, last = (Membership(service, Group("/prod/experts", ("a", "b", "c"), me), 8) for me in range(3))
+        first.regroup(None, ["c"], 10)
+        last.regroup(None, ["a"], 10)
+
+
 RAISED = {
+    "LayoutInvalid": layout_invalid,
+    "PlacementInvalid": placement_invalid,
+    "ExpertLost": expert_lost,
+    "StagingFull": staging_full,
+    "Excluded": excluded,
     "AddressInvalid": address_invalid,
     "Unauthenticated": unauthenticated,
     "RecordRefused": record_refused,

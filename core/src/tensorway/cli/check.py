@@ -33,7 +33,7 @@ from tensorway.plugins import host
 from tensorway.plugins.slots import Slot
 
 #: Kind -> the suite of what its backends construct. Every offer of every kind has `OfferSuite`.
-_SUITES: Final = {"transport": "TransportSuite"}
+_SUITES: Final = {"eplb_communicator": "SessionSuite", "transport": "TransportSuite"}
 _MARKS: Final = {"passed": ("+", "good"), "failed": ("-", "bad"), "skipped": ("o", "strong")}
 _FILE: Final = "test_conformance.py"
 _SUITE_TEXT: Final = """\
@@ -169,7 +169,7 @@ def _run_suites(out: Output, slot: Slot, suites: list[str], seconds: float) -> _
     run = _Run()
     with tempfile.TemporaryDirectory(prefix="tensorway-check-") as folder:
         row = slot.declaration
-        # A transport is made by its name alone, here and in the peers that the suite starts.
+        # A backend is made by its name alone, here and in the processes that the suite starts.
         texts = [
             _SUITE_TEXT.format(
                 suite=suite, kind=row.kind, name=row.name if suite == "OfferSuite" else row.label, dist=row.dist

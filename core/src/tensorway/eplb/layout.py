@@ -37,7 +37,7 @@ class ExpertTensor:
         """The rows of a tensor or array whose first dimension is slots; raises `LayoutInvalid` for any other."""
         shape, strides, itemsize = tuple(tensor.shape), _strides(tensor), _itemsize(tensor)
         asked = f"Tensor {name} of shape {shape} was given as the weights of {slots} slots."
-        if not shape or shape[0] != slots:
+        if not shape or shape[0] != slots or slots < 1:
             raise LayoutInvalid(asked, "Its first dimension is not the slots.", "Give one row for each local slot.")
         if any(step == 0 and length > 1 for step, length in zip(strides, shape, strict=True)):
             true = "It is broadcast (a stride is 0): several slots are one memory, and writing one would write all."
@@ -167,5 +167,7 @@ def _region(tensor: Any, nbytes: int, asked: str) -> Region:
         if read_only:
             raise LayoutInvalid(asked, "It is read-only.", "Give the memory that the engine computes with.")
     else:
-        raise LayoutInvalid(asked, "It does not say where it is.", "Give a torch tensor or a numpy array.")
+        address = 0
+    if address <= 0:  # as of a tensor on the device `meta`
+        raise LayoutInvalid(asked, "It does not say where it is.", "Give a torch tensor or a numpy array with memory.")
     return Region(address, nbytes, kind if kind == "cpu" or index is None else f"{kind}:{index}", owner=tensor)

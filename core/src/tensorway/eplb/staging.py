@@ -30,14 +30,11 @@ class StagingLease:
 
     def quarantine(self, rows: Iterable[int]) -> None:
         """These rows may still be written to: they leave the lease, and are free when they are `drained`."""
-        held = set(rows).intersection(self.rows)
-        self.rows = [row for row in self.rows if row not in held]
-        self.pool._quarantine(held)
+        self.pool._quarantine(self, set(rows))
 
     def release(self) -> None:
         """Give back what the lease has; again does nothing."""
-        self.pool._release(self.rows)
-        self.rows = []
+        self.pool._release(self)
 
 
 class Staging:
@@ -109,10 +106,14 @@ class Staging:
         region = self.regions[kind]
         return Region(region.address + row * kind[1], kind[1], region.device, owner=region.owner)
 
-    def _quarantine(self, rows: Iterable[int]) -> None:
-        with self._lock:
-            self._quarantined.update(rows)
+    # What a lease has changes under the lock, so that two threads that give it up at once free no row twice.
 
-    def _release(self, rows: Iterable[int]) -> None:
+    def _quarantine(self, lease: StagingLease, rows: set[int]) -> None:
         with self._lock:
-            self._free.extend(rows)
+            self._quarantined.update(rows.intersection(lease.rows))
+            lease.rows = [row for row in lease.rows if row not in rows]
+
+    def _release(self, lease: StagingLease) -> None:
+        with self._lock:
+            self._free.extend(lease.rows)
+            lease.rows = []

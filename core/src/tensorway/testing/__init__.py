@@ -17,6 +17,7 @@ __all__ = [
     "RendezvousSuite",
     "ServedRendezvousSuite",
     "Server",
+    "SessionSuite",
     "TransportSuite",
     "launching",
     "probe_elsewhere",
@@ -30,6 +31,7 @@ _HOMES = {
     "RendezvousSuite": "rendezvous",
     "ServedRendezvousSuite": "rendezvous",
     "Server": "servers",
+    "SessionSuite": "sessions",
     "TransportSuite": "transports",
     "launching": "servers",
     "probe_elsewhere": "elsewhere",
@@ -51,4 +53,5 @@ if TYPE_CHECKING:
     from tensorway.testing.peer import PeerProcess
     from tensorway.testing.rendezvous import RendezvousSuite, ServedRendezvousSuite
     from tensorway.testing.servers import Server, launching
+    from tensorway.testing.sessions import SessionSuite
     from tensorway.testing.transports import TransportSuite

@@ -44,6 +44,7 @@ class RankProcess:
         command = [sys.executable, "-m", "tensorway.testing.ranks", rendezvous]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._unread = b""
+        self._owed, self._stopped = 0, False
 
     @property
     def pid(self) -> int:
@@ -54,6 +55,11 @@ class RankProcess:
     def alive(self) -> bool:
         """Whether it runs."""
         return self._process.poll() is None
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether it runs, and was not left in the middle of something: it owes no answer, and was not stopped."""
+        return self.alive and not self._owed and not self._stopped
 
     def call(self, function: Callable[..., Any], *arguments: Any, seconds: float = PATIENCE) -> Any:
         """Let it call a function, and wait for what that returns."""
@@ -66,12 +72,14 @@ class RankProcess:
         assert self._process.stdin is not None
         self._process.stdin.write(_LENGTH.pack(len(frame)) + frame)
         self._process.stdin.flush()
+        self._owed += 1
 
     def result(self, seconds: float = PATIENCE) -> Any:
         """What the function that was called first, of those not waited for yet, has returned."""
         until = time.monotonic() + seconds
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size, until))
         returned, answer = pickle.loads(self._read(length, until))
+        self._owed -= 1
         if not returned:
             raise RankFailed(f"process {self.pid} raised:\n{answer}")
         return answer
@@ -79,6 +87,7 @@ class RankProcess:
     def signal(self, number: int) -> None:
         """Stop it, let it go on, or kill it."""
         self._process.send_signal(number)
+        self._stopped = number == signal.SIGSTOP or (self._stopped and number != signal.SIGCONT)
         if number == signal.SIGKILL:
             self._process.wait(PATIENCE)
 
@@ -192,7 +201,10 @@ class Rank:
 def _function(module: str, file: str, name: str) -> Callable[..., Any]:
     """A function of an installed module, or of a test file, which is loaded once."""
     if module not in sys.modules:
-        found = importlib.util.find_spec(module) if module.isidentifier() or "." in module else None
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # pytest calls a test file by its path, and here that is no package
+            found = None
         spec = found or importlib.util.spec_from_file_location(module, file)
         assert spec is not None and spec.loader is not None
         sys.modules[module] = importlib.util.module_from_spec(spec)

@@ -1,0 +1,219 @@
+"""Ranks as processes: what they return and raise comes back, waits end, and none of them outlives the test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from tensorway.testing.ranks import RankFailed, RankProcess, Ranks
+
+# -- what a rank calls
+
+
+def remember(rank, key, value):
+    rank.notes[key] = value
+
+
+def recall(rank, key):
+    return rank.notes.get(key), os.getpid()
+
+
+def place(rank, place, *given):
+    return (place.path, place.members, place.me, place.epoch), given, os.getpid()
+
+
+def fail(rank, word):
+    raise KeyError(word)
+
+
+def leave(rank, code):
+    os._exit(code)
+
+
+def nap(rank, seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def print_much(rank):
+    print("x" * 100_000)
+    os.write(1, b"of a native library")
+    return "done"
+
+
+def echo(rank, data):
+    return data
+
+
+def put(rank, key):
+    return rank.rendezvous() is rank.rendezvous(), rank.rendezvous().put(key, str(os.getpid()).encode())
+
+
+class Inside:
+    @staticmethod
+    def echo(rank, data):
+        return data
+
+
+def gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+# -- calls
+
+
+def test_a_rank_is_a_process_that_keeps_what_it_is_told(ranks):
+    ranks.each([0, 1], remember, "answer", 42)
+    answers = ranks.each([1, 0], recall, "answer")
+    assert [(42, ranks[1].pid), (42, ranks[0].pid)] == answers
+    assert os.getpid() not in {pid for _, pid in answers}
+
+
+def test_what_a_function_raises_is_raised_with_its_traceback_and_the_rank_goes_on(ranks):
+    with pytest.raises(RankFailed, match=rf"process {ranks[0].pid} raised:\nTraceback") as caught:
+        ranks[0].call(fail, "lanes")
+    assert "KeyError: 'lanes'" in str(caught.value)
+    assert "in fail" in str(caught.value)
+    assert 7 == ranks[0].call(echo, 7)
+
+
+def test_answers_come_in_the_order_of_the_calls(ranks):
+    for number in range(3):
+        ranks[0].start(echo, number)
+    assert [0, 1, 2] == [ranks[0].result() for _ in range(3)]
+
+
+def test_an_answer_may_be_large(ranks):
+    data = os.urandom(3 << 20)
+    assert data == ranks[0].call(echo, data)
+
+
+def test_what_is_printed_does_not_disturb_the_answers(ranks):
+    assert "done" == ranks[0].call(print_much)
+    assert 1 == ranks[0].call(echo, 1)
+
+
+def test_a_function_of_a_class_and_of_an_installed_module_can_be_called(ranks):
+    assert 5 == ranks[0].call(Inside.echo, 5)
+    with pytest.raises(RankFailed, match="TypeError"):
+        ranks[0].call(os.path.join)  # a rank is no part of a path
+
+
+def test_ranks_that_are_told_together_work_at_once(ranks):
+    started = time.monotonic()
+    assert [1.0, 1.0] == ranks.each([0, 1], nap, 1.0)
+    assert time.monotonic() - started < 1.9
+
+
+def test_they_meet_in_the_rendezvous_of_the_test(ranks):
+    assert [True, True] == [same for same, _ in (ranks[index].call(put, f"/t/{index}") for index in (0, 1))]
+    assert str(ranks[1].pid).encode() == ranks.rendezvous.get("/t/1").value
+
+
+def test_each_is_told_its_place_in_the_order_that_is_given(ranks):
+    found = ranks.enter([1, 0], place, "/t/experts", 3, "x")
+    members = ("p1", "p0")
+    assert [(("/t/experts", members, 0, 3), ("x",)), (("/t/experts", members, 1, 3), ("x",))] == [
+        (where, given) for where, given, _ in found
+    ]
+    assert [ranks[1].pid, ranks[0].pid] == [pid for _, _, pid in found]
+
+
+# -- ends
+
+
+def test_a_rank_that_ends_is_an_error_that_says_how():
+    with Ranks(1) as ranks:
+        pid = ranks[0].pid
+        with pytest.raises(RankFailed, match=f"process {pid} ended with 3"):
+            ranks[0].call(leave, 3)
+        assert not ranks[0].alive
+        assert 3 == ranks[0].wait()
+
+
+def test_a_rank_that_does_not_answer_is_an_error_in_time_and_its_answer_is_not_lost():
+    with Ranks(1) as ranks:
+        assert 0 == ranks[0].call(nap, 0)
+        started = time.monotonic()
+        with pytest.raises(RankFailed, match="did not answer in time"):
+            ranks[0].call(nap, 1.0, seconds=0.2)
+        assert time.monotonic() - started < 0.9
+        assert 1.0 == ranks[0].result()
+
+
+def test_a_stopped_rank_goes_on_and_a_killed_one_is_gone():
+    with Ranks(1) as ranks:
+        rank = ranks[0]
+        assert 1 == rank.call(echo, 1)
+        rank.signal(signal.SIGSTOP)
+        rank.start(echo, 2)
+        with pytest.raises(RankFailed, match="in time"):
+            rank.result(0.3)
+        rank.signal(signal.SIGCONT)
+        assert 2 == rank.result()
+        rank.signal(signal.SIGKILL)
+        assert not rank.alive
+        with pytest.raises((RankFailed, BrokenPipeError)):
+            rank.call(echo, 3)
+
+
+def test_who_has_ended_is_replaced_and_the_others_stay():
+    with Ranks(2) as ranks:
+        killed, other = ranks[0].pid, ranks[1].pid
+        ranks[0].signal(signal.SIGKILL)
+        ranks.grow(3)
+        assert 3 == len(ranks)
+        assert other == ranks[1].pid
+        assert killed != ranks[0].pid
+        assert ["x"] * 3 == ranks.each(range(3), echo, "x")
+        ranks.grow(1)
+        assert 3 == len(ranks), "they do not become fewer"
+
+
+def test_no_rank_outlives_its_test_whatever_it_is_doing():
+    with Ranks(3) as ranks:
+        pids = [ranks[index].pid for index in range(3)]
+        ranks[0].start(nap, 1000)
+        assert 1 == ranks[1].call(echo, 1)
+        ranks[1].signal(signal.SIGSTOP)
+        ranks[2].signal(signal.SIGKILL)
+    assert [True] * 3 == [gone(pid) for pid in pids]
+
+
+def test_a_rank_whose_test_is_gone_ends_by_itself():
+    with Ranks(0) as ranks:
+        rank = RankProcess(ranks.rendezvous.address)
+        assert 1 == rank.call(echo, 1)
+        rank._process.stdin.close()
+        try:
+            assert 0 == rank.wait(30)
+        finally:
+            rank.close()
+
+
+def test_closing_again_does_nothing_and_leaves_no_file_and_no_thread_behind():
+    def held():
+        return len(os.listdir("/proc/self/fd"))
+
+    for turn in range(4):
+        ranks = Ranks(1)
+        assert turn == ranks[0].call(echo, turn)
+        ranks.close()
+        ranks.close()
+        if turn == 1:  # the first made what stays
+            files, threads = held(), threading.active_count()
+    assert (files, threads) == (held(), threading.active_count())
