@@ -12,7 +12,6 @@ from pathlib import Path
 
 import attrs
 import pytest
-import tomllib
 
 from tensorway import cli, settings
 from tensorway.cli import exits

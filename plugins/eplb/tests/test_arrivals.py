@@ -316,7 +316,6 @@ def test_without_other_rows_the_layer_is_given_up():
     assert 2 == len(world.session.posted)
 
 
-@pytest.mark.xfail(reason="a fetch that fails after its layer was given up is not put into quarantine")
 def test_rows_of_a_layer_that_is_given_up_already_stay_in_quarantine():
     """Both fetches fail in one poll, and the first of them ends the layer: the fabric still has the second's rows."""
     world = World(rows=4)

@@ -321,10 +321,9 @@ def test_an_invitation_of_somebody_else_is_refused(service, path, enter):
         enter("d", ("d",)).accept(SECONDS)
 
 
-# -- known defects
+# -- lives and deaths
 
 
-@pytest.mark.xfail(reason="survivors put an invitation again after it was accepted, and nobody takes it back")
 def test_an_invitation_counts_once(enter):
     """A member that restarts under its name waits for a new invitation, and does not join an epoch that is over."""
     a, b = joined(enter, ("a", "b"))
@@ -338,7 +337,6 @@ def test_an_invitation_counts_once(enter):
         enter("d", ("d",)).accept(0.5)
 
 
-@pytest.mark.xfail(reason="the record of the members of an epoch ends with the lease of who put it")
 def test_a_decision_outlives_who_made_it(enter):
     """a decided for a and c, and died; b is slow, and must not decide the same epoch another way."""
     a, b, c = joined(enter)
@@ -349,7 +347,6 @@ def test_a_decision_outlives_who_made_it(enter):
         b.regroup(None, ["a"], SECONDS)
 
 
-@pytest.mark.xfail(reason="records of a killed life stay for the rest of its lease, and the next life takes them")
 def test_a_group_that_is_killed_and_started_anew_is_one_group(enter):
     joined(enter)  # killed: nobody says goodbye, and their leases last for ten seconds
     a, b, c = (enter(name) for name in MEMBERS)

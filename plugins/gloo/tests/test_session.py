@@ -567,9 +567,11 @@ def test_what_is_out_of_range_is_refused_before_anything_moves(ranks, path):
     where = opened(group, path, [0, 1])
     ranks_are = f"PlacementInvalid: The others of {path} in epoch 0 are [1]."
     sizes = "PlacementInvalid: There are 3 layers of 6 slots, and cycles are counted from 0."
-    rows = "MemoryInvalid: There are 54, and each slot needs one."
+    rows = "MemoryInvalid: They were to arrive in rows {} of 54, and each slot needs one."
 
-    assert [ranks_are, ranks_are, sizes, sizes, rows, rows, sizes, sizes] == group[0].call(refusals)
+    assert [ranks_are, ranks_are, sizes, sizes, rows.format([54]), rows.format([0]), sizes, sizes] == group[0].call(
+        refusals
+    )
     moves = harness.moves_among(2, layers=3, slots=6, most=3, seed=3)
     assert [[], []] == exchanged(group, [0, 1], where, moves, 0)
 

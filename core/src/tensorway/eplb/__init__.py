@@ -6,6 +6,7 @@ whose mathematics needs numpy; who writes a communicator needs this room only.
 
 from __future__ import annotations
 
+from tensorway.eplb.checks import check_move
 from tensorway.eplb.contract import (
     Capabilities,
     Control,
@@ -45,4 +46,5 @@ __all__ = [
     "Served",
     "Session",
     "Staging",
+    "check_move",
 ]

@@ -10,7 +10,6 @@ import ctypes
 import gc
 import os
 import random
-import signal
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +43,7 @@ from tensorway.testing.ranks import Place, Rank
 #: What rows are filled with to see whether anything is written to them.
 _MARK: Final = 0xA5
 #: Seconds that a cycle, or opening, may take.
-_PATIENCE: Final = 60.0
+PATIENCE: Final = 60.0
 
 #: Slots of one layer that go from one rank to another: layer, source, destination, slots there.
 Move = tuple[int, int, int, tuple[int, ...]]
@@ -249,7 +248,7 @@ def set_up(rank: Rank, place: Place, shape: Shape) -> Mover:
     return found
 
 
-def context(rank: Rank, place: Place, deadline: float = _PATIENCE) -> EplbContext:
+def context(rank: Rank, place: Place, deadline: float = PATIENCE) -> EplbContext:
     """What a factory is given."""
     found = mover(rank)
     return EplbContext(group_of(place), found.layout, found.staging, rank.rendezvous(), deadline)
@@ -261,7 +260,7 @@ def open_session(
     communicator: str,
     options: Mapping[str, object],
     shape: Shape,
-    deadline: float = _PATIENCE,
+    deadline: float = PATIENCE,
 ) -> tuple[Capabilities, bool]:
     """A session over fresh weights, not probed: that is slow. What it can do, and whether it has a control channel."""
     from tensorway.plugins import host
@@ -269,7 +268,7 @@ def open_session(
 
     found = set_up(rank, place, shape)
     (slot,) = host().named(communicator, "eplb_communicator")
-    offer = slot.load(host().context, _PATIENCE)
+    offer = slot.load(host().context, PATIENCE)
     assert offer is not None and offer.factory is not None, slot.record
     found.session = offer.factory(validated(offer, dict(options)), context(rank, place, deadline))
     return found.session.capabilities, found.session.control is not None
@@ -293,7 +292,7 @@ def close_session(rank: Rank) -> None:
         found.session.close()
 
 
-def regroup(rank: Rank, place: Place, deadline: float = _PATIENCE) -> list[Told]:
+def regroup(rank: Rank, place: Place, deadline: float = PATIENCE) -> list[Told]:
     """Go on in another group; what was told of the old one is forgotten, but for fetches that end with it."""
     found = mover(rank)
     found.session.regroup(group_of(place), deadline)
@@ -306,7 +305,7 @@ def regroup(rank: Rank, place: Place, deadline: float = _PATIENCE) -> list[Told]
 
 
 def exchange(
-    rank: Rank, place: Place, moves: Sequence[Move], cycle: int, lost: Sequence[int] = (), seconds: float = _PATIENCE
+    rank: Rank, place: Place, moves: Sequence[Move], cycle: int, lost: Sequence[int] = (), seconds: float = PATIENCE
 ) -> list[str]:
     """A cycle: all moves of this rank at once, and every byte compared. Returns what went wrong."""
     found = mover(rank)
@@ -335,12 +334,12 @@ def _of(told: Told, lost: Sequence[int]) -> bool:
 def post(rank: Rank, layer: int, peer: int, slots: Sequence[int], cycle: int = 0, attempt: int = 0) -> None:
     """Start one fetch."""
     found = mover(rank)
-    found.session.post(found.fetch(layer, peer, slots, cycle, attempt), _PATIENCE)
+    found.session.post(found.fetch(layer, peer, slots, cycle, attempt), PATIENCE)
 
 
 def serve(rank: Rank, layer: int, peer: int, slots: Sequence[int], cycle: int = 0) -> None:
     """Let one member have rows."""
-    mover(rank).session.serve(Send(layer, peer, array("i", slots), cycle), _PATIENCE)
+    mover(rank).session.serve(Send(layer, peer, array("i", slots), cycle), PATIENCE)
 
 
 def settle(rank: Rank, seconds: float) -> list[Told]:
@@ -438,78 +437,6 @@ def counted(rank: Rank) -> tuple[int, int, int]:
 
 
 # -- refusals
-
-
-def close_twice(rank: Rank, place: Place) -> tuple[float, list[str]]:
-    """Close, and again; the seconds that took, and what each use afterwards raises."""
-    found, began = mover(rank), time.monotonic()
-    fetch = Fetch(0, 1, array("i", [0]), array("i", [0]), 9)
-    for _ in range(2):
-        found.session.close()
-    took = time.monotonic() - began
-    uses: list[Callable[[], object]] = [
-        lambda: found.session.post(fetch, 1.0),
-        lambda: found.session.begin(9, [], []),
-        lambda: found.session.regroup(group_of(place), 1.0),
-    ]
-    if found.session.capabilities.initiator == "both":
-        uses.append(lambda: found.session.serve(Send(0, 1, array("i", [0]), 9), 1.0))
-    return took, [_raised(use)[0] for use in uses]
-
-
-def refusals(rank: Rank) -> dict[str, str]:
-    """What does not exist here, and the classes of the error that is raised if it is asked for."""
-    found = mover(rank)
-
-    def posted(layer: int, peer: int, slots: Sequence[int], rows: Sequence[int]) -> Callable[[], object]:
-        return lambda: found.session.post(Fetch(layer, peer, array("i", slots), array("i", rows)), 1.0)
-
-    layers, slots, rows = len(found.layout.layers), found.layout.slots, found.staging.rows
-    uses = {
-        "a fetch from itself": posted(0, 0, [0], [0]),
-        "a rank that is no member's": posted(0, len(found.members), [0], [0]),
-        "a layer that is not there": posted(layers, 1, [0], [0]),
-        "a layer below zero": posted(-1, 1, [0], [0]),
-        "a slot that is not there": posted(0, 1, [slots], [0]),
-        "a slot below zero": posted(1, 1, [-1], [0]),
-        "a row that is not there": posted(0, 1, [0], [rows]),
-        "a row below zero": posted(0, 1, [0], [-1]),
-        "more slots than rows": posted(0, 1, [0, 1], [0]),
-    }
-    return {what: ", ".join(_raised(use)) for what, use in uses.items()}
-
-
-def _raised(use: Callable[[], object]) -> list[str]:
-    """The class of what is raised, and those that it is derived from."""
-    try:
-        use()
-    except Exception as error:  # whatever it is, the test shows it
-        return [each.__name__ for each in type(error).__mro__]
-    return ["nothing"]
-
-
-def use_in_a_child(rank: Rank) -> int:
-    """Fork, and use and close the session there; the child's exit code, 7 if it was refused."""
-    found, child = mover(rank), os.fork()
-    if child == 0:
-        code = 1
-        try:
-            if _raised(lambda: found.session.post(found.fetch(0, 1, [0], 9), 1.0))[0] == "Closed":
-                found.session.close()
-                code = 7
-        finally:
-            os._exit(code)
-    until = time.monotonic() + _PATIENCE
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > until:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.01)
-
-
-# -- messages
 
 
 def send_messages(rank: Rank, peer: int, payloads: Sequence[bytes]) -> str:

@@ -16,6 +16,7 @@ import attrs
 import pytest
 
 from tensorway.eplb import Capabilities
+from tensorway.testing import session_misuse as misuses
 from tensorway.testing import session_ranks as does
 from tensorway.testing.ranks import Place, RankFailed, RankProcess, Ranks
 from tensorway.testing.session_ranks import Move, Shape, Told, moves_among
@@ -423,7 +424,7 @@ class SessionSuite(Suite):
         group[0].call(does.post, 0, 1, [0])
         group[0].call(does.serve, 0, 1, [1])
         group[1].call(does.post, 0, 0, [1])
-        took, raised = group[0].call(does.close_twice, group.place(0))
+        took, raised = group[0].call(misuses.close_twice, group.place(0))
         assert took < SOON
         assert ["Closed"] * len(raised) == raised
         ends = [kind for kind in kinds(group[1].call(does.settle, SOON)) if kind != "PeerFailed"]
@@ -438,7 +439,7 @@ class SessionSuite(Suite):
         """
         group = enter([0, 1])
         group[0].call(does.mark)
-        for what, error in group[0].call(does.refusals).items():
+        for what, error in group[0].call(misuses.refusals).items():
             assert "TensorwayError" in error, f"{what}: {error or 'taken'}"
         assert [] == group[0].call(does.listen, 0.2)[0], "something was told of a fetch that was refused"
         assert set() == group[0].call(does.unmarked)
@@ -450,7 +451,7 @@ class SessionSuite(Suite):
         *If this fails:* remember `os.getpid()`, raise `Closed` in another process, and let `close` do nothing there.
         """
         group = enter([0, 1])
-        assert 7 == group[0].call(does.use_in_a_child)
+        assert 7 == group[0].call(misuses.use_in_a_child)
         assert [] == group.exchange(moves_among(2, layers=3, slots=6, most=3, seed=3), 0)
 
     def test_nothing_is_left_of_cycles(self, enter: Enter) -> None:

@@ -113,10 +113,10 @@ class Arrivals:
         """A fetch failed; its rows are taken elsewhere, into other memory if a fabric may still write to theirs."""
         arrivals = self._fetches.pop(fetch, [])
         self._supply.counts.failed_fetches += 1
-        if self.failed:
-            return
         if not released:
             self._lease.quarantine(fetch.rows)
+        if self.failed:
+            return
         if released or self._replace(arrivals):
             self._find_elsewhere(arrivals, why)
 

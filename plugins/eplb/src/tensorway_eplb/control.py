@@ -16,6 +16,8 @@ from tensorway.rendezvous.rendezvous import Watch
 
 #: So that two equal messages are two changes, and one of an earlier epoch is told from ours.
 _HEAD: Final = struct.Struct("<qq")
+#: Seconds that the messages of a member outlive it.
+_TTL: Final = 10.0
 
 
 class StoreControl:
@@ -29,14 +31,18 @@ class StoreControl:
                 "Use direct, etcd or redis; or a communicator that has a channel of its own, as onesided.",
             )
         self._rendezvous, self._group, self._sent = rendezvous, group, 0
+        self._lease = rendezvous.lease(_TTL) if "lease" in rendezvous.abilities else None
         self._watch: Watch = rendezvous.watch(f"{group.path}/mail/{group.name}/")
 
     def send(self, peer: int, payload: bytes, deadline: float) -> None:
         """Put it where the member looks."""
         self._sent += 1
         key = f"{self._group.path}/mail/{self._group.members[peer]}/{self._group.name}"
+        if self._lease is not None and self._lease.lost:
+            self._lease = self._rendezvous.lease(_TTL)
         # What a rendezvous may take is not what a fabric takes.
-        self._rendezvous.put(key, _HEAD.pack(self._group.epoch, self._sent) + payload, deadline=max(deadline, 1.0))
+        value = _HEAD.pack(self._group.epoch, self._sent) + payload
+        self._rendezvous.put(key, value, lease=self._lease, deadline=max(deadline, 1.0))
 
     def receive(self) -> list[tuple[int, bytes]]:
         """What was put since."""
@@ -55,5 +61,7 @@ class StoreControl:
         self._group = group
 
     def close(self) -> None:
-        """No more."""
+        """No more; what was sent is taken back."""
         self._watch.close()
+        if self._lease is not None:
+            self._rendezvous.end(self._lease)

@@ -17,13 +17,17 @@ import msgspec
 import numpy as np
 
 from tensorway.eplb import Group
-from tensorway.errors import DescriptionInvalid, Excluded, Incompatible, RecordRefused, Unsupported
+from tensorway.errors import DeadlineExceeded, DescriptionInvalid, Excluded, Incompatible, RecordRefused, Unsupported
 from tensorway.rendezvous import Rendezvous
 from tensorway.rendezvous.rendezvous import Lease
 from tensorway_eplb.placement import EMPTY, Map, Placement
 from tensorway_eplb.rows import UNKNOWN, Digests
 
 _TTL: Final = 10.0
+#: Between two looks at what others say.
+_PAUSE: Final = 0.01
+#: Epochs whose decision is kept, for members that are slow.
+_KEPT: Final = 8
 #: Ranks and experts that an error names.
 _NAMED: Final = 5
 
@@ -76,21 +80,15 @@ class Membership:
     def exchange(self, held: Map, digests: Digests, deadline: float) -> Truth:
         """Say what is in our slots, and learn what is in all others; [layers, slots] each. Waits for all members."""
         until, group = time.monotonic() + deadline, self.group
-        if self._lease is None or self._lease.lost:
-            self._lease = self._rendezvous.lease(_TTL, deadline)
         said = _Held(
             self._life, held.shape[0], held.shape[1], held.astype("<i4").tobytes(), digests.astype("<u8").tobytes()
         )
         prefix = f"{group.path}/{self._run}/held/{group.epoch}"
-        self._rendezvous.put(
-            f"{prefix}/{group.name}", msgspec.msgpack.encode(said), lease=self._lease, deadline=until - time.monotonic()
-        )
-        found = []
-        for name in group.members:
-            record = self._rendezvous.wait(f"{prefix}/{name}", max(1e-3, until - time.monotonic()))
-            found.append(self._checked(name, record.value, held.shape))
+        self._put(f"{prefix}/{group.name}", msgspec.msgpack.encode(said), until)
+        found = self._read_all(prefix, held.shape, until)
         if self._run == "start":
-            self._run = hashlib.blake2b("".join(each.life for each in found).encode(), digest_size=8).hexdigest()
+            found = self._one_start(prefix, found, until)
+        self._put(f"{group.path}/{self._run}/here/{group.name}", b"", until)
         experts = np.concatenate([np.frombuffer(each.experts, "<i4").reshape(held.shape) for each in found], axis=1)
         placement = Placement(experts.astype(np.int32), self._num_logical, len(found), group.epoch)
         seen = np.concatenate([np.frombuffer(each.digests, "<u8").reshape(held.shape) for each in found], axis=1)
@@ -110,12 +108,10 @@ class Membership:
                 f"The members of the next epoch would be {', '.join(wanted[:_NAMED])}.",
                 "Name each once, and itself among them.",
             )
-        if self._lease is None or self._lease.lost:
-            self._lease = self._rendezvous.lease(_TTL, deadline)
-        key, chosen = f"{old.path}/{self._run}/epochs/{epoch}", _Next(self._run, epoch, list(wanted))
+        key, chosen = self._epoch(epoch), _Next(self._run, epoch, list(wanted))
         try:
-            value = msgspec.msgpack.encode(chosen)
-            self._rendezvous.put(key, value, lease=self._lease, expected=0, deadline=until - time.monotonic())
+            # Without a lease: a decision holds when who made it is dead.
+            self._rendezvous.put(key, msgspec.msgpack.encode(chosen), expected=0, deadline=deadline)
         except RecordRefused:  # another was faster
             chosen = _decoded(key, self._rendezvous.wait(key, max(1e-3, until - time.monotonic())).value)
         if old.name not in chosen.members:
@@ -124,18 +120,24 @@ class Membership:
                 f"Its members are {', '.join(chosen.members)}: they held this one for lost.",
                 "Start this member anew; the others invite it by regroup(members=...).",
             )
-        for name in set(chosen.members) - set(old.members):
-            self._rendezvous.put(f"{old.path}/invited/{name}", msgspec.msgpack.encode(chosen), lease=self._lease)
+        for name in set(chosen.members) - (set(old.members) - set(lost)):
+            self._put(f"{old.path}/invited/{name}", msgspec.msgpack.encode(chosen), until)
+        if epoch > _KEPT:
+            self._rendezvous.delete(self._epoch(epoch - _KEPT), deadline=max(1e-3, until - time.monotonic()))
         self.group = Group(old.path, tuple(chosen.members), chosen.members.index(old.name), epoch)
         return self.group
 
     def accept(self, deadline: float) -> Group:
         """For a member that comes later: wait until a group invites it, and be of it."""
-        key = f"{self.group.path}/invited/{self.group.name}"
-        chosen = _decoded(key, self._rendezvous.wait(key, deadline).value)
-        self._rendezvous.delete(key)
-        if self.group.name not in chosen.members:
-            raise DescriptionInvalid(f"The record {key} was read.", "It invites somebody else.", "Regroup again.")
+        until, key = time.monotonic() + deadline, f"{self.group.path}/invited/{self.group.name}"
+        while True:
+            record = self._rendezvous.wait(key, max(1e-3, until - time.monotonic()))
+            chosen = _decoded(key, record.value)
+            if self.group.name not in chosen.members:
+                raise DescriptionInvalid(f"The record {key} was read.", "It invites somebody else.", "Regroup again.")
+            if self._counts(chosen, until):
+                break
+            time.sleep(_PAUSE)
         self._run = chosen.run
         members = tuple(chosen.members)
         self.group = Group(self.group.path, members, members.index(self.group.name), chosen.epoch)
@@ -146,6 +148,66 @@ class Membership:
         if self._lease is not None and not self._lease.lost:
             self._rendezvous.end(self._lease)
         self._lease = None
+        if self._run != "start" and not self._rendezvous.list(f"{self.group.path}/{self._run}/here/"):
+            for record in self._rendezvous.list(f"{self.group.path}/{self._run}/epochs/"):  # the last one cleans up
+                self._rendezvous.delete(record.key)
+
+    def _epoch(self, number: int) -> str:
+        return f"{self.group.path}/{self._run}/epochs/{number}"
+
+    def _put(self, key: str, value: bytes, until: float, expected: int | None = None) -> None:
+        """Write a record that ends with this member."""
+        left = max(1e-3, until - time.monotonic())
+        if self._lease is None or self._lease.lost:
+            self._lease = self._rendezvous.lease(_TTL, left)
+        self._rendezvous.put(key, value, lease=self._lease, expected=expected, deadline=left)
+
+    def _read_all(self, prefix: str, shape: tuple[int, ...], until: float) -> list[_Held]:
+        return [
+            self._checked(
+                name, self._rendezvous.wait(f"{prefix}/{name}", max(1e-3, until - time.monotonic())).value, shape
+            )
+            for name in self.group.members
+        ]
+
+    def _one_start(self, prefix: str, found: list[_Held], until: float) -> list[_Held]:
+        """What all members say in the life that they have now.
+
+        What a killed life said lasts as long as its lease. So each member says whose lives it has read, its own among
+        them, and goes on when all say the same: nobody who is dead has read of a life that came later.
+        """
+        group, shape = self.group, (found[0].layers, found[0].slots)
+        while True:
+            lives = hashlib.blake2b("".join(each.life for each in found).encode(), digest_size=8).hexdigest()
+            self._put(f"{group.path}/start/seen/{group.name}", lives.encode(), until)
+            seen = [self._rendezvous.get(f"{group.path}/start/seen/{name}") for name in group.members]
+            if all(record is not None and record.value == lives.encode() for record in seen):
+                self._run = lives
+                return found
+            if time.monotonic() >= until:
+                names = [
+                    name
+                    for name, record in zip(group.members, seen, strict=True)
+                    if record is None or record.value != lives.encode()
+                ]
+                raise DeadlineExceeded(
+                    f"The group {group.path} was to begin.",
+                    f"These members did not begin with the others in time: {', '.join(names[:_NAMED])}.",
+                    "Start all members at about the same time.",
+                )
+            time.sleep(_PAUSE)
+            found = self._read_all(prefix, shape, until)
+
+    def _counts(self, chosen: _Next, until: float) -> bool:
+        """Whether an invitation is for us: nobody of our name has taken it, and its epoch is not over."""
+        self._run = chosen.run
+        if self._rendezvous.get(self._epoch(chosen.epoch + 1)) is not None:
+            return False
+        try:
+            self._put(f"{self._epoch(chosen.epoch)}/{self.group.name}", b"", until, expected=0)
+        except RecordRefused:
+            return False
+        return True
 
     def _checked(self, name: str, value: bytes, shape: tuple[int, ...]) -> _Held:
         asked = f"Member {name} said what it holds."

@@ -28,9 +28,11 @@ from tensorway.eplb import (
     Group,
     PeerFailed,
     Send,
+    check_move,
 )
-from tensorway.errors import Closed, DescriptionInvalid, PeerLost, TensorwayError, Unsupported
+from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, PeerLost, TensorwayError, Unsupported
 from tensorway.rendezvous import Directory, Fact
+from tensorway.rendezvous.rendezvous import Lease
 from tensorway.transport import BlockTable, Peer, Route, State, Transfer, Transport
 from tensorway_eplb.communicator_options import OneSidedOptions
 
@@ -40,6 +42,8 @@ _Kind = tuple[str, int, str]
 #: Looks without a pause, then pauses that double from the first to the last.
 _SPINS: Final = 20
 _PAUSES: Final = (20e-6, 500e-6)
+#: Seconds that a member's rows are told of after it died.
+_TTL: Final = 10.0
 
 
 class _Tables(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -86,6 +90,8 @@ class OneSidedSession:
             max_layers_in_flight=options.layers_in_flight,
         )  # fmt: skip
         self._closed = False
+        self._directory: Directory
+        self._lease: Lease | None = None
         self._jobs: list[_Job] = []
         self._quarantine: list[_Job] = []
         self._events: list[Event] = []
@@ -98,9 +104,10 @@ class OneSidedSession:
             self.endpoint.register(*_memory(context.layout), *context.staging.regions.values())
             self._group = context.group
             self._directory = self._join(context.group, until - time.monotonic())
+            self._publish(context.group, until - time.monotonic())
             self._connect(until - time.monotonic())
         except BaseException:
-            self.endpoint.close()
+            self.close()
             raise
 
     @property
@@ -112,56 +119,65 @@ class OneSidedSession:
 
     def _join(self, group: Group, deadline: float) -> Directory:
         facts = {**self._layout.facts(), "transport": Fact(self.endpoint.name)}
-        self._publish(group, deadline)
         directory = Directory(self._rendezvous, self.endpoint, group.name, f"{group.path}/members", facts)
         directory.live(deadline)
         return directory
 
     def _publish(self, group: Group, deadline: float) -> None:
+        """Say where our rows are in this epoch: nobody who is dead says that, whatever else is left of it."""
         rows = [(table.stride, list(table.bases)) for table in self._tables.values()]
         value = msgspec.msgpack.encode(_Tables(self.endpoint.incarnation, rows))
-        self._rendezvous.put(f"{group.path}/tables/{group.name}", value, deadline=deadline)
+        until = time.monotonic() + deadline
+        if self._lease is None or self._lease.lost:
+            able = "lease" in self._rendezvous.abilities
+            self._lease = self._rendezvous.lease(_TTL, deadline) if able else None
+        self._rendezvous.put(self._key(group, group.name), value, lease=self._lease, deadline=until - time.monotonic())
+
+    def _key(self, group: Group, name: str) -> str:
+        return f"{group.path}/tables/{group.epoch}/{name}"
 
     def _connect(self, deadline: float) -> None:
-        """Connect to every member of the group that is not connected yet, all at once."""
+        """Connect to every member of the group that is not connected yet, or is another process now; all at once."""
         until, group = time.monotonic() + deadline, self._group
-        known = {member.name: member for member in self._members.values() if not member.peer.lost}
         names = {rank: group.members[rank] for rank in group.others}
-        found = self._directory.connect_all([name for name in names.values() if name not in known], deadline)
-        for peer in found.values():
-            if isinstance(peer, TensorwayError):
-                raise peer
-        self._members = {
-            rank: known.get(name) or self._prepared(name, found[name], until - time.monotonic())  # type: ignore[arg-type]
-            for rank, name in names.items()
-        }
+        known = {member.name: member for member in self._members.values() if not member.peer.lost}
+        missing = list(names.values())
+        while missing:
+            tables = {name: self._read_tables(name, until) for name in missing}
+            # Records of a killed process last as long as its lease: connect to who says both, and is alive.
+            new = [name for name in missing if name not in known or not _same(known[name].peer, tables[name])]
+            found = self._directory.connect_all(new, max(0.0, until - time.monotonic()))
+            for name, peer in found.items():
+                if isinstance(peer, TensorwayError):
+                    raise peer
+                if _same(peer, tables[name]):
+                    known[name] = self._prepared(name, peer, tables[name])
+            missing = [name for name in new if name not in known or not _same(known[name].peer, tables[name])]
+            if missing and time.monotonic() >= until:
+                true = "What it says about its rows is of another process than what answers."
+                raise DeadlineExceeded(f"Member {missing[0]} was to be read from.", true, "Start it anew, and regroup.")
+            time.sleep(_PAUSES[1] if missing else 0.0)
+        self._members = {rank: known[name] for rank, name in names.items()}
 
-    def _prepared(self, name: str, peer: Peer, deadline: float) -> _Member:
+    def _prepared(self, name: str, peer: Peer, tables: _Tables) -> _Member:
         """Prepare one route for each kind of row."""
-        tables = self._read_tables(name, peer, deadline)
+        if [len(table.bases) for table in self._tables.values()] != [len(bases) for _, bases in tables.kinds]:
+            asked = f"Member {name} was to be read from."
+            raise DescriptionInvalid(asked, "It has rows of other layers.", "Load the same model on every rank.")
         routes = {}
         for (kind, mine), (stride, bases) in zip(self._tables.items(), tables.kinds, strict=True):
             remote = BlockTable(tuple(bases), kind[1], stride, mine.count, kind[2], stacked=True)
             routes[kind] = self.endpoint.prepare(peer, self._staging.table(kind), remote)
         return _Member(name, peer, routes)
 
-    def _read_tables(self, name: str, peer: Peer, deadline: float) -> _Tables:
-        asked, key = f"Member {name} was to be read from.", f"{self._group.path}/tables/{name}"
-        until = time.monotonic() + deadline
-        while True:
-            record = self._rendezvous.wait(key, max(0.0, until - time.monotonic()))
-            try:
-                tables = msgspec.msgpack.decode(record.value, type=_Tables)
-            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-                true = f"What it says about its rows cannot be read: {error}."
-                raise DescriptionInvalid(asked, true, "Install one version of tensorway everywhere.") from None
-            if tables.incarnation == peer.incarnation or time.monotonic() >= until:
-                break
-            time.sleep(_PAUSES[1])  # it was restarted, and writes these anew before it says that it is live
-        planes = [len(table.bases) for table in self._tables.values()]
-        if tables.incarnation != peer.incarnation or planes != [len(bases) for _, bases in tables.kinds]:
-            raise DescriptionInvalid(asked, "What it says about its rows is of another life.", "Start it anew.")
-        return tables
+    def _read_tables(self, name: str, until: float) -> _Tables:
+        asked, key = f"Member {name} was to be read from.", self._key(self._group, name)
+        record = self._rendezvous.wait(key, max(1e-3, until - time.monotonic()))
+        try:
+            return msgspec.msgpack.decode(record.value, type=_Tables)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            true = f"What it says about its rows cannot be read: {error}."
+            raise DescriptionInvalid(asked, true, "Install one version of tensorway everywhere.") from None
 
     # -- session
 
@@ -175,6 +191,7 @@ class OneSidedSession:
     def post(self, fetch: Fetch, deadline: float) -> None:
         """Read the rows of every tensor of the layer."""
         self._check()
+        check_move(fetch, self._group, self._layout, self._staging)
         member, job = self._members[fetch.peer], _Job(fetch, [])
         self._jobs.append(job)
         try:
@@ -219,7 +236,9 @@ class OneSidedSession:
         for member in self._members.values():
             if member.name not in staying:
                 self.endpoint.disconnect(member.peer)
-        self._group = group
+        before, self._group = self._group, group
+        self._publish(group, until - time.monotonic())
+        self._rendezvous.delete(self._key(before, before.name), deadline=until - time.monotonic())
         self._connect(until - time.monotonic())
 
     def close(self, deadline: float = 5.0) -> None:
@@ -228,7 +247,10 @@ class OneSidedSession:
             return
         self._closed = True
         try:
-            self._directory.close()
+            if hasattr(self, "_directory"):
+                self._directory.close()
+            if self._lease is not None:
+                self._rendezvous.end(self._lease)
         except TensorwayError as error:  # the rendezvous may be gone before us, and our lease ends by itself
             _log.debug("No goodbye was said: %s", error)
         self.endpoint.close(deadline)
@@ -283,6 +305,10 @@ class OneSidedSession:
     def _check(self) -> None:
         if self._closed:
             raise Closed("A session of expert weights was used.", "It is closed.", "Open another.")
+
+
+def _same(peer: Peer, tables: _Tables) -> bool:
+    return peer.incarnation == tables.incarnation
 
 
 def _memory(layout: ExpertLayout) -> list[object]:

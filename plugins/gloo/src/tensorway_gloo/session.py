@@ -33,8 +33,9 @@ from tensorway.eplb import (
     Send,
     Served,
     Staging,
+    check_move,
 )
-from tensorway.errors import Closed, MemoryInvalid, PlacementInvalid
+from tensorway.errors import Closed, MemoryInvalid
 from tensorway_gloo.formation import form
 from tensorway_gloo.mesh import EMPTY, Mesh, said
 from tensorway_gloo.messages import Message, bounced, bytes_of, messages
@@ -122,20 +123,13 @@ class GlooSession:
         """Receive into staging; what is small, or for an accelerator, by way of a buffer."""
         self._check()
         tensors = self._checked(fetch)
-        rows = len(fetch.rows)
-        if rows != len(fetch.slots) or any(not 0 <= row < self._context.staging.rows for row in fetch.rows):
-            raise MemoryInvalid(
-                f"{len(fetch.slots)} slots of rank {fetch.peer} were to arrive in the staging rows {list(fetch.rows)}.",
-                f"There are {self._context.staging.rows}, and each slot needs one.",
-                "Lease the rows from the staging that the session was given.",
-            )
 
         def row(tensor: int, position: int) -> torch.Tensor:
             kind = (tensors[tensor].name, tensors[tensor].row_bytes, tensors[tensor].region.device)
             start = fetch.rows[position] * kind[1]
             return self._staging[kind][start : start + kind[1]]
 
-        parts = messages([tensor.row_bytes for tensor in tensors], rows, row)
+        parts = messages([tensor.row_bytes for tensor in tensors], len(fetch.rows), row)
         self._start(_Move(fetch, self._tag(fetch), parts))
 
     def serve(self, send: Send, deadline: float) -> None:
@@ -280,14 +274,7 @@ class GlooSession:
     def _checked(self, subject: Fetch | Send) -> list[ExpertTensor]:
         """The layer's tensors in the order in which both ends go through them: by name, as `ExpertLayout.kinds`."""
         layout = self._context.layout
-        asked = f"Slots {list(subject.slots)} of layer {subject.layer} were to be moved from or to rank {subject.peer}."
-        if subject.peer not in self._group.others:
-            true = f"The others of {self._group.path} in epoch {self._group.epoch} are {list(self._group.others)}."
-            raise PlacementInvalid(asked, true, "Give ranks of the group, never global ones.")
-        slots_fit = all(0 <= slot < layout.slots for slot in subject.slots)
-        if not slots_fit or not 0 <= subject.layer < len(layout.layers) or subject.cycle < 0:
-            true = f"There are {len(layout.layers)} layers of {layout.slots} slots, and cycles are counted from 0."
-            raise PlacementInvalid(asked, true, "Give what a plan for this layout says.")
+        check_move(subject, self._group, layout, self._context.staging)
         return sorted(layout.layers[subject.layer], key=lambda tensor: tensor.name)
 
     def _check(self) -> None:

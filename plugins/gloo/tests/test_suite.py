@@ -1,0 +1,13 @@
+"""The communicator `gloo` against the kit's suite; what is its own is in `test_session`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tensorway.testing import SessionSuite
+
+pytest.importorskip("torch", reason="needs torch: pip install torch")
+
+
+class TestGloo(SessionSuite):
+    name = "gloo"
