@@ -268,7 +268,9 @@ CAMPAIGNS = {
     "hostile-nixl": ["hostile", "nixl", "--keep-opaque", "--kept-files", "400", "--kinds", "descriptions"],
     # Ranks that die or stop in the middle of rebalances.
     "eplb": ["tensorway_eplb.testing.campaign"],
-    "eplb-nixl": ["tensorway_eplb.testing.campaign", "--options", '{"transport": "nixl"}', "--moments", "100"],
+    "eplb-nixl": ["tensorway_eplb.testing.campaign", "--options", '{"transport": "nixl"}'],
+    "eplb-endurance": ["tensorway_eplb.testing.endurance"],
+    "eplb-endurance-nixl": ["tensorway_eplb.testing.endurance", "--options", '{"transport": "nixl"}'],
     # Mooncake opens up to four connections to a peer, as it needs them.
     "endurance-mooncake": ["endurance", "mooncake", "--kept-files", "3"],
     "hostile-mooncake": ["hostile", "mooncake", *MOONCAKE_KEEPS, "--kinds", "descriptions,notes"],

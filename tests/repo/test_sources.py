@@ -102,6 +102,36 @@ def test_the_search_for_environment_uses_finds_them():
     assert list(environment_uses(SETTINGS))
 
 
+def late_types(module):
+    """Where msgspec learns of a type while it is used: two threads that are first at once crash the process."""
+    for node in ast.walk(parse(module)):
+        if isinstance(node, ast.Call) and any(
+            keyword.arg == "type" and "msgspec" in ast.unparse(node.func) for keyword in node.keywords
+        ):
+            yield f"{node.lineno}: {ast.unparse(node.func)}(type=...)"
+        elif isinstance(node, ast.FunctionDef):
+            yield from (
+                f"{inner.lineno}: {ast.unparse(inner.func)} in {node.name}"
+                for inner in ast.walk(node)
+                if isinstance(inner, ast.Call) and ast.unparse(inner.func).startswith("msgspec.")
+                if ast.unparse(inner.func).endswith(("Decoder", ".convert"))
+            )
+
+
+#: It converts to whatever type an option of a plugin has, one thread at a time.
+CONVERTS = ROOT / "core" / "src" / "tensorway" / "plugins" / "options.py"
+
+
+@modules
+def test_what_msgspec_decodes_to_it_knows_since_the_import(module):
+    """`decode(data, type=T)` builds what it knows of T at its first use; see docs/architecture.md."""
+    assert module == CONVERTS or [] == list(late_types(module))
+
+
+def test_the_search_for_late_types_finds_them():
+    assert list(late_types(CONVERTS))
+
+
 @modules
 def test_a_module_opens_with_what_it_is_for(module):
     text = ast.get_docstring(parse(module))

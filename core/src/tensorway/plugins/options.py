@@ -6,13 +6,17 @@ Room `plugins`; may import the ground. msgspec checks the types; it is imported 
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
 from tensorway.errors import OptionsInvalid
 from tensorway.types import Offer
+
+#: msgspec may not learn of a type in two threads at once.
+_CONVERTING: Final = threading.Lock()
 
 
 def validated(offer: Offer, given: Mapping[str, object] | object) -> object:
@@ -40,7 +44,8 @@ def _converted(offer: Offer, key: str, field: attrs.Attribute[Any], value: objec
     if field.type is None:
         return value
     try:
-        return msgspec.convert(value, field.type)
+        with _CONVERTING:
+            return msgspec.convert(value, field.type)
     except msgspec.ValidationError as error:
         text = f"The option {key!r} is {value!r}: {_lower(str(error))}."
         raise _invalid(offer, text, f"Give {key!r} as {_type_name(field.type)}.") from None

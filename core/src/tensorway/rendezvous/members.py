@@ -32,6 +32,9 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     description: bytes
 
 
+_DECODE_MEMBER: Final = msgspec.msgpack.Decoder(Member).decode
+
+
 def encode(name: str, incarnation: str, state: MemberState, facts: dict[str, Fact], description: bytes) -> bytes:
     """A member as a value of a record."""
     return msgspec.msgpack.encode(Member(_SCHEMA, name, incarnation, state, facts, description))
@@ -41,7 +44,7 @@ def decode(key: str, value: bytes) -> Member:
     """A member from a record; raises `DescriptionInvalid` unless it is one, of the name that its key says."""
     asked = f"The record {key} was read."
     try:
-        member = msgspec.msgpack.decode(value, type=Member)
+        member = _DECODE_MEMBER(value)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         true = f"It describes no member: {str(error).splitlines()[0]}"
         raise DescriptionInvalid(asked, true, "Install one version of tensorway in the whole deployment.") from None

@@ -8,6 +8,7 @@ Every wait has a deadline, and what a rank raised is raised in the test.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib.util
 import inspect
 import os
@@ -26,6 +27,7 @@ import attrs
 
 import tensorway
 from tensorway.rendezvous import Rendezvous
+from tensorway.testing.stops import stop
 
 #: Seconds that a rank may take for one call; the first imports libraries.
 PATIENCE: Final = 100.0
@@ -86,7 +88,10 @@ class RankProcess:
 
     def signal(self, number: int) -> None:
         """Stop it, let it go on, or kill it."""
-        self._process.send_signal(number)
+        if number == signal.SIGSTOP and self.alive:
+            stop(self._process)
+        else:
+            self._process.send_signal(number)
         self._stopped = number == signal.SIGSTOP or (self._stopped and number != signal.SIGCONT)
         if number == signal.SIGKILL:
             self._process.wait(PATIENCE)
@@ -217,6 +222,7 @@ def _function(module: str, file: str, name: str) -> Callable[..., Any]:
 
 def main() -> None:
     """Call what is asked for until stdin ends."""
+    faulthandler.enable()  # a crash of a native library says where it was
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # native libraries print to stdout, and that is the channel of the answers
     rank = Rank(sys.argv[1])

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tensorway.testing.stops import stop
+
 #: Seconds in which a server answers: some import a large library before, on a machine that is busy with other tests.
 START = 60.0
 
@@ -58,7 +60,7 @@ class Server:
 
     def pause(self) -> None:
         """Stop its process: the system still accepts connections for it, and nobody answers."""
-        self._running.send_signal(signal.SIGSTOP)
+        stop(self._running)
 
     def resume(self) -> None:
         """Let it go on."""

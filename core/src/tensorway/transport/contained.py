@@ -51,6 +51,7 @@ _SLICE: Final = 0.02
 _CLOSING_SECONDS: Final = 2.0
 #: Movers that are tried until one has room at an address.
 _ATTEMPTS: Final = 4
+_DECODE_CAPABILITIES: Final = msgspec.msgpack.Decoder(Capabilities).decode
 
 _T = TypeVar("_T")
 _log = _logging.logger("transport")
@@ -341,7 +342,7 @@ class ContainedFabric:
             name, told = life.call(message, asked, _START_SECONDS)[1]
             if name != self.name:
                 raise BackendUnavailable(asked, f"The fabric is of transport {name}.", f"Contain it as {name}.")
-            capabilities = msgspec.convert(told, Capabilities)
+            capabilities = _DECODE_CAPABILITIES(msgspec.msgpack.encode(told))
             with self._changed:
                 regions = list(self._regions)
             for attached in regions:

@@ -30,6 +30,9 @@ class _Wire(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     blob: bytes
 
 
+_DECODE_WIRE: Final = msgspec.msgpack.Decoder(_Wire).decode
+
+
 def encode(description: Description) -> bytes:
     """A description as bytes."""
     regions = [(region.address, region.nbytes, region.device) for region in description.regions]
@@ -48,7 +51,7 @@ def decode(data: object, transport: str) -> Description:
     if digest != _digest(body):
         raise _invalid("It is damaged: its digest does not fit.")
     try:
-        wire = msgspec.msgpack.decode(body, type=_Wire)
+        wire = _DECODE_WIRE(body)
         if len(wire.regions) > MAX_REGIONS:
             raise _invalid(f"It has {len(wire.regions):,} regions, and none has more than {MAX_REGIONS:,}.")
         regions = tuple(Region(*row) for row in wire.regions)

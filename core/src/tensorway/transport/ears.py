@@ -43,6 +43,9 @@ class Hello(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     incarnation: str
 
 
+_DECODE_HELLO: Final = msgspec.msgpack.Decoder(Hello).decode
+
+
 def address(incarnation: str) -> bytes:
     """Where an endpoint listens."""
     return b"\0tensorway-local-" + incarnation.encode()
@@ -168,7 +171,7 @@ class Ears:
 
 
 def _greeting(message: bytes) -> Hello:
-    hello = msgspec.msgpack.decode(message, type=Hello)
+    hello = _DECODE_HELLO(message)
     if not (identifier(hello.name) and identifier(hello.incarnation)):
         raise ConnectionResetError
     return hello

@@ -61,6 +61,9 @@ class _Blob(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     shared: Shared | None = None
 
 
+_DECODE_BLOB: Final = msgspec.msgpack.Decoder(_Blob).decode
+
+
 @attrs.define(eq=False)
 class _Link:
     """A connection to one peer."""
@@ -371,7 +374,7 @@ def _machine() -> tuple[str, str]:
 
 def _decode(description: Description, asked: str) -> _Blob:
     try:
-        blob = msgspec.msgpack.decode(description.blob, type=_Blob)
+        blob = _DECODE_BLOB(description.blob)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise DescriptionInvalid(asked, f"Its local part cannot be read: {error}.", "Give it unchanged.") from None
     if len(description.incarnation) > _MAX_INCARNATION:

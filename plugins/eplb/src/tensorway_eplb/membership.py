@@ -42,12 +42,18 @@ class _Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     digests: bytes
 
 
+_DECODE_HELD: Final = msgspec.msgpack.Decoder(_Held).decode
+
+
 class _Next(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The members of an epoch."""
 
     run: str
     epoch: int
     members: list[str]
+
+
+_DECODE_NEXT: Final = msgspec.msgpack.Decoder(_Next).decode
 
 
 @attrs.frozen(eq=False)
@@ -212,7 +218,7 @@ class Membership:
     def _checked(self, name: str, value: bytes, shape: tuple[int, ...]) -> _Held:
         asked = f"Member {name} said what it holds."
         try:
-            held = msgspec.msgpack.decode(value, type=_Held)
+            held = _DECODE_HELD(value)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             true = f"That cannot be read: {str(error).splitlines()[0]}"
             raise DescriptionInvalid(asked, true, "Install one version of tensorway everywhere.") from None
@@ -246,7 +252,7 @@ class Membership:
 
 def _decoded(key: str, value: bytes) -> _Next:
     try:
-        return msgspec.msgpack.decode(value, type=_Next)
+        return _DECODE_NEXT(value)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         true = f"It names no members: {str(error).splitlines()[0]}"
         raise DescriptionInvalid(f"The record {key} was read.", true, "Install one version everywhere.") from None

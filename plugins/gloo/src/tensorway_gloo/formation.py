@@ -39,6 +39,9 @@ class _Address(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     token: str
 
 
+_DECODE_ADDRESS: Final = msgspec.msgpack.Decoder(_Address).decode
+
+
 def form(group: Group, rendezvous: Rendezvous, options: GlooOptions, deadline: float) -> Mesh | None:
     """Connect to all other members; None if there are none. Raises `DeadlineExceeded` with the names of the missing."""
     if not group.others:
@@ -96,7 +99,7 @@ class _Formation:
                 record = self.rendezvous.wait(self.key, left)
             except DeadlineExceeded as error:
                 self._fail(f"Rank 0, {self.group.members[0]}, has not come.", error)
-            address = msgspec.msgpack.decode(record.value, type=_Address)
+            address = _DECODE_ADDRESS(record.value)
             try:
                 # First without torch, which writes a page to stderr when nobody listens.
                 socket.create_connection((address.host, address.port), min(left, _CONNECT)).close()

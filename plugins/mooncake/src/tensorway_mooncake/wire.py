@@ -50,6 +50,9 @@ class Blob(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     secret: bytes
 
 
+_DECODE_BLOB: Final = msgspec.msgpack.Decoder(Blob).decode
+
+
 class Note(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A notification: who sends it, which one of this sender's it is, what it says."""
 
@@ -57,6 +60,9 @@ class Note(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     incarnation: str
     number: Annotated[int, msgspec.Meta(ge=0)]
     payload: bytes
+
+
+_DECODE_NOTE: Final = msgspec.msgpack.Decoder(Note).decode
 
 
 def encode(blob: Blob) -> bytes:
@@ -67,7 +73,7 @@ def encode(blob: Blob) -> bytes:
 def decode(description: Description, version: str, asked: str) -> Blob:
     """The fabric's part of a description that this endpoint can connect to; raises what is wrong with it."""
     try:
-        blob = msgspec.msgpack.decode(description.blob, type=Blob)
+        blob = _DECODE_BLOB(description.blob)
         address = ipaddress.IPv4Address(blob.address)
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise DescriptionInvalid(asked, f"Its Mooncake part cannot be read: {error}.", "Give it unchanged.") from None
@@ -105,7 +111,7 @@ def unseal(message: str, secret: bytes) -> Note | None:
     if not hmac.compare_digest(data[:_SEAL], _seal(body, secret)):
         return None
     try:
-        note = msgspec.msgpack.decode(body, type=Note)
+        note = _DECODE_NOTE(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
     return note if identifier(note.name) and identifier(note.incarnation) else None

@@ -61,15 +61,21 @@ class Blob(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     metadata: bytes
 
 
+_DECODE_BLOB: Final = msgspec.msgpack.Decoder(Blob).decode
+
+
 class _Note(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     name: str
     payload: bytes
 
 
+_DECODE_NOTE: Final = msgspec.msgpack.Decoder(_Note).decode
+
+
 def decode(description: Description, ours: Versions, asked: str) -> Blob:
     """The fabric's part of a description, of versions that fit ours; raises `DescriptionInvalid`."""
     try:
-        blob = msgspec.msgpack.decode(description.blob, type=Blob)
+        blob = _DECODE_BLOB(description.blob)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise DescriptionInvalid(asked, f"Its NIXL part cannot be read: {error}.", "Give it unchanged.") from None
     theirs = Versions(blob.nixl, blob.ucx)
@@ -99,7 +105,7 @@ def unframe(incarnation: str, message: bytes) -> Notification | None:
     if not message.startswith(_NOTE):
         return None
     try:
-        note = msgspec.msgpack.decode(message[len(_NOTE) :], type=_Note)
+        note = _DECODE_NOTE(message[len(_NOTE) :])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
     return Notification(note.name, incarnation, note.payload)

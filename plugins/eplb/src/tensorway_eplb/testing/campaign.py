@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--communicator", default="onesided")
     parser.add_argument("--options", type=json.loads, default={"transport": "local"})
     given = parser.parse_args(argv)
-    _say(f"seed {given.seed}: {given.moments} moments, {given.ranks} ranks, {given.communicator}")
+    say(f"seed {given.seed}: {given.moments} moments, {given.ranks} ranks, {given.communicator}")
     campaign = Campaign(given.seed, given.ranks, Model(communicator=given.communicator, options=given.options))
     slowest, partial, started = 0.0, 0, time.monotonic()
     try:
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             slowest = max(slowest, happened["seconds"])
             partial += 0 < happened["committed"] < campaign.model.layers
             if moment % 20 == 19 or moment == given.moments - 1:
-                _say(
+                say(
                     f"{moment + 1} moments in {time.monotonic() - started:.0f} s: no breach; the slowest return "
                     f"{slowest:.2f} s of {DEADLINE + SLACK:.0f}; {partial} with some layers committed and some not"
                 )
@@ -146,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Progress, at once."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

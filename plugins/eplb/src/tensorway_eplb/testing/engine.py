@@ -6,6 +6,7 @@ every byte of every rank can be compared at any time. The functions are called i
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -169,6 +170,7 @@ def fill(rank: Rank) -> str:
 
 def resources(rank: Rank) -> dict[str, int]:
     """What this process holds: open files, threads, mappings, kilobytes."""
+    gc.collect()  # an engine that has left may be part of a cycle
     status = dict(
         line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if ":" in line
     )
@@ -178,6 +180,13 @@ def resources(rank: Rank) -> dict[str, int]:
         "mappings": Path("/proc/self/maps").read_text(encoding="ascii").count("\n"),
         "kilobytes": int(status["VmRSS"].split()[0]),
     }
+
+
+def rest(rank: Rank, seconds: float) -> float:
+    """The share of a processor that this process takes while nothing is asked of it."""
+    started, used = time.monotonic(), time.process_time()
+    time.sleep(seconds)
+    return (time.process_time() - used) / (time.monotonic() - started)
 
 
 def _reported(rank: Rank, act: Callable[[], object]) -> Report:
