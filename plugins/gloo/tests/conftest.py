@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import pytest
 
 from tensorway.testing import elsewhere
+from tensorway.testing.ranks import Ranks
+from tensorway.testing.session_groups import lent
 
 
 @pytest.fixture
@@ -27,20 +28,6 @@ def hide(tmp_path: Path) -> Callable[..., Path]:
     return partial(elsewhere.hide, tmp_path / "hiding")
 
 
-def _harness() -> Any:
-    """The module `ranks` beside this file, under one name in the tests and in their ranks."""
-    name = "tensorway_ranks"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("ranks.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-harness = _harness()
-
-
 @pytest.fixture(scope="module")
 def torch_is_here() -> None:
     """A session that was promised torch fails without it; any other skips."""
@@ -52,19 +39,14 @@ def torch_is_here() -> None:
 
 
 @pytest.fixture(scope="module")
-def all_ranks(torch_is_here: None) -> Iterator[Any]:
+def all_ranks(torch_is_here: None) -> Iterator[Ranks]:
     """Processes that the tests of a module share."""
-    ranks = harness.Ranks()
-    yield ranks
-    ranks.close()
+    with Ranks() as ranks:
+        yield ranks
 
 
 @pytest.fixture
-def ranks(all_ranks: Any) -> Callable[[int], Any]:
-    """At least so many of them, alive."""
-
-    def grown(count: int) -> Any:
-        all_ranks.grow(count)
-        return all_ranks
-
-    return grown
+def ranks(all_ranks: Ranks) -> Iterator[Ranks]:
+    """The same, for one test."""
+    with lent(all_ranks) as ranks:
+        yield ranks

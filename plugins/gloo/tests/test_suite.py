@@ -6,8 +6,7 @@ import pytest
 
 from tensorway.testing import SessionSuite
 
-pytest.importorskip("torch", reason="needs torch: pip install torch")
 
-
+@pytest.mark.usefixtures("torch_is_here")
 class TestGloo(SessionSuite):
     name = "gloo"

@@ -88,7 +88,10 @@ class Fetch:
 
 @attrs.frozen(eq=False)
 class Send:
-    """What the same rows are for the member that has them; `post` at one end meets `serve` at the other."""
+    """What the same rows are for the member that has them; `post` at one end meets `serve` at the other.
+
+    The n-th fetch of a cycle, a layer and a pair of ranks meets the n-th send of them; those that were cancelled count.
+    """
 
     layer: int
     peer: int
@@ -128,7 +131,7 @@ class Served:
 
 @attrs.frozen
 class PeerFailed:
-    """A member is lost, and why."""
+    """A member is lost, and why; told once in a group. It may be alive, and have closed or gone on without this one."""
 
     peer: int
     why: str
@@ -169,23 +172,36 @@ class Session(Protocol):
         ...
 
     def serve(self, send: Send, deadline: float) -> None:
-        """Let a member have rows; a communicator whose receivers do all the work has nothing to do."""
+        """Let a member have rows; a communicator whose receivers do all the work has nothing to do.
+
+        The n-th send of a cycle, a layer and a member meets the n-th fetch there. It cannot be cancelled: it ends with
+        `Served`, or untold: when the member is lost, and with `regroup` or `close`.
+        """
         ...
 
     def poll(self, seconds: float) -> list[Event]:
-        """Make progress, for so long at most if nothing happens; the only call that waits."""
+        """Make progress, for so long at most if nothing happens; the only call that waits.
+
+        After `close` it may return the last events, such as fetches that failed with it; or raise `Closed`.
+        """
         ...
 
     def cancel(self, fetches: Collection[Fetch], why: str) -> None:
-        """Give these up: each fails, if it has not already, and is drained later unless it is released at once."""
+        """Give these up: each fails, if it has not already, and is drained later unless it is released at once.
+
+        Sends cannot be cancelled. A fetch that is has had its turn: see `Send`.
+        """
         ...
 
     def regroup(self, group: Group, deadline: float) -> None:
-        """Other members from now on. Connections and registrations of who stays are kept where that is possible."""
+        """Other members from now on. Connections and registrations of who stays are kept where that is possible.
+
+        Fetches that are under way fail, and all sends end.
+        """
         ...
 
     def close(self, deadline: float = 5.0) -> None:
-        """End; the second call does nothing. Waits for nobody's agreement."""
+        """End, with all fetches and sends; the second call does nothing. Waits for nobody's agreement."""
         ...
 
 

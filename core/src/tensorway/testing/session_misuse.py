@@ -37,8 +37,13 @@ def refusals(rank: Rank) -> dict[str, str]:
     """What does not exist here, and the classes of the error that is raised if it is asked for."""
     found = mover(rank)
 
-    def posted(layer: int, peer: int, slots: Sequence[int], rows: Sequence[int]) -> Callable[[], object]:
-        return lambda: found.session.post(Fetch(layer, peer, array("i", slots), array("i", rows)), 1.0)
+    def posted(
+        layer: int, peer: int, slots: Sequence[int], rows: Sequence[int], cycle: int = 0
+    ) -> Callable[[], object]:
+        return lambda: found.session.post(Fetch(layer, peer, array("i", slots), array("i", rows), cycle), 1.0)
+
+    def served(layer: int, peer: int, slot: int, cycle: int = 0) -> Callable[[], object]:
+        return lambda: found.session.serve(Send(layer, peer, array("i", [slot]), cycle), 1.0)
 
     layers, slots, rows = len(found.layout.layers), found.layout.slots, found.staging.rows
     uses = {
@@ -51,7 +56,17 @@ def refusals(rank: Rank) -> dict[str, str]:
         "a row that is not there": posted(0, 1, [0], [rows]),
         "a row below zero": posted(0, 1, [0], [-1]),
         "more slots than rows": posted(0, 1, [0, 1], [0]),
+        "a cycle below zero": posted(0, 1, [0], [0], -1),
     }
+    if found.session.capabilities.initiator == "both":
+        uses |= {
+            "a send to itself": served(0, 0, 0),
+            "a send to a rank that is no member's": served(0, len(found.members), 0),
+            "a send of a layer that is not there": served(layers, 1, 0),
+            "a send of a slot that is not there": served(0, 1, slots),
+            "a send of a slot below zero": served(0, 1, -1),
+            "a send in a cycle below zero": served(0, 1, 0, -1),
+        }
     return {what: ", ".join(_raised(use)) for what, use in uses.items()}
 
 

@@ -21,6 +21,7 @@ import attrs
 from tensorway import memory
 from tensorway.eplb import (
     Capabilities,
+    Control,
     Drained,
     EplbContext,
     Event,
@@ -270,8 +271,9 @@ def open_session(
     (slot,) = host().named(communicator, "eplb_communicator")
     offer = slot.load(host().context, PATIENCE)
     assert offer is not None and offer.factory is not None, slot.record
-    found.session = offer.factory(validated(offer, dict(options)), context(rank, place, deadline))
-    return found.session.capabilities, found.session.control is not None
+    made: Any = offer.factory(validated(offer, dict(options)), context(rank, place, deadline))
+    found.session = made
+    return made.capabilities, made.control is not None
 
 
 def create_session(
@@ -331,10 +333,13 @@ def _of(told: Told, lost: Sequence[int]) -> bool:
     return told.kind == "PeerFailed" and told.peer in lost
 
 
-def post(rank: Rank, layer: int, peer: int, slots: Sequence[int], cycle: int = 0, attempt: int = 0) -> None:
+def post(
+    rank: Rank, layer: int, peer: int, slots: Sequence[int], cycle: int = 0, attempt: int = 0,
+    deadline: float = PATIENCE,
+) -> None:  # fmt: skip
     """Start one fetch."""
     found = mover(rank)
-    found.session.post(found.fetch(layer, peer, slots, cycle, attempt), PATIENCE)
+    found.session.post(found.fetch(layer, peer, slots, cycle, attempt), deadline)
 
 
 def serve(rank: Rank, layer: int, peer: int, slots: Sequence[int], cycle: int = 0) -> None:
@@ -342,12 +347,15 @@ def serve(rank: Rank, layer: int, peer: int, slots: Sequence[int], cycle: int = 
     mover(rank).session.serve(Send(layer, peer, array("i", slots), cycle), PATIENCE)
 
 
-def settle(rank: Rank, seconds: float) -> list[Told]:
-    """Poll until every fetch that was posted is filled or has failed; all that was told."""
+def settle(rank: Rank, seconds: float, lost: Sequence[int] = ()) -> list[Told]:
+    """Poll until every fetch that was posted is filled or has failed, and these are said to be lost; what was told."""
     found, posted = mover(rank), {id(posted.fetch) for posted in mover(rank).posted}
-    found.poll_until(
-        lambda events: posted <= {id(event.fetch) for event in events if isinstance(event, (Filled, Failed))}, seconds
-    )
+
+    def all_told(events: list[Event]) -> bool:
+        ends = {id(event.fetch) for event in events if isinstance(event, (Filled, Failed))}
+        return posted <= ends and {event.peer for event in events if isinstance(event, PeerFailed)} >= set(lost)
+
+    found.poll_until(all_told, seconds)
     return found.told()
 
 
@@ -363,9 +371,17 @@ def settle_one_by_one(rank: Rank, layer: int, peer: int, seconds: float) -> list
 
 def listen(rank: Rank, seconds: float) -> tuple[list[Told], float, float]:
     """Poll once for so long; what was told, seconds that took, and seconds of processor time."""
-    found = mover(rank)
-    began = time.monotonic(), time.process_time()
-    found.hear(seconds)
+    return _measured(rank, lambda found: found.hear(seconds))
+
+
+def wait_out(rank: Rank, seconds: float) -> tuple[list[Told], float, float]:
+    """Poll again and again until something is told or so long is over; the same."""
+    return _measured(rank, lambda found: found.poll_until(bool, seconds))
+
+
+def _measured(rank: Rank, act: Callable[[Mover], object]) -> tuple[list[Told], float, float]:
+    found, began = mover(rank), (time.monotonic(), time.process_time())
+    act(found)
     took, busy = time.monotonic() - began[0], time.process_time() - began[1]
     return found.told(), took, busy
 
@@ -436,7 +452,14 @@ def counted(rank: Rank) -> tuple[int, int, int]:
     return len(list(Path("/proc/self/task").iterdir())), len(os.listdir("/proc/self/fd")), pages  # noqa: PTH208
 
 
-# -- refusals
+# -- messages
+
+
+def control(rank: Rank) -> Control:
+    """The channel of its session, which has one."""
+    found: Control | None = mover(rank).session.control
+    assert found is not None, "the session has no channel for messages"
+    return found
 
 
 def send_messages(rank: Rank, peer: int, payloads: Sequence[bytes]) -> str:
@@ -445,7 +468,7 @@ def send_messages(rank: Rank, peer: int, payloads: Sequence[bytes]) -> str:
 
     try:
         for payload in payloads:
-            mover(rank).session.control.send(peer, payload, 10.0)
+            control(rank).send(peer, payload, 10.0)
     except (PeerLost, DeadlineExceeded) as error:
         return type(error).__name__
     return ""
@@ -453,8 +476,9 @@ def send_messages(rank: Rank, peer: int, payloads: Sequence[bytes]) -> str:
 
 def receive_messages(rank: Rank, count: int, seconds: float) -> list[tuple[int, bytes]]:
     """So many messages, or what came in time; and whatever comes with the last of them."""
-    session, until, heard = mover(rank).session, time.monotonic() + seconds, []
+    heard: list[tuple[int, bytes]] = []
+    until = time.monotonic() + seconds
     while len(heard) < count and time.monotonic() < until:
-        heard += session.control.receive()
-        session.poll(0.01)
-    return heard + session.control.receive()
+        heard += control(rank).receive()
+        mover(rank).session.poll(0.01)
+    return heard + control(rank).receive()

@@ -66,6 +66,8 @@ class _Move:
     subject: Fetch | Send
     tag: int
     messages: list[Message]
+    #: When a fetch is given up.
+    until: float = float("inf")
     #: What gloo has in its hands; it goes wrong if they are dropped before it is done.
     works: list[object] = attrs.field(factory=list)
     #: Its `Failed` is out; what is left to say is `Drained`, and not even that if its rows were released.
@@ -130,7 +132,7 @@ class GlooSession:
             return self._staging[kind][start : start + kind[1]]
 
         parts = messages([tensor.row_bytes for tensor in tensors], len(fetch.rows), row)
-        self._start(_Move(fetch, self._tag(fetch), parts))
+        self._start(_Move(fetch, self._tag(fetch), parts, time.monotonic() + deadline))
 
     def serve(self, send: Send, deadline: float) -> None:
         """Send from the live rows, or from copies of them: until `Served` they must stay as they are."""
@@ -157,13 +159,18 @@ class GlooSession:
         return events
 
     def _listen(self, mesh: Mesh, until: float) -> None:
-        """Settle all that has arrived; with nothing to say yet, wait for the first."""
+        """Settle all that has arrived; with nothing to say yet, wait for the first, or for a fetch whose time is up."""
         while True:
-            left = 0.0 if self._events else max(0.0, until - time.monotonic())
+            fetches = [move for move in self._moves if move.until < until and not move.cancelled]
+            wake = min([until, *(move.until for move in fetches)])
+            left = 0.0 if self._events else max(0.0, wake - time.monotonic())
             try:
                 self._settle(*mesh.arrived.get(left > 0, left or None))
             except Empty:
-                return
+                late = [move.subject for move in fetches if move.until <= time.monotonic()]
+                self.cancel([fetch for fetch in late if isinstance(fetch, Fetch)], "its deadline has passed")
+                if self._events or time.monotonic() >= until:
+                    return
 
     def cancel(self, fetches: Collection[Fetch], why: str) -> None:
         """gloo takes no receive back: rows that it fills itself are drained when they have come, or with the group."""

@@ -47,13 +47,14 @@ class TcpStore:
 
     def __init__(self, options: TcpStoreOptions) -> None:
         try:
-            import torch.distributed as dist
+            import torch.distributed
         except ImportError as error:
             raise BackendUnavailable(
                 "The rendezvous tcpstore was asked for.",
                 f"torch cannot be loaded: {error}.",
                 'pip install "tensorway[tcpstore]"',
             ) from error
+        dist: Any = torch.distributed  # it says what is in it in some builds only
         self._trouble = (dist.DistError,)
         listener, self.address = (None, options.address) if options.address else _listen(options)
         parts = urlsplit(f"//{self.address}")
