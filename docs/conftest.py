@@ -43,7 +43,12 @@ DEADLINE = 100
 LIBRARIES = ("torch", "mooncake", "nixl_cu12", "nixl_cu13", "nixl_rocm", "redis", "rixl")
 #: And where there is no accelerator. Nobody can take one out, so where there is one, console blocks are skipped.
 ACCELERATORS = ("cuda", "rocm", "xpu")
-SCHEMAS = json.loads((resources.files("tensorway.cli") / "schemas.json").read_text("utf-8"))
+#: Of the core's commands, and of those that dists bring.
+SCHEMAS = {
+    name: schema
+    for package in ("tensorway_eplb.command", "tensorway.cli")
+    for name, schema in json.loads((resources.files(package) / "schemas.json").read_text("utf-8"))["$defs"].items()
+}
 
 # The shell's own words around each command: where it starts, and what it leaves behind for the next.
 WRAPPER = """\
@@ -140,7 +145,7 @@ def valid(document):
     """Check one JSON answer of the command line against its schema."""
     jsonschema.validate(
         document,
-        SCHEMAS["$defs"][document["schema"]] | {"$defs": SCHEMAS["$defs"]},
+        SCHEMAS[document["schema"]] | {"$defs": SCHEMAS},
         cls=jsonschema.Draft202012Validator,
     )
 

@@ -1,13 +1,13 @@
 """How long a rebalance takes, against how engines do it today and against a plain copy, all in the same run.
 
-    python tests/bench/eplb.py [--short] [--ranks=2|4] [--repetitions=N] [--only=WORD] [--json=FILE]
+    python tests/bench/eplb.py [--short] [--ranks=2|4] [--repetitions=N] [--only="NAME;..."] [--json=FILE]
 
 One group of processes for each variant. All groups have the same weights and the same staging in shared memory, and
-commit with the same code. Groups that are not measured are stopped, so that their threads tax nobody; variants take
+commit with the same code. Groups that are not measured are stopped, but for ours, which sleep then; variants take
 turns, and each turn is a whole rebalance there and one back, with all weights compared in between. The time is that
 of the slowest rank. Printed are medians of ratios within a turn: the machine is shared, and seconds of one turn say
-little about those of another. docs/rebalance-benchmarks.md says how to read it. `--only` takes variants whose names
-have the word in them; without `--ranks` both numbers are measured, or two ranks only with `--short`.
+little about those of another. docs/rebalance-benchmarks.md says how to read it. `--only` takes the variants of these
+names; without `--ranks` both numbers are measured, or two ranks only with `--short`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ import attrs
 
 #: Between a group's going on and its rebalance: for what its threads have to catch up with.
 SETTLE = 0.1
-#: So often, and so long, groups with a lease go on, or the rendezvous takes them for dead.
-BREATH = 3.0, 0.25
 
 
 @attrs.frozen
@@ -97,6 +95,10 @@ PAIRS: list[tuple[str, str, dict[int, str]]] = [
 ]
 
 
+#: Whose rates a whole cycle is reckoned by: ours, and the anchor's. The same fabric, with digests.
+WHOLE = ("ours nixl cma", "anchor cma")
+
+
 @attrs.frozen
 class Turn:
     """One variant, there and back."""
@@ -130,7 +132,6 @@ class Bench:
             Memory.of(self._board), f"{folder}/{ranks}",
         )  # fmt: skip
         self.ranks = Ranks(ranks * len(chosen))
-        self._breathed = time.monotonic()
 
     def enter(self) -> None:
         """Let every group form, and stop it."""
@@ -139,7 +140,6 @@ class Bench:
         for number, variant in enumerate(self.chosen):
             setup = attrs.evolve(self._setup, store=f"{self._setup.store}-{number}")
             path = f"/bench/{self.count}-{number}"
-            self._breathe()
             self._signal(number, signal.SIGCONT)
             self.ranks.enter(self._indices(number), enter, path, 0, variant.kind, setup, variant.options)
             self._signal(number, signal.SIGSTOP)
@@ -148,7 +148,6 @@ class Bench:
         """Let a group go on, rebalance there and back, compare, and stop it."""
         from eplb_variants.movers import rebalance
 
-        self._breathe()
         self._signal(number, signal.SIGCONT)
         time.sleep(SETTLE)
         seconds, reports = 0.0, []
@@ -171,19 +170,11 @@ class Bench:
         return list(range(number * self.count, (number + 1) * self.count))
 
     def _signal(self, number: int, what: int) -> None:
+        """To all but ours: those keep leases, which who is stopped loses, and sleep with nothing to do."""
+        if self.chosen[number].kind == "ours":
+            return
         for index in self._indices(number):
             self.ranks[index].signal(what)
-
-    def _breathe(self) -> None:
-        """Members of ours keep a lease in the rendezvous, and who is stopped for longer than that lasts is lost."""
-        if time.monotonic() - self._breathed < BREATH[0]:
-            return
-        ours = [number for number, variant in enumerate(self.chosen) if variant.kind == "ours"]
-        for what in (signal.SIGCONT, signal.SIGSTOP):
-            for number in ours:
-                self._signal(number, what)
-            time.sleep(BREATH[1] if what == signal.SIGCONT else 0.0)
-        self._breathed = time.monotonic()
 
 
 @contextlib.contextmanager
@@ -227,6 +218,14 @@ def show(ranks: int, found: dict[str, list[Turn]]) -> None:
             print(f"  {first + ' / ' + second:62} wall {wall:5.2f}  CPU {cpu:5.2f}{wanted}")
 
 
+def rate(ranks: int, short: bool, found: dict[str, list[Turn]], name: str) -> float:
+    """Bytes a second that each rank receives and commits, while half of its slots change."""
+    from eplb_variants.model import FULL, SHORT, received_bytes
+
+    seconds = statistics.median(turn.seconds for turn in found[name])
+    return received_bytes(SHORT if short else FULL, ranks) / seconds
+
+
 def ratio(found: dict[str, list[Turn]], first: str, second: str, what: str) -> float:
     """The median of ratios of turns that were neighbours."""
     pairs = zip(found[first], found[second], strict=True)
@@ -249,7 +248,8 @@ def main() -> None:
     given = arguments()
     # The ranks load what is beside this file.
     os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
-    chosen = [variant for variant in variants() if given.only in variant.name]
+    only = given.only.split(";") if given.only else []
+    chosen = [variant for variant in variants() if not only or variant.name in only]
     for variant in chosen:
         if variant.missing:
             print(f"{variant.name}: not measured. pip install {variant.missing}")
@@ -259,6 +259,10 @@ def main() -> None:
     for ranks in [given.ranks] if given.ranks else [2] if given.short else [2, 4]:
         results[ranks] = found = measure(ranks, given.short, chosen, repetitions)
         show(ranks, found)
+        if set(WHOLE) <= found.keys():
+            from eplb_variants import whole
+
+            whole.show(given.short, *(rate(ranks, given.short, found, name) for name in WHOLE))
     if given.json:
         rows = {
             ranks: {name: [*map(attrs.asdict, turns)] for name, turns in each.items()}

@@ -28,7 +28,8 @@ MOVEMENTS = {"eplb": "onesided"}
 FOLDERS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
 #: By the name of their page, which is that of the backend.
 BACKENDS = {MOVEMENTS.get(name, name): folder for name, folder in FOLDERS.items()}
-SCHEMAS = json.loads((resources.files("tensorway.cli") / "schemas.json").read_text("utf-8"))["$defs"]
+#: A page with examples, and the package whose commands print them.
+SCHEMAS = {"reference/cli.md": "tensorway.cli", "rebalance-planning.md": "tensorway_eplb.command"}
 
 
 def commands(parser, words=("tensorway",)):
@@ -83,10 +84,12 @@ def test_no_section_describes_a_command_or_an_option_that_does_not_exist(page):
         assert set(re.findall(r"(?<![\w-])--[a-z-]+", sections[command].split("```")[0])) <= known, command
 
 
-def test_every_schema_has_an_example_that_is_run(page):
-    sections = page("reference/cli.md").sections(3)
-    names = [name for name in SCHEMAS if name.startswith("tensorway.")]
-    assert set(names) == {title for title in sections if title.startswith("tensorway.")}
+@pytest.mark.parametrize("where", SCHEMAS)
+def test_every_schema_has_an_example_that_is_run(where, page):
+    sections = page(where).sections(3)
+    schemas = json.loads((resources.files(SCHEMAS[where]) / "schemas.json").read_text("utf-8"))["$defs"]
+    names = [name for name in schemas if name.startswith("tensorway.")]
+    assert names and set(names) == {title for title in sections if title.startswith("tensorway.")}
     for name in names:
         (block,) = re.findall(r"^```console\n(.*?)^```$", sections[name], re.DOTALL | re.MULTILINE)
         assert re.match(r"\$ tensorway .* --json\n", block) and f'"schema": "{name}"' in block

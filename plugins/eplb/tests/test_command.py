@@ -9,8 +9,10 @@ import json
 import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from tensorway import cli, plugins
 from tensorway.errors import PlacementInvalid, TensorwayError
 from tensorway.types import Offer, ProbeResult
 from tensorway_eplb.command import charts, inputs, replay
+from tensorway_eplb.gate import CODES
 from tensorway_eplb.placement import Placement
 
 WEIGHTS = [
@@ -53,8 +56,20 @@ def eplb(folder, *arguments, code=0):
     return done
 
 
+SCHEMAS = json.loads((resources.files("tensorway_eplb.command") / "schemas.json").read_text("utf-8"))["$defs"]
+
+
 def answer(folder, *arguments, code=0):
-    return json.loads(eplb(folder, *arguments, "--json", code=code).stdout)
+    """What `--json` prints: every answer of every test has the shape that its schema says."""
+    found = json.loads(eplb(folder, *arguments, "--json", code=code).stdout)
+    assert (code == 0) == (found["schema"] in SCHEMAS)
+    if code == 0:
+        validator(found["schema"]).validate(found)
+    return found
+
+
+def validator(name):
+    return jsonschema.Draft202012Validator(SCHEMAS[name])
 
 
 # -- plan
@@ -239,6 +254,45 @@ def test_what_cannot_be_meant_is_usage(folder, arguments, words, monkeypatch, ca
 def test_a_policy_that_nobody_offers_is_not_found(folder):
     found = answer(folder, "plan", "--loads", "w.json", *START, "--policy", "incremntal", code=4)
     assert ("tensorway.error/1", True) == (found["schema"], "Did you mean 'incremental'?" in found["to_do"])
+
+
+# -- schemas
+
+
+def objects(schema):
+    """Every object that a schema describes."""
+    if isinstance(schema, dict):
+        if "object" in schema.get("type", ()):
+            yield schema
+        for below in schema.values():
+            yield from objects(below)
+    elif isinstance(schema, list):
+        for below in schema:
+            yield from objects(below)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_is_one_and_names_every_field(name):
+    jsonschema.Draft202012Validator.check_schema(SCHEMAS[name])
+    assert {"const": name} == SCHEMAS[name]["properties"]["schema"]
+    for described in objects(SCHEMAS[name]):
+        assert list(described["properties"]) == described["required"]
+        assert described["additionalProperties"] is False
+
+
+def test_the_schema_knows_every_code_of_the_gate():
+    gate = SCHEMAS["tensorway.eplb-plan/1"]["properties"]["gate"]["properties"]
+    assert list(CODES) == gate["code"]["enum"]
+
+
+def test_an_answer_with_a_field_too_many_or_too_few_or_of_another_kind_is_not_valid(folder):
+    plan = answer(folder, "plan", "--loads", "w.json", *START)
+    assert validator("tensorway.eplb-plan/1").is_valid(plan)
+    for change in ({"more": 1}, {"seconds": "0.1"}, {"links": None}, {"gate": {**plan["gate"], "code": "perhaps"}}):
+        assert not validator("tensorway.eplb-plan/1").is_valid({**plan, **change}), change
+    for field in plan:
+        kept = {key: value for key, value in plan.items() if key != field}
+        assert not validator("tensorway.eplb-plan/1").is_valid(kept), field
 
 
 # -- pictures

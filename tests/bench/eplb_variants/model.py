@@ -73,7 +73,7 @@ class Shape:
 
 
 FULL = Shape(8, 16, (("w13", 4 << 20), ("w2", 2 << 20), ("w13_scale", 1024), ("w2_scale", 512)))
-SHORT = Shape(4, 16, (("w13", 512 << 10), ("w2", 256 << 10), ("w13_scale", 1024), ("w2_scale", 512)))
+SHORT = Shape(4, 16, (("w13", 2 << 20), ("w2", 1 << 20), ("w13_scale", 1024), ("w2_scale", 512)))
 
 
 def placements(shape: Shape, ranks: int) -> tuple[Placement, Placement]:
@@ -91,6 +91,13 @@ def placements(shape: Shape, ranks: int) -> tuple[Placement, Placement]:
                 to = within[(within.index(index) + 1) % len(within)]
                 new[layer, chosen[:, to]] = old[layer, chosen[:, index]]
     return tuple(Placement(each, slots * ranks, ranks) for each in (old, new))  # type: ignore[return-value]
+
+
+def received_bytes(shape: Shape, ranks: int) -> int:
+    """What each rank receives from others, there and back."""
+    there, back = placements(shape, ranks)
+    rows = sum(len(set(back.by_rank[layer, 0]) ^ set(there.by_rank[layer, 0])) for layer in range(shape.layers))
+    return rows * shape.row_bytes
 
 
 class Contents:

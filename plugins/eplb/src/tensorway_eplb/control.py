@@ -9,11 +9,13 @@ from __future__ import annotations
 import struct
 from typing import Final
 
+from tensorway._logging import logger
 from tensorway.eplb import Group
-from tensorway.errors import Unsupported
+from tensorway.errors import LeaseLost, TensorwayError, Unsupported
 from tensorway.rendezvous import Rendezvous
 from tensorway.rendezvous.rendezvous import Watch
 
+_log = logger("eplb")
 #: So that two equal messages are two changes, and one of an earlier epoch is told from ours.
 _HEAD: Final = struct.Struct("<qq")
 #: Seconds that the messages of a member outlive it.
@@ -38,11 +40,14 @@ class StoreControl:
         """Put it where the member looks."""
         self._sent += 1
         key = f"{self._group.path}/mail/{self._group.members[peer]}/{self._group.name}"
-        if self._lease is not None and self._lease.lost:
-            self._lease = self._rendezvous.lease(_TTL)
-        # What a rendezvous may take is not what a fabric takes.
         value = _HEAD.pack(self._group.epoch, self._sent) + payload
-        self._rendezvous.put(key, value, lease=self._lease, deadline=max(deadline, 1.0))
+        # What a rendezvous may take is not what a fabric takes.
+        seconds = max(deadline, 1.0)
+        try:
+            self._rendezvous.put(key, value, lease=self._lease, deadline=seconds)
+        except LeaseLost:  # this process was stopped for longer than it lives, or the service was started anew
+            self._lease = self._rendezvous.lease(_TTL, seconds)
+            self._rendezvous.put(key, value, lease=self._lease, deadline=seconds)
 
     def receive(self) -> list[tuple[int, bytes]]:
         """What was put since."""
@@ -62,6 +67,9 @@ class StoreControl:
 
     def close(self) -> None:
         """No more; what was sent is taken back."""
-        self._watch.close()
-        if self._lease is not None:
-            self._rendezvous.end(self._lease)
+        try:
+            self._watch.close()
+            if self._lease is not None:
+                self._rendezvous.end(self._lease)
+        except TensorwayError as error:  # the rendezvous may be gone before us, and our lease ends by itself
+            _log.debug("What was sent was not taken back: %s", error)

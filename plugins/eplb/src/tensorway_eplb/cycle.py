@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from typing import Final, Protocol
 
 import attrs
@@ -24,6 +25,7 @@ from tensorway_eplb.arrivals import Arrivals, CopySource, Counts, Supply
 from tensorway_eplb.placement import EMPTY, Map, Placement
 from tensorway_eplb.plan import LayerPlan, TransferPlan
 from tensorway_eplb.rows import Digests, Rows
+from tensorway_eplb.stalls import Stalls
 
 _log = logger("eplb")
 #: The longest that one look waits for a fetch, before the others are heard again.
@@ -37,6 +39,7 @@ _BASE_SECONDS: Final = 5.0
 _SLOWEST: Final = 10e6
 #: Signs of life within a member's patience.
 _BEATS: Final = 4
+_DECODE_REPORT: Final = msgspec.msgpack.Decoder(Report).decode
 
 
 class Pending(Protocol):
@@ -64,6 +67,19 @@ class Engine(Protocol):
         ...
 
 
+class Cause(Enum):
+    """Why a layer kept its old weights, as counters tell it; `Outcome.aborted` says it in words."""
+
+    NOT_BEGUN = "not_begun"  # a rank was lost before all had begun
+    ROWS = "rows"  # a row could not be had here, or not as it was loaded
+    DEADLINE = "deadline"  # rows were not here in time
+    ENGINE = "engine"  # agreed, but the engine did not take it over in time
+    CANCELLED = "cancelled"
+    LOST = "lost"  # with the lost members, an expert would be lost
+    EXCLUDED = "excluded"  # the others went on without this rank
+    ELSEWHERE = "elsewhere"  # another member gave it up; its counters say why
+
+
 @attrs.frozen
 class Outcome:
     """What became of a cycle here. Survivors of one group have the same layers committed."""
@@ -74,10 +90,16 @@ class Outcome:
     #: Rank, and why it is lost.
     lost: Mapping[int, str]
     counts: Counts
-    #: Seconds waiting for all to begin, moving and agreeing, committing, and for all to end.
+    #: Seconds waiting for all to begin, moving and agreeing, committing, and for all to end; and those of the stalls.
     seconds: Mapping[str, float]
     #: Who went on without this rank; None if nobody did.
     excluded_by: int | None = None
+    #: Of each layer that was aborted.
+    causes: Mapping[int, Cause] = attrs.field(factory=dict)
+    #: How often nothing happened for long while rows were to come.
+    stalls: int = 0
+    #: Rank, and what became of it, of members that are gone and had their part in this cycle before.
+    left: Mapping[int, str] = attrs.field(factory=dict)
 
 
 @attrs.frozen(eq=False)
@@ -122,8 +144,11 @@ class Cycle:
         self._started: set[int] = set()
         self._ended: set[int] = set()
         self._lost: dict[int, str] = {}
+        self._left_after: dict[int, str] = {}
         self._committed: list[int] = []
         self._aborted: dict[int, str] = {}
+        self._causes: dict[int, Cause] = {}
+        self._stalls = Stalls()
         self._told = (0.0, bytes(len(plan.layers)), frozenset[int]())
         self._committing = 0.0
         self._pending: dict[int, Pending] = {}
@@ -158,9 +183,11 @@ class Cycle:
             self._loader.shutdown(wait=False, cancel_futures=True)
         seconds["commit"] = self._committing
         seconds["end"] = time.monotonic() - self._began - sum(seconds.values())
+        seconds["stalled"] = self._stalls.seconds
         return Outcome(
             tuple(sorted(self._committed)), dict(sorted(self._aborted.items())), dict(sorted(self._lost.items())),
-            self._supply.counts, seconds, self._agreement.excluded_by,
+            self._supply.counts, seconds, self._agreement.excluded_by, dict(sorted(self._causes.items())),
+            self._stalls.count, self._left_after,
         )  # fmt: skip
 
     # -- phases
@@ -184,31 +211,37 @@ class Cycle:
                 for rank in waiting:
                     self._lose(rank, "it did not begin in time")
         if self._agreement.view:  # nothing has moved yet: better to plan anew, without who is lost
-            self._give_up("not every rank began")
+            self._give_up(self.plan.layers, Cause.NOT_BEGUN, "not every rank began")
         self._heard = dict.fromkeys(self._heard, time.monotonic())
 
     def _step(self) -> None:
-        self._post()
-        self._hear(self.terms.session.poll(_LOOK if self._open or not self._left else 0.0))
+        self._hear(self.terms.session.poll(0.0 if self._post() else _LOOK))
         for arrivals in list(self._open.values()):
             arrivals.look()
             if arrivals.failed:
-                self._agreement.give_up(arrivals.layer, arrivals.failed)
+                self._give_up([arrivals.layer], Cause.ROWS, arrivals.failed)
             elif not arrivals.missing:
                 self._agreement.ready(arrivals.layer)
         if self.terms.stop.is_set():
-            self._give_up("the rebalance was cancelled")
+            self._give_up(self.plan.layers, Cause.CANCELLED, "the rebalance was cancelled")
+        self._tell()  # while rows are written here, the others can go on
         self._settle()
         self._take_over()
         self._miss()
+        self._stalls.look(self._progress(), self._waits_for)
         self._tell()
 
-    def _give_up(self, why: str) -> None:
-        for layer in self.plan.layers:
-            self._agreement.give_up(layer, why)
+    def _give_up(self, layers: Iterable[int], cause: Cause, why: str) -> None:
+        for layer in layers:
+            if self._agreement.status(layer) is Status.WORKING:  # what is ready, the group decides
+                self._causes[layer] = cause
+                self._agreement.give_up(layer, why)
 
-    def _post(self) -> None:
-        """Begin layers in the plan's order, as many at once as communicator and staging allow."""
+    def _post(self) -> bool:
+        """Begin the next layer in the plan's order, if communicator and staging allow one more.
+
+        Only one: where a fetch is a copy, it is done when it is posted, and the others should hear of it at once.
+        """
         limit = self.terms.session.capabilities.max_layers_in_flight
         while self._left and len(self._open) < limit:
             layer = self._left[0]
@@ -218,13 +251,15 @@ class Cycle:
             try:
                 arrivals = Arrivals(layer, self._supply)
             except StagingFull:
-                return  # a layer that is decided gives rows back
+                return False  # a layer that is decided gives rows back
             self._left.pop(0)
             self._open[layer.layer] = arrivals
             for send in self._sends(layer):
                 if send.peer not in self._agreement.view:
                     self.terms.session.serve(send, self._until - time.monotonic())
             arrivals.start()
+            return True
+        return False
 
     def _settle(self) -> None:
         """Do what was decided."""
@@ -244,6 +279,7 @@ class Cycle:
                 self._committed.append(decision.layer)
             else:
                 self._aborted[decision.layer] = decision.why
+                self._causes.setdefault(decision.layer, self._cause_elsewhere(decision.layer))
             if arrivals is not None:
                 self._release(arrivals)
 
@@ -254,7 +290,7 @@ class Cycle:
             if not pending.done:
                 if not late or not pending.withdraw():
                     continue
-                self._aborted[layer] = "the engine did not take it over in time"
+                self._aborted[layer], self._causes[layer] = "the engine did not take it over in time", Cause.ENGINE
             else:
                 self._committed.append(layer)
             del self._pending[layer]
@@ -264,14 +300,25 @@ class Cycle:
         """Members that are silent, and what to do when the time is up."""
         now = time.monotonic()
         for rank, heard in self._heard.items():
-            if rank in self._agreement.alive and now - heard > self._patience:
+            if rank in self._agreement.alive - self._ended and now - heard > self._patience:
                 self._lose(rank, f"it was silent for {self._patience:.1f} s")
         if now < self._until:
             return
-        self._give_up("it was not there by the deadline")
+        self._give_up(self.plan.layers, Cause.DEADLINE, "it was not there by the deadline")
         if now >= self._until + _GRACE:
             for rank in self._agreement.waiting_for():
                 self._lose(rank, "it did not agree in time")
+
+    def _progress(self) -> tuple[int, int, int]:
+        counts = self._supply.counts
+        return counts.fetched_rows + counts.loaded_rows, self._next, len(self._committed)
+
+    def _waits_for(self) -> str:
+        if self._pending:
+            return f"the engine has not taken over {len(self._pending)} layers"
+        missing = sum(len(arrivals.missing) for arrivals in self._open.values())
+        others = sorted(self._agreement.waiting_for())
+        return f"{missing} rows are under way here, and these ranks are waited for: {others}"
 
     def _end(self) -> None:
         """Stay until the others have decided as well: they may need to hear what this member knows."""
@@ -286,9 +333,15 @@ class Cycle:
     # -- others
 
     def _hear(self, events: list[Event]) -> None:
+        # Reports first: a member that had its part and leaves has said so before it was gone.
+        for rank, payload in self.terms.control.receive():
+            self._hear_report(rank, payload)
         for event in events:
             if isinstance(event, PeerFailed):
-                self._lose(event.peer, event.why)
+                if event.peer in self._ended:
+                    self._left_after[event.peer] = event.why
+                else:
+                    self._lose(event.peer, event.why)
                 continue
             if isinstance(event, Failed | Filled) and (arrivals := self._open.get(event.fetch.layer)) is not None:
                 if isinstance(event, Filled):
@@ -296,8 +349,6 @@ class Cycle:
                 else:
                     arrivals.fetch_failed(event.fetch, event.why, event.released)
             settle_event(event, self.terms.staging)
-        for rank, payload in self.terms.control.receive():
-            self._hear_report(rank, payload)
 
     def _hear_report(self, rank: int, payload: bytes) -> None:
         report = decode(payload)
@@ -360,6 +411,12 @@ class Cycle:
 
     # -- small
 
+    def _cause_elsewhere(self, layer: int) -> Cause:
+        """Of a layer that was not given up here."""
+        if self._agreement.excluded_by is not None:
+            return Cause.EXCLUDED
+        return Cause.ELSEWHERE if self._survivable(layer, self._agreement.view) else Cause.LOST
+
     def _release(self, arrivals: Arrivals) -> None:
         del self._open[arrivals.layer]
         if under_way := arrivals.release():
@@ -389,7 +446,7 @@ def settle_event(event: Event, staging: Staging) -> None:
 def decode(payload: bytes) -> Report | None:
     """A report, or None for what is none."""
     try:
-        return msgspec.msgpack.decode(payload, type=Report)
+        return _DECODE_REPORT(payload)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
 

@@ -33,15 +33,17 @@ from tensorway.eplb import (
 from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, PeerLost, TensorwayError, Unsupported
 from tensorway.rendezvous import Directory, Fact
 from tensorway.rendezvous.rendezvous import Lease
-from tensorway.transport import BlockTable, Peer, Route, State, Transfer, Transport
+from tensorway.transport import BlockTable, Notification, Peer, Route, State, Transfer, Transport
 from tensorway_eplb.communicator_options import OneSidedOptions
 
 _log = logger("eplb")
 #: Kind of row: name, length, device.
 _Kind = tuple[str, int, str]
-#: Looks without a pause, then pauses that double from the first to the last.
+#: Looks without a pause after something happened, then pauses that double from the first to the last.
 _SPINS: Final = 20
 _PAUSES: Final = (20e-6, 500e-6)
+#: Messages that wait here for who receives them; the others wait in the transport, which slows down who sends.
+_MOST_UNREAD: Final = 1000
 #: Seconds that a member's rows are told of after it died.
 _TTL: Final = 10.0
 
@@ -51,6 +53,9 @@ class _Tables(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     incarnation: str
     kinds: list[tuple[int, list[int]]]
+
+
+_DECODE_TABLES: Final = msgspec.msgpack.Decoder(_Tables).decode
 
 
 @attrs.define(eq=False)
@@ -95,6 +100,8 @@ class OneSidedSession:
         self._jobs: list[_Job] = []
         self._quarantine: list[_Job] = []
         self._events: list[Event] = []
+        self._unread: list[Notification] = []
+        self._looks, self._pause = 0, _PAUSES[0]
         self._members: dict[int, _Member] = {}
         try:
             if "read" not in self.endpoint.capabilities.operations:
@@ -174,7 +181,7 @@ class OneSidedSession:
         asked, key = f"Member {name} was to be read from.", self._key(self._group, name)
         record = self._rendezvous.wait(key, max(1e-3, until - time.monotonic()))
         try:
-            return msgspec.msgpack.decode(record.value, type=_Tables)
+            return _DECODE_TABLES(record.value)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             true = f"What it says about its rows cannot be read: {error}."
             raise DescriptionInvalid(asked, true, "Install one version of tensorway everywhere.") from None
@@ -208,18 +215,21 @@ class OneSidedSession:
         """Receivers read by themselves."""
 
     def poll(self, seconds: float) -> list[Event]:
-        """What became of fetches; waits for the first thing that happens."""
-        until, looks, pause = time.monotonic() + seconds, 0, _PAUSES[0]
+        """What became of fetches; waits for the first thing that happens, and a message is one, too."""
+        until = time.monotonic() + seconds
         while True:
             self._check()
             self._look()
             events, self._events = self._events, []
-            if events or (left := until - time.monotonic()) <= 0:
+            if heard := events or self._hear():
+                self._looks, self._pause = 0, _PAUSES[0]
+            if heard or (left := until - time.monotonic()) <= 0:
                 return events
-            looks += 1
-            if looks > _SPINS:
-                time.sleep(min(pause, left))
-                pause = min(2 * pause, _PAUSES[1])
+            # Not anew with every call: who waits for the others leaves the processor to them.
+            self._looks += 1
+            if self._looks > _SPINS:
+                time.sleep(min(self._pause, left))
+                self._pause = min(2 * self._pause, _PAUSES[1])
 
     def cancel(self, fetches: Collection[Fetch], why: str) -> None:
         """Give these up."""
@@ -264,14 +274,21 @@ class OneSidedSession:
 
     def receive(self) -> list[tuple[int, bytes]]:
         """Messages of members, as they are connected now; of nobody else."""
+        self._check()
+        self._hear()
         ranks = {member.peer.incarnation: rank for rank, member in self._members.items()}
-        return [
-            (ranks[note.incarnation], note.payload)
-            for note in self.endpoint.notifications()
-            if note.incarnation in ranks
-        ]
+        notes, self._unread = self._unread, []
+        return [(ranks[note.incarnation], note.payload) for note in notes if note.incarnation in ranks]
 
     # -- inside
+
+    def _hear(self) -> bool:
+        """Whether messages have come."""
+        if len(self._unread) >= _MOST_UNREAD:
+            return False
+        notes = self.endpoint.notifications()
+        self._unread += notes
+        return bool(notes)
 
     def _look(self) -> None:
         for job in list(self._jobs):

@@ -10,18 +10,19 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 import tensorway
 from tensorway.eplb import Control, EplbContext, ExpertLayout, Group, Session, Staging
-from tensorway.errors import Closed, Excluded, PeerLost, PlacementInvalid
+from tensorway.errors import BackendUnavailable, Closed, Excluded, PeerLost, PlacementInvalid
 from tensorway.memory import Region
 from tensorway.rendezvous import Rendezvous
 from tensorway_eplb.arrivals import CopySource
+from tensorway_eplb.choice import AUTO, MEASURED, Choice, decided, fastest, fastest_if_apart, installed
 from tensorway_eplb.control import StoreControl
-from tensorway_eplb.cycle import Cycle, Engine, Outcome, Pending, Terms, settle_event
+from tensorway_eplb.cycle import Cause, Cycle, Engine, Outcome, Pending, Terms, settle_event
 from tensorway_eplb.membership import Membership, Truth
 from tensorway_eplb.placement import EMPTY, Map, Placement
 from tensorway_eplb.plan import TransferPlan
@@ -30,6 +31,8 @@ from tensorway_eplb.rows import UNKNOWN, Copy, Digests, Rows
 
 #: Experts that an error names.
 _NAMED: Final = 5
+#: The part of the time to join that measuring communicators may take.
+_MEASURING: Final = 0.6
 
 
 class Rebalancer:
@@ -57,22 +60,24 @@ class Rebalancer:
 
         `placement` is where experts are now; without one this rank holds nothing yet, and waits for the others to
         invite it by `regroup`. `staging` is memory or a number of rows (default: two layers of slots). `verify`:
-        compare what arrives with digests taken now (default: if the processor can read the weights).
+        compare what arrives with digests taken now (default: if the processor can read the weights). `communicator`:
+        a name; `measured`: the fastest, with `options` of each by its name; `auto`: that for members on different
+        hosts, if there are no options, and else the one of the highest priority.
         """
         until = time.monotonic() + deadline
         self.layout, self._engine, self._source = layout, engine, source
         self._patience, self._topology = patience, topology
-        self._closed = False
-        self._cycle = 0
+        self._closed, self._cycle = False, 0
         self._held = np.full((len(layout.layers), layout.slots), EMPTY, dtype=np.int32)
         self._lost: dict[str, str] = {}
-        #: What became of the last rebalance; None before the first.
-        self.outcome: Outcome | None = None
+        self.outcome: Outcome | None = None  # what became of the last rebalance; None before the first
         self._placement: Placement
         self._control: Control
         self._counted: dict[str, float] = {}
         #: Held while rows of a layer are read or written as a whole: a commit, a reload.
         self._layers = threading.Lock()
+        #: Layer and expert of rows that an engine has loaded since digests were taken.
+        self._reloaded: set[tuple[int, int]] = set()
         self._membership = Membership(rendezvous, group, layout.num_logical)
         rows = staging or 2 * layout.slots
         self.staging = rows if isinstance(rows, Staging) else Staging.on_host(layout.kinds, rows)
@@ -84,9 +89,9 @@ class Rebalancer:
             self._check(placement, group)
             self._held = placement.by_rank[:, group.me].copy()
         self._digests = self._own_digests()
-        context = EplbContext(group, layout, self.staging, rendezvous, until - time.monotonic())
-        session: Any = tensorway.create("eplb_communicator", communicator, dict(options or {}), context=context)
-        self._session: Session = session
+        #: How the communicator was chosen, if it was measured.
+        self.choice: Choice | None = None
+        self._session = self._opened(rendezvous, communicator, options or {}, late=placement is None, until=until)
         try:
             self._control = self._session.control or StoreControl(rendezvous, group)
             self._adopt(self._membership.exchange(self._held, self._digests, until - time.monotonic()))
@@ -110,6 +115,11 @@ class Rebalancer:
     def lost(self) -> Mapping[str, str]:
         """Members that were lost in this epoch, and why: `regroup` goes on without them."""
         return dict(self._lost)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether rows are compared with digests."""
+        return self._verify
 
     def statistics(self) -> Mapping[str, float]:
         """What was moved, what failed, and how long it took, since this rank joined."""
@@ -139,7 +149,7 @@ class Rebalancer:
         plan = TransferPlan.make(self._placement, new, self._topology_of(), copies=self._copies())
         self._cycle += 1
         terms = Terms(
-            self._session, self._control, self.staging, self._rows, _Locked(engine or self._engine, self._layers),
+            self._session, self._control, self.staging, self._rows, self._locked(engine or self._engine),
             self.group.epoch, self._cycle, self.group.me, self._digests if self._verify else None,
             self._source, self._patience, stop or threading.Event(),
         )  # fmt: skip
@@ -164,6 +174,8 @@ class Rebalancer:
         self._drain()
         own = self._own_digests() if reloaded else self._digests_of_held()
         self._adopt(self._membership.exchange(self._held, own, until - time.monotonic()))
+        if reloaded:
+            self._reloaded.clear()
         return self._placement
 
     @contextlib.contextmanager
@@ -172,18 +184,32 @@ class Rebalancer:
         with self._layers:
             slots = np.flatnonzero(self._held[layer] == expert).tolist()
             yield [self._rows.live(layer, slot) for slot in slots]
+            self._reloaded.add((layer, expert))
+
+    def check_row(self, layer: int, slot: int) -> tuple[int, bool] | None:
+        """The expert in a slot here, and whether its row is what was loaded; reads the row.
+
+        None if that cannot be said: the slot is empty, nobody took a digest, or the expert was reloaded since. Any
+        thread may ask; a commit and a reload wait for one row.
+        """
+        self._open()
+        with self._layers:
+            expert = int(self._held[layer, slot])
+            known = UNKNOWN if expert == EMPTY else int(self._digests[layer, expert])
+            if known == UNKNOWN:
+                return None
+            right = self._rows.live_digest(layer, slot) == known
+            if right:
+                self._reloaded.discard((layer, expert))  # it was loaded again, as it had been
+            return None if (layer, expert) in self._reloaded else (expert, right)
 
     def audit(self) -> list[tuple[int, int, int]]:
-        """Layer, slot and expert of rows here that are not what was loaded; reads all weights once."""
-        table = self._digests
-        wrong = []
-        for layer, slot in np.argwhere(self._held >= 0).tolist():
-            expert = int(self._held[layer, slot])
-            with self._layers:
-                known = int(table[layer, expert])
-                if known != UNKNOWN and self._rows.live_digest(layer, slot) != known:
-                    wrong.append((layer, slot, expert))
-        return wrong
+        """Layer, slot and expert of rows here that are not what was loaded; reads all weights at once.
+
+        `tensorway_eplb.audit.Audit` does so beside a serving loop.
+        """
+        checked = ((layer, slot, self.check_row(layer, slot)) for layer, slot in np.ndindex(*self._held.shape))
+        return [(layer, slot, found[0]) for layer, slot, found in checked if found is not None and not found[1]]
 
     def close(self, deadline: float = 5.0) -> None:
         """Leave; the second call does nothing."""
@@ -203,14 +229,36 @@ class Rebalancer:
 
     # -- inside
 
+    def _opened(
+        self, rendezvous: Rendezvous, communicator: str, options: Mapping[str, object], *, late: bool, until: float
+    ) -> Session:
+        """A session; if it is measured which one, who is invited later uses what the others use."""
+        where, left = (rendezvous, self.group, self.layout, self.staging), _MEASURING * (until - time.monotonic())
+        if communicator == MEASURED:
+            candidates = installed(options)
+            self.choice = decided(*where[:2], candidates) if late else fastest(*where, left, candidates)
+        elif communicator == AUTO and not options:  # options are of the one that its user expects
+            self.choice = decided(*where[:2]) if late else fastest_if_apart(*where, left)
+        if self.choice is not None:
+            communicator, options = self.choice.name, self.choice.options
+        elif communicator == MEASURED:
+            raise BackendUnavailable(
+                "The communicator that this group has measured was to be used.",
+                "It has measured none.",
+                "Ask for the same communicator on every member.",
+            )
+        context = EplbContext(self.group, self.layout, self.staging, rendezvous, until - time.monotonic())
+        session: Session = tensorway.create("eplb_communicator", communicator, dict(options), context=context)
+        return session
+
     def _take(self, plan: TransferPlan, outcome: Outcome) -> None:
         """Remember what a cycle did, and raise what it could not do."""
         rows = self._placement.map.copy()
         layers = list(outcome.committed)
         rows[layers] = plan.new.map[layers]
         self._placement = Placement(rows, plan.new.num_logical, plan.new.ranks, plan.old.epoch + 1)
-        self._held = self._placement.by_rank[:, self.group.me].copy()
-        self._lost.update({self.group.members[rank]: why for rank, why in outcome.lost.items()})
+        gone = {**outcome.left, **outcome.lost}
+        self._lost.update({self.group.members[rank]: why for rank, why in gone.items()})
         self._count(outcome)
         asked = f"A rebalance of {len(plan.layers)} layers was asked for."
         true = f"{len(outcome.committed)} of them are committed, and the others keep their old weights"
@@ -221,11 +269,22 @@ class Rebalancer:
         if outcome.lost:
             raise PeerLost(asked, f"Lost: {self._names(self._lost)}. {true}.", "Call regroup() on all that are left.")
 
+    def _locked(self, engine: Engine) -> _Locked:
+        me, slots = self.group.me, self.layout.slots
+
+        def taken(layer: int, experts: Map) -> None:
+            self._held[layer] = experts[me * slots : (me + 1) * slots]
+
+        return _Locked(engine, self._layers, taken)
+
     def _count(self, outcome: Outcome) -> None:
         counts: dict[str, float] = {
             "rebalances": 1,
             "layers_committed": len(outcome.committed),
+            "rebalances_skipped": float(not outcome.committed and not outcome.aborted),  # it was there already
             "layers_aborted": len(outcome.aborted),
+            **{f"layers_aborted_{cause.value}": list(outcome.causes.values()).count(cause) for cause in Cause},
+            "stalls": outcome.stalls,
             "members_lost": len(outcome.lost),
             **{f"{phase}_seconds": spent for phase, spent in outcome.seconds.items()},
             **{name: float(getattr(outcome.counts, name)) for name in outcome.counts.__slots__ if name[0] != "_"},
@@ -301,14 +360,15 @@ def _verifiable(layout: ExpertLayout, wanted: bool | None) -> bool:
 
 
 class _Locked:
-    """The engine's commit, while nobody reloads."""
+    """The engine's commit, while nobody reads or writes rows of its own; `taken` is told what the slots hold then."""
 
-    def __init__(self, engine: Engine, lock: threading.Lock) -> None:
-        self._engine, self._lock = engine, lock
+    def __init__(self, engine: Engine, lock: threading.Lock, taken: Callable[[int, Map], None]) -> None:
+        self._engine, self._lock, self._taken = engine, lock, taken
 
     def commit(self, layer: int, experts: Map, write: Callable[[], None]) -> Pending | None:
         def locked() -> None:
             with self._lock:
                 write()
+                self._taken(layer, experts)
 
         return self._engine.commit(layer, experts, locked)

@@ -1,0 +1,79 @@
+"""What operators are told to watch is what the code counts, and every error of a rebalance has its line."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+import tensorway
+from tensorway.eplb import ExpertLayout, Group
+from tensorway_eplb.background import Background, State
+from tensorway_eplb.cycle import Cause
+from tensorway_eplb.placement import Placement
+from tensorway_eplb.rebalancer import Rebalancer
+
+
+class Engine:
+    """One rank that computes nothing."""
+
+    def commit(self, layer, experts, write):
+        write()
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """What a rank counts in a rebalance: a group of one has all phases."""
+    start = Placement.linear(1, 2, ranks=1, slots=2)
+    layout = ExpertLayout.of([{"w13": np.zeros((2, 8))}], 2)
+    group = Group("/docs/experts", ("decode-0",), 0)
+    with (
+        tensorway.create("rendezvous", "direct", {"secret": "the same everywhere"}) as service,
+        Rebalancer(service, group, layout, Engine(), placement=start, communicator="onesided") as rebalancer,
+    ):
+        rebalancer.rebalance(Placement(start.map[:, ::-1], 2, 1))
+        return rebalancer.statistics()
+
+
+def first_cells(rows):
+    """The names in the first column of a table."""
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+
+
+def test_the_counters_are_those_of_the_code(page, counted):
+    operations = page("operations.md")
+    causes = {f"layers_aborted_{cause.value}" for cause in Cause}
+    assert counted["layers_committed"] == 1
+    shown = first_cells(operations.rows(3, "What a rank counts"))
+    assert len(shown) == len(set(shown))
+    assert counted.keys() - causes == set(shown)
+    assert [f"layers_aborted_{cause.value}" for cause in Cause] == first_cells(
+        operations.rows(3, "Why a layer kept its old weights")
+    )
+    assert causes <= counted.keys()
+
+
+def test_the_states_of_a_background_rebalance_are_those_of_the_code(page):
+    rows = page("operations.md").rows(3, "Where a background rebalance is")
+    assert [state.value for state in State] == first_cells(rows)
+    for state, row in zip(State, rows, strict=True):
+        assert f"`{state.value}_seconds`" in row[-1]
+    assert set(Background(None, None, min).statistics()) == {"idle_seconds", "waiting_layers"}
+
+
+ERRORS = ["PeerLost", "DeadlineExceeded", "Incompatible", "Excluded"]
+ERRORS += ["ExpertLost", "StagingFull", "PlacementInvalid", "LayoutInvalid"]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_error_of_a_rebalance_has_a_line_that_leads_to_the_catalogue(page, error):
+    rows = page("operations.md").rows(3, "What fails, what an operator sees, what to do")
+    assert any(f"[{error}](reference/errors.md#{error.lower()})" in seen for _, seen, _ in rows)
+
+
+def test_every_counter_that_a_failure_shows_is_one(page, counted):
+    rows = page("operations.md").rows(3, "What fails, what an operator sees, what to do")
+    named = {name for row in rows for name in re.findall(r"`(\w+_\w+)`", row[1])}
+    assert named - counted.keys() <= {"wrong_found", "waiting_layers"}
+    assert {"mismatched_rows", "members_lost"} <= named
