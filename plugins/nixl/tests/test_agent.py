@@ -97,7 +97,7 @@ left = [name for name in set(os.environ) ^ set(before) if name.startswith("UCX_"
 print(json.dumps([sorted(left), libc.getenv(b"UCX_TLS"), libc.getenv(b"UCX_NET_DEVICES")]))
 """
     )
-    ours = ["UCX_DEBUG_SIGNO", "UCX_LOG_FILE", "UCX_RCACHE_MAX_UNRELEASED", "UCX_TCP_USER_TIMEOUT"]
+    ours = ["UCX_DEBUG_SIGNO", "UCX_LOG_FILE", "UCX_RCACHE_MAX_UNRELEASED", "UCX_TCP_USER_TIMEOUT", "UCX_USE_MT_MUTEX"]
     assert [ours, None, None] == fresh_python(code)
 
 
