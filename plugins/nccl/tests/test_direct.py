@@ -7,15 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tensorway.errors import Closed, DeadlineExceeded, PeerLost, TransferFailed, Unsupported
+from tensorway.errors import Closed, PeerLost, TransferFailed
 from tensorway_nccl import direct
-from tensorway_nccl.direct import Communicator, Config, Move, UniqueId, rounds
+from tensorway_nccl.direct import Communicator, Config, UniqueId
+from tensorway_nccl.lanes import Piece
 
 SUCCESS, REMOTE, IN_PROGRESS = 0, 6, 7
 HANDLE = 0xABC0
@@ -38,8 +38,8 @@ class Recorder:
                 return b"what it is"
             if name == "ncclGetLastError":
                 return b"why it is"
-            if name in ("ncclCommInitRankConfig", "ncclCommShrink"):
-                arguments[0 if name == "ncclCommInitRankConfig" else 3]._obj.value = self.made
+            if name == "ncclCommInitRankConfig":
+                arguments[0]._obj.value = self.made
             result = (self.says.get(name) or [SUCCESS]).pop(0)
             if name == "ncclCommGetAsyncError":
                 arguments[1]._obj.value = result
@@ -51,12 +51,12 @@ class Recorder:
     made = HANDLE
 
 
-def joined(library, rank=0, ranks=2):
-    return Communicator.join(library, UniqueId(), rank, ranks, 5.0)
+def joined(library, rank=0):
+    return Communicator.join(library, bytes(UniqueId()), rank, 2)
 
 
-def moves(peer, count):
-    return [Move(peer, 4096 + index, 1) for index in range(count)]
+def pieces(count):
+    return [Piece(4096 + index, 1) for index in range(count)]
 
 
 # -- shapes
@@ -153,63 +153,17 @@ def test_the_structures_have_the_lengths_that_nccl_counts():
 # -- order
 
 
-@given(
-    ranks=st.integers(2, 5),
-    counts=st.dictionaries(st.tuples(st.integers(0, 4), st.integers(0, 4)), st.integers(0, 100), max_size=12),
-)
-def test_rounds_move_everything_once_and_nobody_waits_in_a_circle(ranks, counts):
-    counts = {(a, b): count for (a, b), count in counts.items() if a != b and a < ranks and b < ranks}
-    schedules = [
-        rounds(
-            rank,
-            ranks,
-            [move for (a, b), count in counts.items() if a == rank for move in moves(b, count)],
-            [move for (a, b), count in counts.items() if b == rank for move in moves(a, count)],
-        )
-        for rank in range(ranks)
-    ]
-    assert all(len(out) + len(back) <= direct.ROUND for schedule in schedules for out, back in schedule)
-    # Where the n-th move of a pair stands at its sender, and at its receiver.
-    stands = [{}, {}]
-    for rank, schedule in enumerate(schedules):
-        for index, group in enumerate(schedule):
-            for side in (0, 1):
-                for move in group[side]:
-                    pair = (rank, move.peer) if side == 0 else (move.peer, rank)
-                    stands[side].setdefault(pair, []).append(index)
-    for side in (0, 1):
-        assert {pair: count for pair, count in counts.items() if count} == {
-            pair: len(indices) for pair, indices in stands[side].items()
-        }
-    # Played: a group is over when everybody has come to the groups in which its moves stand there.
-    at = [0] * ranks
-    while any(at[rank] < len(schedules[rank]) for rank in range(ranks)):
-        over = [
-            rank
-            for rank in range(ranks)
-            if at[rank] < len(schedules[rank])
-            and all(
-                at[pair[1 - side]] >= there
-                for side in (0, 1)
-                for pair, indices in stands[side].items()
-                if pair[side] == rank
-                for here, there in zip(indices, stands[1 - side][pair], strict=True)
-                if here == at[rank]
-            )
-        ]
-        assert over, "every rank waits for another"
-        for rank in over:
-            at[rank] += 1
+def test_every_group_that_is_started_is_ended():
+    library = Recorder(ncclGroupEnd=[IN_PROGRESS], ncclCommGetAsyncError=[SUCCESS, IN_PROGRESS, SUCCESS])
+    communicator = joined(library)
+    assert communicator.settled()
+    communicator.enqueue(1, pieces(2), pieces(3), 7)
 
-
-def test_every_group_that_is_started_is_ended_and_is_bounded():
-    library = Recorder()
-    joined(library).exchange(moves(1, 40), moves(1, 40), 7, 5.0)
-
-    assert library.calls[1:] == [
-        *["GroupStart", *["Send"] * 32, *["Recv"] * 32, "GroupEnd"],
-        *["GroupStart", *["Send"] * 8, *["Recv"] * 8, "GroupEnd"],
-    ]
+    assert not communicator.settled()
+    assert communicator.settled()
+    asked = ["CommGetAsyncError"]
+    group = ["GroupStart", *["Send"] * 2, *["Recv"] * 3, "GroupEnd"]
+    assert ["CommInitRankConfig", *asked, *group, *asked * 2] == library.calls
 
 
 def test_a_send_that_fails_ends_its_group_before_the_communicator_is_aborted():
@@ -217,45 +171,43 @@ def test_a_send_that_fails_ends_its_group_before_the_communicator_is_aborted():
     communicator = joined(library)
 
     with pytest.raises(TransferFailed) as failed:
-        communicator.exchange(moves(1, 3), [], 7, 5.0)
+        communicator.enqueue(1, pieces(3), [], 7)
 
     assert "NCCL says: what it is (5): why it is." == failed.value.true
     calls = [call for call in library.calls[1:] if not call.startswith("Get")]
     assert ["GroupStart", "Send", "Send", "GroupEnd", "CommAbort"] == calls
     with pytest.raises(Closed):
-        communicator.exchange([], moves(1, 1), 7, 5.0)
+        communicator.enqueue(1, [], pieces(1), 7)
     assert "GroupStart" not in library.calls[library.calls.index("CommAbort") :]
 
 
-def test_the_end_of_a_group_is_waited_for_and_so_is_joining():
-    library = Recorder(
-        ncclCommInitRankConfig=[IN_PROGRESS],
-        ncclCommGetAsyncError=[IN_PROGRESS, SUCCESS, IN_PROGRESS, IN_PROGRESS, SUCCESS],
-        ncclGroupEnd=[IN_PROGRESS],
-    )
-    joined(library).exchange(moves(1, 1), [], 7, 5.0)
+def test_a_group_whose_end_fails_is_an_error_of_the_communicator():
+    library = Recorder(ncclGroupEnd=[3])
+    communicator = joined(library)
+    communicator.enqueue(1, pieces(1), [], 7)
 
-    asked = ["CommGetAsyncError"]
-    assert ["CommInitRankConfig", *asked * 2, "GroupStart", "Send", "GroupEnd", *asked * 3] == library.calls
+    with pytest.raises(TransferFailed):
+        communicator.settled()
+    assert "CommAbort" == library.calls[-1]
 
 
-def test_who_does_not_come_ends_the_wait_with_an_abort():
-    library = Recorder(ncclCommInitRankConfig=[IN_PROGRESS], ncclCommGetAsyncError=[IN_PROGRESS] * 10_000)
+def test_a_group_that_does_not_start_is_not_ended():
+    library = Recorder(ncclGroupStart=[2])
+    communicator = joined(library)
 
-    with pytest.raises(DeadlineExceeded, match="NCCL was not done within"):
-        Communicator.join(library, UniqueId(), 0, 2, 0.05)
-
-    assert 1 == library.calls.count("CommAbort")
+    with pytest.raises(TransferFailed):
+        communicator.enqueue(1, pieces(1), [], 7)
+    assert not {"Send", "GroupEnd"} & {*library.calls}
     assert "CommAbort" == library.calls[-1]
 
 
 def test_a_lost_peer_is_told_before_the_communicator_is_aborted():
     library = Recorder(ncclCommGetAsyncError=[SUCCESS, REMOTE])
     communicator = joined(library)
-    communicator.check()
+    assert communicator.settled()
 
     with pytest.raises(PeerLost):
-        communicator.check()
+        communicator.settled()
 
     assert ["GetErrorString", "GetLastError", "CommAbort"] == library.calls[-3:]
     communicator.abort()
@@ -271,39 +223,28 @@ def test_a_library_that_makes_no_communicator_says_why():
     assert "CommAbort" not in library.calls
 
 
-def test_what_is_left_after_some_are_lost_has_ranks_without_gaps_and_the_old_one_is_aborted():
-    library = Recorder(ncclCommShrink=[IN_PROGRESS], ncclCommGetAsyncError=[SUCCESS])
-    communicator = joined(library, rank=3, ranks=5)
-
-    smaller = communicator.shrink({1, 4}, 5.0)
-
-    assert (2, 3) == (smaller.rank, smaller.ranks)
-    assert ["CommShrink", "CommGetAsyncError", "CommAbort"] == library.calls[-3:]
-    with pytest.raises(Closed):
-        communicator.check()
-    smaller.check()
-
-
-@pytest.mark.parametrize("excluded", [{3}, {5}, {0, 1, 2, 3, 4}])
-def test_who_cannot_be_left_out_is_refused(excluded):
-    library = Recorder()
-    with pytest.raises(Unsupported):
-        joined(library, rank=3, ranks=5).shrink(excluded, 5.0)
-    assert "CommShrink" not in library.calls
-
-
-def test_an_old_library_cannot_shrink_and_says_so():
-    class Old(Recorder):
-        def __getattr__(self, name):
-            if name == "ncclCommShrink":
-                raise AttributeError(name)
-            return super().__getattr__(name)
-
-    with pytest.raises(Unsupported, match=r"came with 2\.27"):
-        joined(Old()).shrink({1}, 5.0)
-
-
 def test_an_id_that_cannot_be_made_is_an_error():
-    assert isinstance(direct.unique_id(Recorder()), UniqueId)
+    assert 128 == len(direct.unique_id(Recorder()))
     with pytest.raises(TransferFailed):
         direct.unique_id(Recorder(ncclGetUniqueId=[2]))
+
+
+def test_the_real_library_says_why_it_makes_no_communicator_without_a_device(real, monkeypatch):
+    from tensorway.platforms import report
+
+    if report("cuda").usable:
+        pytest.skip("a device is here")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    library = direct.load(str(real))
+    identity = direct.unique_id(library)
+
+    assert 128 == len(identity) and any(identity)
+
+    def join_for_a_while():
+        communicator = Communicator.join(library, identity, 0, 2)
+        until = time.monotonic() + 30
+        while not communicator.settled() and time.monotonic() < until:
+            time.sleep(0.01)
+
+    with pytest.raises(TransferFailed, match="NCCL says: "):
+        join_for_a_while()

@@ -13,13 +13,16 @@ OFFER = eplb_communicator(HookContext(api=API, core_version="0"))
 
 
 def test_what_a_config_file_says_becomes_options():
-    assert NcclOptions(4, 5.0) == validated(OFFER, {"max_ctas": 4, "timeout_s": 5})
-    assert NcclOptions(None, 30.0) == validated(OFFER, {})
+    given = {"lane": "torch", "interface": "eth0", "max_ctas": 4, "timeout_s": 5}
+    assert NcclOptions("torch", "eth0", 4, 5.0) == validated(OFFER, given)
+    assert NcclOptions("auto", None, None, 30.0) == validated(OFFER, {})
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        ({"lane": "fast"}, "lane"),
+        ({"interface": "a/b"}, "interface"),
         ({"max_ctas": 0}, "max_ctas"),
         ({"max_ctas": 65}, "max_ctas"),
         ({"max_ctas": 1.5}, "max_ctas"),

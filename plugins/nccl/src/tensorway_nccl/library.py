@@ -27,6 +27,7 @@ SYMBOLS: Final = (
     "ncclCommAbort",
     "ncclCommGetAsyncError",
     "ncclGetErrorString",
+    "ncclGetLastError",
 )
 #: Kind of device -> its library's file names; RCCL has NCCL's interface.
 FILES: Final = {"cuda": ("libnccl.so.2",), "rocm": ("librccl.so.1", "librccl.so")}
