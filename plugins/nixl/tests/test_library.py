@@ -83,7 +83,8 @@ def test_ucx_is_bounded_before_the_first_load_and_not_by_an_import_of_ours(fresh
 
 
 def test_what_the_user_set_for_ucx_stays(fresh_python, fake_nixl):
-    path, theirs = (fake_nixl(),), {"UCX_RCACHE_MAX_UNRELEASED": "7", "UCX_TCP_USER_TIMEOUT": "1s", "UCX_USE_MT_MUTEX": "n"}
+    path = (fake_nixl(),)
+    theirs = {"UCX_RCACHE_MAX_UNRELEASED": "7", "UCX_TCP_USER_TIMEOUT": "1s", "UCX_USE_MT_MUTEX": "n"}
 
     assert ["7", "7", []] == fresh_python(UCX, "late", path=path, **theirs)
     assert ["7", "7", []] == fresh_python(UCX, "early", path=path, **theirs)

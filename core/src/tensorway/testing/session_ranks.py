@@ -195,11 +195,15 @@ class Mover:
         return True
 
     def hear(self, seconds: float) -> None:
-        """Poll once; rows that are drained are free."""
+        """Poll once; rows that are drained are free. In the order of events: both may be in one answer."""
         said = self.session.poll(seconds)
         for event in said:
             if isinstance(event, Drained):
                 self.staging.drained(event.fetch.rows)
+            elif isinstance(event, Failed) and event.released:
+                self.release(event.fetch)
+            elif isinstance(event, Failed):
+                self.quarantine(event.fetch)
         self.events += said
 
     def told(self) -> list[Told]:
@@ -215,10 +219,6 @@ class Mover:
             case Served(send):
                 return Told(kind, send.peer, send.cycle)
             case Failed(fetch, why, released):
-                if released:
-                    self.release(fetch)
-                else:
-                    self.quarantine(fetch)
                 return Told(kind, fetch.peer, fetch.cycle, why, released)
             case Filled(fetch):
                 expected = self.expected(fetch)
