@@ -147,8 +147,8 @@ def test_it_says_how_long_it_took_and_how_much_of_that_was_posting(rig):
 
 
 def test_a_late_transfer_fails_at_its_deadline_and_is_quarantined_until_the_fabric_has_let_go(rig):
-    transfer = rig.endpoint.read(rig.route, range(30), range(30), notify=b"never", deadline=SHORT)
     started = time.monotonic()
+    transfer = rig.endpoint.read(rig.route, range(30), range(30), notify=b"never", deadline=SHORT)
     with pytest.raises(DeadlineExceeded, match="other"):
         transfer.wait()
     assert SHORT / 2 < time.monotonic() - started < 2
