@@ -61,7 +61,8 @@ LANES: dict[str, dict[str, Any]] = {
 
 def variants() -> list[Variant]:
     """All, in the order of their turns."""
-    found = [Variant("shared-memory copy", "copy"), Variant("gloo", "gloo", needs=(TORCH,))]
+    found = [Variant("shared-memory copy", "copy"), Variant("copy by the kernel", "kernel copy")]
+    found.append(Variant("gloo", "gloo", needs=(TORCH,)))
     for lane, options in LANES.items():
         needs = (NIXL,) if options["transport"] == "nixl" else ()
         for verify in (True, False):
@@ -84,6 +85,11 @@ PAIRS: list[tuple[str, str, dict[int, str]]] = [
     ("gloo", "ours local shm", {}),
     ("ours nixl cma", "shared-memory copy", {2: "<= 1.15", 4: "<= 1.15"}),
     ("ours nixl cma, no digests", "shared-memory copy", {}),
+    ("anchor cma", "copy by the kernel", {}),
+    ("gloo", "copy by the kernel", {}),
+    ("copy by the kernel", "shared-memory copy", {}),
+    ("ours nixl cma", "copy by the kernel", {}),
+    ("ours nixl cma, no digests", "copy by the kernel", {}),
     ("ours local cma", "shared-memory copy", {}),
     ("ours local cma, no digests", "shared-memory copy", {}),
     ("ours local shm", "shared-memory copy", {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,9 @@ def torch_is_here() -> None:
         pytest.fail("TENSORWAY_TEST_LIBRARY=with, and torch is not installed")
     if found is None or promised == "without":
         pytest.skip("needs torch: pip install torch -c constraints.txt")
+    with warnings.catch_warnings():  # without numpy torch says so when it is imported, and it is not needed
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+        importlib.import_module("torch")
 
 
 @pytest.fixture(scope="module")

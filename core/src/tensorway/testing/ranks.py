@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -210,6 +211,9 @@ def _function(module: str, file: str, name: str) -> Callable[..., Any]:
             found = importlib.util.find_spec(module)
         except ModuleNotFoundError:  # pytest calls a test file by its path, and here that is no package
             found = None
+        for end in (index for index, letter in enumerate(module) if letter == "." and found is None):
+            # So that what it defines can be pickled: that imports a module by its name, parents first.
+            sys.modules.setdefault(module[:end], types.ModuleType(module[:end])).__path__ = []
         spec = found or importlib.util.spec_from_file_location(module, file)
         assert spec is not None and spec.loader is not None
         sys.modules[module] = importlib.util.module_from_spec(spec)
