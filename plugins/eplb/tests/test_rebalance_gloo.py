@@ -182,12 +182,14 @@ def test_survivors_of_a_stopped_rank_name_it_and_it_learns_that_they_went_on(wor
 def lose_lease(rank):
     """End the lease of its messages at the service, as it does with those of a process that was stopped for long."""
     control = rank.notes["rebalancer"]._control
-    rank.rendezvous()._store.revoke(control._lease.name, 5.0)
-    return control._lease.lost
+    rank.rendezvous()._store.revoke(control._records._lease.name, 5.0)
+    return control._records._lease.lost
 
 
 def test_who_was_stopped_for_longer_than_its_messages_live_can_speak_again(world):
     entered(world, [0, 1], "/gloo-lease/experts")
+    rows = random_rows(34, 2)
+    assert reached(together(world, [0, 1], rows), rows)
     assert "" == world[1].call(lose_lease), "it does not know yet"
     rows = random_rows(35, 2)
     reports = together(world, [0, 1], rows)

@@ -11,15 +11,14 @@ from typing import Final
 
 from tensorway._logging import logger
 from tensorway.eplb import Group
-from tensorway.errors import LeaseLost, TensorwayError, Unsupported
+from tensorway.errors import TensorwayError, Unsupported
 from tensorway.rendezvous import Rendezvous
 from tensorway.rendezvous.rendezvous import Watch
+from tensorway_eplb.records import OwnRecords
 
 _log = logger("eplb")
 #: So that two equal messages are two changes, and one of an earlier epoch is told from ours.
 _HEAD: Final = struct.Struct("<qq")
-#: Seconds that the messages of a member outlive it.
-_TTL: Final = 10.0
 
 
 class StoreControl:
@@ -32,8 +31,8 @@ class StoreControl:
                 "It has no watches.",
                 "Use direct, etcd or redis; or a communicator that has a channel of its own, as onesided.",
             )
-        self._rendezvous, self._group, self._sent = rendezvous, group, 0
-        self._lease = rendezvous.lease(_TTL) if "lease" in rendezvous.abilities else None
+        self._group, self._sent = group, 0
+        self._records = OwnRecords(rendezvous)
         self._watch: Watch = rendezvous.watch(f"{group.path}/mail/{group.name}/")
 
     def send(self, peer: int, payload: bytes, deadline: float) -> None:
@@ -42,12 +41,7 @@ class StoreControl:
         key = f"{self._group.path}/mail/{self._group.members[peer]}/{self._group.name}"
         value = _HEAD.pack(self._group.epoch, self._sent) + payload
         # What a rendezvous may take is not what a fabric takes.
-        seconds = max(deadline, 1.0)
-        try:
-            self._rendezvous.put(key, value, lease=self._lease, deadline=seconds)
-        except LeaseLost:  # this process was stopped for longer than it lives, or the service was started anew
-            self._lease = self._rendezvous.lease(_TTL, seconds)
-            self._rendezvous.put(key, value, lease=self._lease, deadline=seconds)
+        self._records.put(key, value, max(deadline, 1.0))
 
     def receive(self) -> list[tuple[int, bytes]]:
         """What was put since."""
@@ -69,7 +63,6 @@ class StoreControl:
         """No more; what was sent is taken back."""
         try:
             self._watch.close()
-            if self._lease is not None:
-                self._rendezvous.end(self._lease)
+            self._records.close()
         except TensorwayError as error:  # the rendezvous may be gone before us, and our lease ends by itself
             _log.debug("What was sent was not taken back: %s", error)

@@ -19,11 +19,10 @@ import numpy as np
 from tensorway.eplb import Group
 from tensorway.errors import DeadlineExceeded, DescriptionInvalid, Excluded, Incompatible, RecordRefused, Unsupported
 from tensorway.rendezvous import Rendezvous
-from tensorway.rendezvous.rendezvous import Lease
 from tensorway_eplb.placement import EMPTY, Map, Placement
+from tensorway_eplb.records import OwnRecords
 from tensorway_eplb.rows import UNKNOWN, Digests
 
-_TTL: Final = 10.0
 #: Between two looks at what others say.
 _PAUSE: Final = 0.01
 #: Epochs whose decision is kept, for members that are slow.
@@ -81,7 +80,7 @@ class Membership:
         self._life = uuid.uuid4().hex
         #: Which start of the group this is; epochs of another mean nothing.
         self._run = "start"
-        self._lease: Lease | None = None
+        self._records = OwnRecords(rendezvous)
 
     def exchange(self, held: Map, digests: Digests, deadline: float) -> Truth:
         """Say what is in our slots, and learn what is in all others; [layers, slots] each. Waits for all members."""
@@ -151,9 +150,7 @@ class Membership:
 
     def close(self) -> None:
         """Take back what was said."""
-        if self._lease is not None and not self._lease.lost:
-            self._rendezvous.end(self._lease)
-        self._lease = None
+        self._records.close()
         if self._run != "start" and not self._rendezvous.list(f"{self.group.path}/{self._run}/here/"):
             for record in self._rendezvous.list(f"{self.group.path}/{self._run}/epochs/"):  # the last one cleans up
                 self._rendezvous.delete(record.key)
@@ -163,10 +160,7 @@ class Membership:
 
     def _put(self, key: str, value: bytes, until: float, expected: int | None = None) -> None:
         """Write a record that ends with this member."""
-        left = max(1e-3, until - time.monotonic())
-        if self._lease is None or self._lease.lost:
-            self._lease = self._rendezvous.lease(_TTL, left)
-        self._rendezvous.put(key, value, lease=self._lease, expected=expected, deadline=left)
+        self._records.put(key, value, max(1e-3, until - time.monotonic()), expected)
 
     def _read_all(self, prefix: str, shape: tuple[int, ...], until: float) -> list[_Held]:
         return [

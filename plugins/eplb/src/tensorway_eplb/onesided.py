@@ -32,9 +32,9 @@ from tensorway.eplb import (
 )
 from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, PeerLost, TensorwayError, Unsupported
 from tensorway.rendezvous import Directory, Fact
-from tensorway.rendezvous.rendezvous import Lease
 from tensorway.transport import BlockTable, Notification, Peer, Route, State, Transfer, Transport
 from tensorway_eplb.communicator_options import OneSidedOptions
+from tensorway_eplb.records import OwnRecords
 
 _log = logger("eplb")
 #: Kind of row: name, length, device.
@@ -44,8 +44,6 @@ _SPINS: Final = 20
 _PAUSES: Final = (20e-6, 500e-6)
 #: Messages that wait here for who receives them; the others wait in the transport, which slows down who sends.
 _MOST_UNREAD: Final = 1000
-#: Seconds that a member's rows are told of after it died.
-_TTL: Final = 10.0
 
 
 class _Tables(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -96,7 +94,7 @@ class OneSidedSession:
         )  # fmt: skip
         self._closed = False
         self._directory: Directory
-        self._lease: Lease | None = None
+        self._records = OwnRecords(context.rendezvous)
         self._jobs: list[_Job] = []
         self._quarantine: list[_Job] = []
         self._events: list[Event] = []
@@ -134,11 +132,7 @@ class OneSidedSession:
         """Say where our rows are in this epoch: nobody who is dead says that, whatever else is left of it."""
         rows = [(table.stride, list(table.bases)) for table in self._tables.values()]
         value = msgspec.msgpack.encode(_Tables(self.endpoint.incarnation, rows))
-        until = time.monotonic() + deadline
-        if self._lease is None or self._lease.lost:
-            able = "lease" in self._rendezvous.abilities
-            self._lease = self._rendezvous.lease(_TTL, deadline) if able else None
-        self._rendezvous.put(self._key(group, group.name), value, lease=self._lease, deadline=until - time.monotonic())
+        self._records.put(self._key(group, group.name), value, deadline)
 
     def _key(self, group: Group, name: str) -> str:
         return f"{group.path}/tables/{group.epoch}/{name}"
@@ -259,8 +253,7 @@ class OneSidedSession:
         try:
             if hasattr(self, "_directory"):
                 self._directory.close()
-            if self._lease is not None:
-                self._rendezvous.end(self._lease)
+            self._records.close()
         except TensorwayError as error:  # the rendezvous may be gone before us, and our lease ends by itself
             _log.debug("No goodbye was said: %s", error)
         self.endpoint.close(deadline)
