@@ -237,6 +237,8 @@ def bench(session: nox.Session) -> None:
     wanted = {word for word in session.posargs if not word.startswith("-")}
     if not scripts or wanted - {script.stem for script in scripts}:
         session.error(f"tests/bench has {[script.stem for script in scripts]}; asked for {sorted(wanted) or 'all'}")
+    if wanted:  # in short, what needs a library is said to be missing
+        session.install(*CONSTRAINTS, *LIBRARIES["nixl"], *LIBRARIES["gloo"])
     options = [word for word in session.posargs if word.startswith("-")] if session.posargs else ["--short"]
     session.chdir(session.create_tmp())
     for script in scripts:
