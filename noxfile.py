@@ -197,17 +197,14 @@ def backend(session: nox.Session, name: str, library: str) -> None:
     pytest(session, ROOT / "plugins" / name / "tests", **environment)
 
 
-MOVED_BY_OTHERS = ["onesided", "communicator", "rebalance_gloo", "choice", "endurance"]
-
-
 @nox.session(requires=["build"])
 def everything(session: nox.Session) -> None:
     """All plugins in one environment, with NIXL and torch: what crosses dists, and the conformance kit."""
     install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"])
     elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("repo", "wheels", "bench", "hosts")]
+    pytest(session, ROOT / "tests", *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
     # Of the movement: what its own leg skips for want of NIXL, torch and their plugins.
-    movement = [ROOT / "plugins" / "eplb" / "tests" / f"test_{name}.py" for name in MOVED_BY_OTHERS]
-    pytest(session, ROOT / "tests", *movement, *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
+    pytest(session, ROOT / "plugins" / "eplb" / "tests", "-k", "nixl or gloo")
 
 
 @nox.session(requires=["build"])
