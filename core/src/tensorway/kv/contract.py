@@ -64,6 +64,8 @@ class RequestView:
     #: For connectors that look blocks up by content: a hash for each full block, and what separates tenants.
     hashes: tuple[bytes, ...] = ()
     salt: str = ""
+    #: Whether another engine is to have its blocks when it has ended: who routes it says so.
+    hand_over: bool = False
 
 
 @attrs.frozen
@@ -89,18 +91,21 @@ class Retention:
 
 @attrs.frozen
 class Result:
-    """What a mover says became of a request's transfer; exactly one for each that was submitted to it."""
+    """What a mover says: what became of a request's transfer, once for each that was submitted, or what it heard."""
 
+    #: Empty for what was heard of several.
     request: str
-    #: `received`: its blocks are here; `sent`: what was kept for a consumer was read, or sent.
-    what: Literal["received", "sent"]
+    #: `received`: its blocks are here; `sent`: what was kept for a consumer was sent; `heard`: another engine's rank
+    #: said something, which means nothing before the planner gives it a meaning.
+    what: Literal["received", "sent", "heard"]
     #: Empty if it succeeded; else one of the metrics' causes.
     cause: str = ""
     #: For people.
     why: str = ""
     #: Tokens from the first on that are good, also if the rest failed.
     tokens: int = 0
-    #: Who confirms what is `sent`, and how: the planner counts each consumer once.
+    #: Who confirms what is `sent`, and how, so that the planner counts each consumer once; and what was `heard`, which
+    #: the mover has seen to be from who it says, and no longer than messages are.
     proof: bytes = b""
 
 
@@ -108,7 +113,8 @@ class Result:
 class Step:
     """What the planner has decided since the last step."""
 
-    #: Requests whose kept blocks may be used anew, from now on.
+    #: Requests whose kept blocks may be used anew, once every mover has been submitted this step's plan: readers that
+    #: are late find there that they are.
     released: Collection[str] = ()
     #: Requests whose blocks have arrived.
     received: Collection[str] = ()
@@ -128,7 +134,11 @@ class Planner(Protocol):
         ...
 
     def reserve(self, request: RequestView, blocks: Blocks, have: int, tokens: int) -> None:
-        """The request's blocks are allocated: `tokens` beyond `have` are to come into them. Again changes nothing."""
+        """The request's blocks are allocated: `tokens` beyond `have` are to come into them. Again changes nothing.
+
+        With no tokens it says that the engine has all it needs: who keeps blocks for the request need not any more. A
+        list that is shorter than its tokens need is of their last blocks, as that of a sliding window is.
+        """
         ...
 
     def finish(self, request: RequestView, blocks: Blocks, tokens: int, *, aborted: bool = False) -> Retention:

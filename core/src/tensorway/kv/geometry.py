@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from tensorway.errors import LayoutInvalid
+from tensorway.errors import LayoutInvalid, MemoryInvalid
 from tensorway.memory import ADDRESS_LIMIT, Region
 from tensorway.transport.blocks import BlockTable
 
@@ -22,7 +22,7 @@ _MAX: Final = 1 << 31
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=_MAX)]
 _Positive = Annotated[int, msgspec.Meta(ge=1, le=_MAX)]
-_Address = Annotated[int, msgspec.Meta(ge=1, lt=ADDRESS_LIMIT)]
+_Address = Annotated[int, msgspec.Meta(ge=1, le=ADDRESS_LIMIT - 1)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 
 
@@ -74,7 +74,7 @@ class Plane(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
     def table(self) -> BlockTable:
         """Its pages as blocks."""
-        return BlockTable((self.base,), self.page_bytes, self.stride, self.pages, self.device)
+        return BlockTable((self.region.address,), self.page_bytes, self.stride, self.pages, self.device)
 
 
 class Group(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -113,6 +113,8 @@ class RankGeometry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         """Raise `LayoutInvalid` unless pages hold their parts, no part overlaps itself, and groups exist."""
         asked = f"The KV geometry of {whose} was given."
         names = Counter(plane.name for plane in self.planes)
+        if not names:
+            raise LayoutInvalid(asked, "It has no planes.", "Leave out ranks that hold nothing.")
         if max(names.values()) > 1:
             name = names.most_common(1)[0][0]
             raise LayoutInvalid(asked, f"Two planes are called {name}.", "Give each plane a name of its own.")
@@ -132,11 +134,16 @@ class RankGeometry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         to_do = "Describe the memory as the engine lays it out."
         if plane.group >= len(self.groups):
             raise LayoutInvalid(asked, f"{plane.name} is of group {plane.group}, which it has not.", to_do)
-        if plane.stride < plane.page_bytes or plane.region.end >= ADDRESS_LIMIT:
-            raise LayoutInvalid(asked, f"Pages of {plane.name} overlap, or end beyond 2**63.", to_do)
+        try:
+            plane.table()
+        except MemoryInvalid as error:
+            raise LayoutInvalid(asked, f"{plane.name} is no memory. {error.true}", to_do) from error
         if len({part.tokens for part in plane.parts}) > 1:
             raise LayoutInvalid(asked, f"Parts of {plane.name} have pages of unequal tokens.", to_do)
         whole, rest = divmod(self.groups[plane.group].block_tokens, self.share.of)
+        if self.share.of > 1 and whole % self.share.interleave:  # or a rank's pages would be unequally full
+            true = f"A page of {plane.name} has {whole} tokens; ranks take turns after {self.share.interleave}."
+            raise LayoutInvalid(asked, true, to_do)
         for part in plane.parts:
             if part.end > plane.page_bytes or not _simple(part):
                 true = (
