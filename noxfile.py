@@ -30,6 +30,7 @@ LIBRARIES: dict[str, list[str]] = {
     # etcd needs no library, and its server: apt-get install etcd-server.
     "etcd": [],
     "gloo": ["torch"],
+    "kv": [],
     # The engine alone: what its metadata asks for, it imports for other things. It needs libibverbs1 of the system.
     "mooncake": ["--no-deps", "mooncake-transfer-engine-non-cuda==0.3.13.post1"],
     # The library, and a torch whose gloo stands in for its NCCL: of which there is none in a build for the CPU.

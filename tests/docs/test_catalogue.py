@@ -34,6 +34,7 @@ from tensorway_eplb.membership import Membership
 from tensorway_eplb.placement import Placement
 from tensorway_eplb.plan import TransferPlan
 from tensorway_eplb.policy import Topology
+from tensorway_kv import tickets
 
 CLASSES = {name: cls for name, cls in inspect.getmembers(errors, inspect.isclass) if cls.__module__ == errors.__name__}
 PLUGINS = Path(scan.__file__).parent
@@ -266,12 +267,21 @@ def excluded(site, capsys):
         last.regroup(None, ["a"], 10)
 
 
+def ticket_invalid(site, capsys):
+    about = {"engine": "prefill-0", "incarnation": "1", "group": "/prod/kv", "request": "cmpl-1", "epoch": 7}
+    kept = tickets.Ticket(**about, tokens=32, blocks=((4, 9),), issued=1.8e9, expires=1.8e9 + 30)
+    brought = tickets.issue(kept, SECRET)
+    brought["body"] = brought["body"].replace("[4,9]", "[4,5]")
+    tickets.open(brought, SECRET, 1.8e9)
+
+
 RAISED = {
     "LayoutInvalid": layout_invalid,
     "PlacementInvalid": placement_invalid,
     "ExpertLost": expert_lost,
     "StagingFull": staging_full,
     "Excluded": excluded,
+    "TicketInvalid": ticket_invalid,
     "AddressInvalid": address_invalid,
     "Unauthenticated": unauthenticated,
     "RecordRefused": record_refused,

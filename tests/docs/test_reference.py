@@ -23,8 +23,8 @@ except ModuleNotFoundError:  # Python 3.10
     pytest.skip("the docs are tested on Python 3.11 and newer", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-#: Dists of a movement: what they offer has names of its own, and their communicator has the page.
-MOVEMENTS = {"eplb": "onesided"}
+#: Dists of a movement: what they offer has names of its own, and the one that moves has the page.
+MOVEMENTS = {"eplb": "onesided", "kv": "handover"}
 FOLDERS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
 #: By the name of their page, which is that of the backend.
 BACKENDS = {MOVEMENTS.get(name, name): folder for name, folder in FOLDERS.items()}

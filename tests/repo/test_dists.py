@@ -19,7 +19,7 @@ DISTS = {"tensorway": CORE} | {f"tensorway-{name}": folder for name, folder in P
 #: Extras of the core that are no backend.
 OTHER_EXTRAS = {"testing"}
 #: Dists of a movement, and what their mathematics needs: what they offer has names of its own.
-MOVEMENTS = {"eplb": {"numpy", "xxhash"}}
+MOVEMENTS = {"eplb": {"numpy", "xxhash"}, "kv": {"numpy"}}
 
 
 def project(folder):

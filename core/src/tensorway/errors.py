@@ -148,3 +148,15 @@ class StagingFull(TensorwayError, MemoryError):
 
 class Excluded(TensorwayError, RuntimeError):
     """The other members went on without this one."""
+
+
+class TicketInvalid(TensorwayError, ValueError):
+    """What a request brought to have its blocks handed over is no ticket, or none that may be used here and now."""
+
+    #: Everything that `cause` can be, for who counts.
+    CAUSES = ("forged", "expired", "truncated", "foreign", "malformed", "replayed")
+
+    def __init__(self, asked: str, true: str, to_do: str, cause: str = "malformed") -> None:
+        super().__init__(asked, true, to_do)
+        #: Why it was refused, in one word.
+        self.cause = cause

@@ -20,7 +20,7 @@ from tensorway.plugins import scan
 from tensorway.transport import Fabric
 from tensorway.types import KINDS
 
-GOOD_NAMES = ["acme", "a", "acme-kv", "acme_kv", "Acme", "acme2", "a--b", "a" * 64, "kv"]
+GOOD_NAMES = ["acme", "a", "acme-kv", "acme_kv", "Acme", "acme2", "a--b", "a" * 64, "k2"]
 
 
 def texts(name="acme", kind="transport"):

@@ -1,0 +1,41 @@
+"""Hand over: what engines and KV connectors agree on, and how KV memory is described. No array library, no engine.
+
+Room `kv`; may import the rooms below. How two geometries meet and the connector that is built in are the dist
+`tensorway-kv`, whose mathematics needs numpy; who writes a connector of another system needs this room only.
+"""
+
+from __future__ import annotations
+
+from tensorway.kv.contract import (
+    Blocks,
+    Capabilities,
+    KVContext,
+    LayerwiseMover,
+    Match,
+    Mover,
+    Planner,
+    RequestView,
+    Result,
+    Retention,
+    Step,
+)
+from tensorway.kv.geometry import Group, Part, Plane, RankGeometry, Share
+
+__all__ = [
+    "Blocks",
+    "Capabilities",
+    "Group",
+    "KVContext",
+    "LayerwiseMover",
+    "Match",
+    "Mover",
+    "Part",
+    "Plane",
+    "Planner",
+    "RankGeometry",
+    "RequestView",
+    "Result",
+    "Retention",
+    "Share",
+    "Step",
+]

@@ -1,0 +1,288 @@
+"""A producer engine's life as one of our ranks is connected to it, and the thread that does everything that waits.
+
+May import the core and this package's meeting, mathematics and messages. Connecting, acknowledgements and heartbeats
+may each take as long as the other side lets them: they happen here, one thread for each producer, so that nobody else
+waits for any of it. What others see of a link are values that only change once.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from typing import Final
+
+import attrs
+
+from tensorway._logging import logger
+from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, Incompatible, LayoutInvalid, TensorwayError
+from tensorway.rendezvous import Directory
+from tensorway.transport import BlockTable, Peer, Route, Transport
+from tensorway_kv import messages
+from tensorway_kv.board import WORD, Scratch
+from tensorway_kv.failover import Peers
+from tensorway_kv.meeting import Ground, RankRecord
+from tensorway_kv.orders import Want
+from tensorway_kv.reads import Reads
+from tensorway_kv.topology import EngineTransferInfo, TransferTopology
+
+_log = logger("kv")
+#: Seconds that one try to reach an engine may take, and one message.
+_TRY: Final = 5.0
+_SEND: Final = 1.0
+#: Seconds between two tries to send what the peer did not take, and after which nobody waits for it any more.
+_AGAIN: Final = 0.05
+_LATEST: Final = 3600.0
+
+
+@attrs.frozen(eq=False)
+class Bound:
+    """All that reading from an engine needs, once its ranks are connected."""
+
+    info: EngineTransferInfo
+    reads: Reads
+    peers: dict[int, Peer]
+    routes: dict[int, list[Route]]
+    boards: dict[int, Route]
+    #: For each rank that is told, how many of ours tell it.
+    readers: dict[int, int]
+
+
+@attrs.define
+class _Message:
+    rank: int
+    payload: bytes
+    since: float
+
+
+class Reader:
+    """Who reads: our rank, as all of its links need it."""
+
+    def __init__(
+        self, ground: Ground, endpoint: Transport, topology: TransferTopology, scratch: Scratch, me: tuple[str, str]
+    ) -> None:
+        """`me`: our engine, and its life."""
+        self.ground, self.endpoint, self.topology, self.scratch = ground, endpoint, topology, scratch
+        self.engine, self.incarnation = me
+        self.rank = topology.rank
+        #: The topology is one, and links are connected side by side.
+        self.lock = threading.Lock()
+
+
+class Link:
+    """One life of a producer engine."""
+
+    def __init__(self, reader: Reader, engine: str, incarnation: str) -> None:
+        self.engine, self.incarnation = engine, incarnation
+        #: Set once connected.
+        self.bound: Bound | None = None
+        #: Why it can never be read from, and in one word; empty while that is not known.
+        self.hopeless: tuple[str, str] | None = None
+        #: What the last try to connect ended with.
+        self.trouble = "no try has ended yet"
+        #: Messages that were sent, tried again, and given up.
+        self.counts = {"sent": 0, "again": 0, "given_up": 0}
+        self._reader, self._peers = reader, Peers()
+        self._directory: Directory | None = None
+        self._connected: dict[int, Peer] = {}
+        self._outbox: deque[_Message] = deque()
+        self._held: dict[tuple[str, int], float] = {}
+        self._beat_at = 0.0
+        self._ended = False
+        self._changed = threading.Condition()
+        name = f"tensorway-kv-link-{engine[:40]}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> str:
+        """Why this life of the engine is over; empty while it is not."""
+        if self.hopeless is not None and self.hopeless[0] == "lost":
+            return self.hopeless[1]
+        return next((peer.lost for peer in list(self._connected.values()) if peer.lost), "")
+
+    def hold(self, want: Want) -> None:
+        """Tell the producer, from time to time, that these blocks are still wanted."""
+        with self._changed:
+            self._held[want.theirs, want.epoch] = want.beat
+            self._changed.notify_all()
+
+    def drop(self, want: Want) -> None:
+        """Tell it no more."""
+        with self._changed:
+            self._held.pop((want.theirs, want.epoch), None)
+
+    def send(self, rank: int, payload: bytes) -> None:
+        """Tell a rank of it something, as soon as it takes it."""
+        with self._changed:
+            self._outbox.append(_Message(rank, payload, time.monotonic()))
+            self._changed.notify_all()
+
+    def lose(self, cause: str, why: str) -> None:
+        """It will never be read from any more."""
+        self.hopeless = self.hopeless or (cause, why)
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is wanted of it, and nothing left to be said."""
+        return not self._held and not self._outbox
+
+    @property
+    def ended(self) -> bool:
+        """Whether its thread has ended."""
+        return not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Let its thread end; `close` waits for that."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def close(self, deadline: float) -> None:
+        """End it, after what is still to be said was tried once more."""
+        self.stop()
+        if self.bound is None and self._directory is not None:
+            self._directory.close(deadline)  # which wakes whoever waits in it for a rank that does not come
+        if self._thread is not threading.current_thread():
+            self._thread.join(deadline)
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._ended:
+                pause = self._turn(time.monotonic())
+                with self._changed:
+                    if not self._ended:
+                        self._changed.wait(pause)
+            self._flush()
+        except Closed as error:
+            self.lose("lost", error.true)
+        finally:
+            self._let_go()
+
+    def _turn(self, now: float) -> float:
+        """Do what is due; how long nothing else will be."""
+        if self.hopeless is not None or self.lost:
+            with self._changed:
+                self.counts["given_up"] += len(self._outbox)
+                self._outbox.clear()
+                self._held.clear()
+            return 1.0
+        if self.idle:
+            return 1.0
+        if self.bound is None:
+            wait = self._peers.ready_at(self.engine, self.incarnation) - now
+            if wait > 0:
+                return wait
+            return 0.0 if self._try(now) else _AGAIN
+        self._beat(now)
+        self._flush()
+        return _AGAIN if self._outbox else max(0.0, min(1.0, self._beat_at - time.monotonic()))
+
+    def _try(self, now: float) -> bool:
+        """Try to connect; whether that is done."""
+        try:
+            self.bound = self._connect(now + _TRY)
+            self._peers.reached(self.engine, self.incarnation)
+        except (Incompatible, LayoutInvalid, DescriptionInvalid) as error:
+            self.lose("incompatible", error.true)
+        except Closed:
+            if not self._ended:
+                raise
+        except TensorwayError as error:
+            self.trouble = error.true
+            self._peers.failed(self.engine, self.incarnation, now, time.monotonic())
+            _log.debug("Engine %s was not reached: %s", self.engine, error)
+        return self.bound is not None
+
+    def _connect(self, until: float) -> Bound | None:
+        ground, reader = self._reader.ground, self._reader
+        lives = ground.engine(self.engine, max(0.1, until - time.monotonic()))
+        if lives is None:
+            true = "It is not in the rendezvous."
+            raise DeadlineExceeded(f"Engine {self.engine} was to be reached.", true, "See whether it has started.")
+        if lives.incarnation != self.incarnation:
+            self.lose("lost", f"it was replaced by its incarnation {lives.incarnation[:12]}")
+            return None
+        records = ground.ranks(self.engine, self.incarnation, lives.ranks, until)
+        info = EngineTransferInfo(self.engine, self.incarnation, tuple(record.geometry for record in records))
+        with reader.lock:
+            reader.topology.register_remote_engine(info)
+            reads = Reads(reader.topology, self.engine)
+            targets = reader.topology.handshake_target_ranks(self.engine)
+            readers = {rank: reader.topology.consumers(self.engine, rank) for rank in targets}
+        if self._directory is None:
+            # A link that takes this one's place joins before this one has said goodbye.
+            name = f"{reader.engine}.{reader.incarnation}.r{reader.rank}.{secrets.token_hex(4)}"
+            says = {"engine": reader.incarnation, "rank": str(reader.rank)}
+            self._directory = ground.join(reader.endpoint, self.engine, self.incarnation, name, says)
+            self._directory.live(max(0.1, until - time.monotonic()))
+        found = self._directory.connect_all([f"r{rank}" for rank in targets], max(0.1, until - time.monotonic()))
+        for rank in targets:
+            peer = found[f"r{rank}"]
+            if isinstance(peer, TensorwayError):
+                raise peer
+            if peer.incarnation != records[rank].incarnation:
+                true = f"Its rank {rank} is another process than what it said that it holds."
+                raise DeadlineExceeded(f"Engine {self.engine} was to be reached.", true, "Start it anew.")
+            self._connected[rank] = peer
+        return self._prepared(info, reads, records, readers)
+
+    def _prepared(
+        self, info: EngineTransferInfo, reads: Reads, records: list[RankRecord], readers: dict[int, int]
+    ) -> Bound:
+        prepare, peers = self._reader.endpoint.prepare, dict(self._connected)
+        routes, boards = {}, {}
+        for rank in reads.producers:
+            routes[rank] = [prepare(peers[rank], local, remote) for local, remote in reads.routes(rank)]
+            words = BlockTable((records[rank].board,), WORD, WORD, max(sum(info.ranks[rank].blocks), 1))
+            boards[rank] = prepare(peers[rank], self._reader.scratch.table, words)
+        return Bound(info, reads, peers, routes, boards, readers)
+
+    def _beat(self, now: float) -> None:
+        with self._changed:
+            held = dict(self._held)
+        if not held or now < self._beat_at or self.bound is None:
+            return
+        self._beat_at = now + min(held.values())
+        limit = min(messages.MAX_BYTES, self._reader.endpoint.capabilities.max_notification)
+        names = [messages.Held(request, epoch) for request, epoch in held]
+        rank = min(self.bound.peers)  # a lease is the whole engine's: one rank passes it on
+        for payload in messages.heartbeats(self._reader.incarnation, self._reader.rank, names, limit):
+            self._deliver(_Message(rank, payload, now))
+
+    def _flush(self) -> None:
+        """Try everything that is to be said, once."""
+        for _ in range(len(self._outbox)):
+            message = self._outbox.popleft()
+            if not self._deliver(message):
+                if time.monotonic() - message.since < _LATEST:
+                    self.counts["again"] += 1
+                    with self._changed:
+                        self._outbox.append(message)
+                else:
+                    self.counts["given_up"] += 1
+
+    def _deliver(self, message: _Message) -> bool:
+        """Whether nothing is left to be done about it."""
+        if self.bound is None:
+            return False
+        try:
+            self._reader.endpoint.notify(self.bound.peers[message.rank], message.payload, _SEND)
+        except Closed:
+            raise
+        except TensorwayError as error:
+            _log.debug("Engine %s took no message: %s", self.engine, error)
+            return bool(self.bound.peers[message.rank].lost)
+        self.counts["sent"] += 1
+        return True
+
+    def _let_go(self) -> None:
+        if self._directory is not None:
+            self._directory.close()
+        for peer in self._connected.values():
+            self._reader.endpoint.disconnect(peer)

@@ -1,0 +1,179 @@
+"""What engines tell each other about hand-overs: typed, versioned, bounded, and read without ever raising.
+
+May import attrs and msgspec only. Messages are the payloads of a transport's notifications, so that their sender is
+known; each also names its sender, and `Reader.checked` refuses one that names another. What a message says about a
+lease is believed only by who granted it (`leases`), because its epoch is known to nobody but the ticket's holder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Final, Literal, get_args
+
+import msgspec
+
+#: Written before each message. Semantics that change need another number.
+VERSION: Final = 1
+#: Versions that are read: ours and the one before, so that engines can be upgraded one by one.
+ACCEPTED: Final = frozenset({VERSION, VERSION - 1} - {0})
+_MAGIC: Final = b"tkv"
+_HEAD: Final = len(_MAGIC) + 1
+
+#: No transport carries a longer notification.
+MAX_BYTES: Final = 65_536
+MAX_HELD: Final = 4096
+MAX_GROUPS: Final = 256
+MAX_RANKS: Final = 65_536
+
+#: Why a message was refused. `foreign`: not ours, or of a version that is not read; `forged`: it names another sender
+#: than the one it came from.
+Cause = Literal["malformed", "truncated", "foreign", "forged"]
+#: What a consumer's rank says of what it read: the blocks are there; it needed none; it reads no more and does without.
+Outcome = Literal["received", "unneeded", "failed"]
+#: Why an engine does not do what it was asked for.
+RefusalCause = Literal["unknown", "epoch", "expired", "draining", "geometry", "full"]
+
+_Incarnation = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+#: A client may have written it, whatever is in it.
+_Request = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+_Epoch = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
+_Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
+_Readers = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Blocks = Annotated[tuple[tuple[_Count, ...], ...], msgspec.Meta(min_length=1, max_length=MAX_GROUPS)]
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A lease, as its consumer knows it."""
+
+    request: _Request
+    epoch: _Epoch
+
+
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="heartbeat"):
+    """A consumer still wants these."""
+
+    #: The life of the engine that says it, here and in all others.
+    sender: _Incarnation
+    rank: _Rank
+    held: Annotated[tuple[Held, ...], msgspec.Meta(min_length=1, max_length=MAX_HELD)]
+
+
+class Ack(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ack"):
+    """A rank of a consumer needs nothing more of a rank of the producer for this request."""
+
+    sender: _Incarnation
+    rank: _Rank
+    request: _Request
+    epoch: _Epoch
+    #: The rank of the producer that is told.
+    producer_rank: _Rank
+    #: How many ranks of the consumer tell it.
+    readers: _Readers
+    outcome: Outcome
+
+
+class PushRegistration(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="push"):
+    """A consumer has blocks ready, into which the producer is to write."""
+
+    sender: _Incarnation
+    rank: _Rank
+    request: _Request
+    epoch: _Epoch
+    blocks: _Blocks
+    #: The first token that is wanted; those before it the consumer has.
+    first: _Count
+
+
+class Pushed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="pushed"):
+    """A rank of the producer has written all that it had to, to the rank that is told."""
+
+    sender: _Incarnation
+    rank: _Rank
+    request: _Request
+    epoch: _Epoch
+
+
+class Drain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="drain"):
+    """Ask nothing new of this engine; what is under way may finish."""
+
+    sender: _Incarnation
+
+
+class Goodbye(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="goodbye"):
+    """This engine ends now."""
+
+    sender: _Incarnation
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="refusal"):
+    """What was asked for this request will not happen."""
+
+    sender: _Incarnation
+    request: _Request
+    epoch: _Epoch
+    cause: RefusalCause
+
+
+Message = Heartbeat | Ack | PushRegistration | Pushed | Drain | Goodbye | Refusal
+
+_ENCODE: Final = msgspec.msgpack.Encoder().encode
+_DECODE: Final = msgspec.msgpack.Decoder(Message).decode
+
+
+def encode(message: Message, version: int = VERSION) -> bytes:
+    """A message as the payload of a notification."""
+    return _MAGIC + bytes((version,)) + _ENCODE(message)
+
+
+def heartbeats(sender: str, rank: int, held: Iterable[Held], limit: int = MAX_BYTES) -> Iterator[bytes]:
+    """Payloads that say that all of these are still wanted, none longer than the transport takes."""
+    # Ids are mostly short. What is too long is halved until it fits; one alone always does.
+    waiting = [tuple(held)]
+    while waiting:
+        some = waiting.pop()
+        payload = encode(Heartbeat(sender, rank, some)) if some else b""
+        if len(some) > 1 and (len(payload) > limit or len(some) > MAX_HELD):
+            waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
+        elif some:
+            yield payload
+
+
+class Reader:
+    """Reads what comes from peers, and counts what it refuses. One thread uses it."""
+
+    def __init__(self) -> None:
+        #: Messages that were not believed, by cause.
+        self.refused: dict[Cause, int] = dict.fromkeys(get_args(Cause), 0)
+
+    def decode(self, payload: object) -> Message | None:
+        """The message that these bytes are; None, and counted, if they are none. Never raises."""
+        message = _read(payload)
+        if isinstance(message, str):
+            self.refused[message] += 1
+            return None
+        return message
+
+    def checked(self, message: Message, sender: str) -> Message | None:
+        """The message, if it came from who it says it is from; `sender` is the incarnation that the transport knows."""
+        if message.sender != sender:
+            self.refused["forged"] += 1
+            return None
+        return message
+
+
+def _read(payload: object) -> Message | Cause:
+    if not isinstance(payload, bytes) or len(payload) > MAX_BYTES:
+        return "malformed"
+    if len(payload) < _HEAD and _MAGIC.startswith(payload[: len(_MAGIC)]):
+        return "truncated"
+    if not payload.startswith(_MAGIC) or payload[_HEAD - 1] not in ACCEPTED:
+        return "foreign"
+    try:
+        message: Message = _DECODE(memoryview(payload)[_HEAD:])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return "truncated" if "truncated" in str(error) else "malformed"
+    if isinstance(message, PushRegistration) and any(len(set(ids)) != len(ids) for ids in message.blocks):
+        # Two blocks would be written into one.
+        return "malformed"
+    return message

@@ -1,0 +1,91 @@
+"""What a planner tells its movers in `Step.plan`: words to write, requests to wait for, blocks to fetch, what to end.
+
+May import the core's ground and msgspec. Both sides are one engine, but they are processes of their own, and may have
+been installed at different times: so it has a version, and is read as carefully as what comes from elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from tensorway.errors import DescriptionInvalid
+
+VERSION: Final = 1
+
+Ids = tuple[tuple[int, ...], ...]
+
+
+class Mark(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A word to be written beside blocks."""
+
+    word: int
+    blocks: Ids
+
+
+class Want(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A request that another engine keeps blocks for: reach that engine, and tell it that they are still wanted."""
+
+    request: str
+    engine: str
+    incarnation: str
+    #: What the producer calls the request, and its lease.
+    theirs: str
+    epoch: int
+    #: For how long, and how often the producer is told.
+    seconds: float
+    beat: float
+
+
+class Fetch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Read the tokens from `start` to before `stop`, which may be none; then tell the producer."""
+
+    want: Want
+    #: Tokens that the producer's blocks hold.
+    tokens: int
+    their_blocks: Ids
+    blocks: Ids
+    start: int
+    stop: int
+
+
+class Orders(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """All of one step, carried out in this order."""
+
+    version: int
+    #: The life of the engine whose planner says it.
+    incarnation: str
+    marks: tuple[Mark, ...] = ()
+    wants: tuple[Want, ...] = ()
+    fetches: tuple[Fetch, ...] = ()
+    cancels: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.marks or self.wants or self.fetches or self.cancels)
+
+
+_ENCODE: Final = msgspec.msgpack.Encoder().encode
+_DECODE: Final = msgspec.msgpack.Decoder(Orders).decode
+
+
+def encode(orders: Orders) -> bytes:
+    """As `Step.plan` carries it; nothing for nothing."""
+    return _ENCODE(orders) if orders else b""
+
+
+def decode(plan: bytes, incarnation: str) -> Orders:
+    """What a step says to a mover of this life; raises `DescriptionInvalid`."""
+    if not plan:
+        return Orders(VERSION, incarnation)
+    asked, to_do = "A step's plan was given to a mover.", "Install one version of tensorway-kv on all ranks."
+    try:
+        orders = _DECODE(plan)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DescriptionInvalid(asked, f"It cannot be read: {error}.", to_do) from None
+    if orders.version != VERSION:
+        raise DescriptionInvalid(asked, f"It is of version {orders.version}; this mover reads {VERSION}.", to_do)
+    if orders.incarnation != incarnation:
+        true = f"It is from life {orders.incarnation[:12]} of the engine, and the mover is of life {incarnation[:12]}."
+        raise DescriptionInvalid(asked, true, "Start movers anew after their planner: they join the life they find.")
+    return orders
