@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import gc
 import os
 import random
@@ -16,9 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -34,6 +31,7 @@ from tensorway.errors import (
     Unsupported,
 )
 from tensorway.testing.peer import PeerProcess, allocated, content, digest
+from tensorway.testing.possessions import open_files
 from tensorway.testing.suite import Suite
 from tensorway.transport import BlockTable, Peer, Route, State, Transport
 
@@ -469,18 +467,18 @@ class TransportSuite(Suite):
             transport.disconnect(transport.connect(peer.describe()))
         gc.collect()
         # One thread more is the one that minds the pending: it starts when a transfer is, which may be any of these.
-        before, names = (_open_files(), threading.active_count() + 1), _names()
+        files, threads = open_files(), threading.active_count() + 1
         for _ in range(1000):
             transport.read(route, [0, 5], [1, 2]).wait()
         for _ in range(30):
             transport.disconnect(transport.connect(peer.describe()))
         gc.collect()
         # Fewer is fine: what a library opens while it connects may have been counted, and is closed later.
-        try:
-            wait_for(lambda: _open_files() <= before[0] and threading.active_count() <= before[1])
-        except AssertionError:
-            now, after = (_open_files(), threading.active_count()), _names()
-            raise AssertionError(f"{before} files and threads, then {now}: {after - names}, {names - after}") from None
+        until = time.monotonic() + 10
+        while open_files().total() > files.total() or threading.active_count() > threads:
+            grown = f"{open_files() - files} are open, and {threading.active_count()} threads run, not {threads}"
+            assert time.monotonic() < until, grown
+            time.sleep(0.01)
 
     def test_an_idle_endpoint_leaves_the_processor_alone(self, pair: Any) -> None:
         """A second of nothing costs less than a twentieth of one.
@@ -514,19 +512,6 @@ def route_to(transport: Transport, peer: Peer, mine: object) -> Route:
     """A route over all of `mine` and all of the peer's first region."""
     here = transport.register(mine).regions[0]
     return transport.prepare(peer, BlockTable.over(here, BLOCK), BlockTable.over(peer.regions[0], BLOCK))
-
-
-def _names() -> Counter[str]:
-    """What is open, without the numbers of pipes and sockets."""
-    found: Counter[str] = Counter()
-    for each in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # it was the listing itself
-            found[str(each.readlink()).partition(":")[0]] += 1
-    return found
-
-
-def _open_files() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def wait_for(condition: Any, seconds: float = 10.0) -> Any:
