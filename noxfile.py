@@ -276,6 +276,9 @@ CAMPAIGNS = {
     "eplb-nixl": ["tensorway_eplb.testing.campaign", "--options", '{"transport": "nixl"}'],
     "eplb-endurance": ["tensorway_eplb.testing.endurance"],
     "eplb-endurance-nixl": ["tensorway_eplb.testing.endurance", "--options", '{"transport": "nixl"}'],
+    # Hand-overs of KV blocks, with ranks that die, stop and come back.
+    "kv": ["tensorway_kv.testing.campaign"],
+    "kv-nixl": ["tensorway_kv.testing.campaign", "--options", '{"transport": "nixl"}'],
     # Mooncake opens up to four connections to a peer, as it needs them.
     "endurance-mooncake": ["endurance", "mooncake", "--kept-files", "3"],
     "hostile-mooncake": ["hostile", "mooncake", *MOONCAKE_KEEPS, "--kinds", "descriptions,notes"],
@@ -288,7 +291,7 @@ def campaign(session: nox.Session) -> None:
     wanted = session.posargs or list(CAMPAIGNS)
     if unknown := set(wanted) - set(CAMPAIGNS):
         session.error(f"there is no campaign {', '.join(sorted(unknown))}; there is: {', '.join(CAMPAIGNS)}")
-    install(session, ["tensorway", "tensorway-nixl", "tensorway-mooncake", "tensorway-eplb"])
+    install(session, ["tensorway", "tensorway-nixl", "tensorway-mooncake", "tensorway-eplb", "tensorway-kv"])
     for library in ("nixl", "mooncake"):
         if any(library in "".join(CAMPAIGNS[name]) for name in wanted):
             session.install(*CONSTRAINTS, *LIBRARIES[library])

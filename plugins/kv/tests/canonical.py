@@ -5,64 +5,12 @@ from __future__ import annotations
 import attrs
 import numpy as np
 
-from tensorway.kv import RankGeometry
 from tensorway.transport.blocks import covered
-from tensorway_kv.layouts import rank_geometry
 from tensorway_kv.reads import Held, Reads
+from tensorway_kv.testing.memory import Rank, geometries
 from tensorway_kv.topology import EngineTransferInfo, TransferTopology
 
 JUNK, UNTOUCHED = -1, -7
-COMPONENTS = ["k", "v", "latent", "scale.k", "scale.v", "conv", "ssm"]
-
-
-def name_of(layer, component, position, head, byte):
-    """The number that stands for a byte."""
-    coordinates = (layer, COMPONENTS.index(component), position, head, byte)
-    number = 0
-    for value, limit in zip(coordinates, (64, 8, 1 << 16, 256, 512), strict=True):
-        number = number * limit + value
-    return number
-
-
-def geometries(caches, parallel, blocks=8, start=64, room=7):
-    """Of all ranks, each in an address space of its own that begins at 0; and how large it is."""
-    made = []
-    for rank in range(parallel.ranks):
-        cursor = start
-
-        def base(name, nbytes):
-            nonlocal cursor
-            cursor += nbytes + room
-            return cursor - nbytes - room
-
-        made.append((rank_geometry(caches, parallel, rank, blocks=blocks, base=base), cursor))
-    return made
-
-
-@attrs.define
-class Rank:
-    geometry: RankGeometry
-    memory: np.ndarray
-
-    def places(self, blocks, positions, states=True):
-        """For each plane and part that has any: the addresses of all bytes of these positions, and their names."""
-        share = self.geometry.share
-        for plane in self.geometry.planes:
-            ids = np.asarray(blocks[plane.group])
-            for part in plane.parts:
-                if part.tokens:
-                    held = np.asarray([p for p in positions if p // share.interleave % share.of == share.rank], int)
-                    nth = held // (share.interleave * share.of) * share.interleave + held % share.interleave
-                    page, slot = ids[nth // part.tokens], nth % part.tokens
-                elif states:
-                    held, page, slot = np.zeros(1, int), ids[-1:], np.zeros(1, int)
-                else:
-                    continue
-                rows = (plane.base + page * plane.stride + part.offset + slot * part.token_stride)[:, None, None]
-                head = np.arange(part.heads)[:, None]
-                byte = np.arange(part.width)
-                name = name_of(part.layer, part.component, held[:, None, None], part.first + head, byte)
-                yield plane, rows + head * part.head_stride + byte, name
 
 
 @attrs.define

@@ -5,11 +5,12 @@ from __future__ import annotations
 from itertools import chain
 
 import pytest
-from engines import TRANSPORTS, Deployment, Shape, leftovers, statistics, until, verify
+from engines import TRANSPORTS, Shape, leftovers
 
 from tensorway.kv import RequestView
 from tensorway.testing.ranks import Ranks
 from tensorway_kv import messages
+from tensorway_kv.testing.engine import Deployment, statistics, until, verify
 
 TOKENS = 19
 THEIRS, OURS = [[9, 3, 17, 5, 1]], [[2, 8, 4, 11, 7, 0, 12]]

@@ -7,30 +7,12 @@ import signal
 import time
 
 import pytest
-from engines import (
-    TRANSPORTS,
-    Deployment,
-    Shape,
-    flush,
-    let,
-    life,
-    open_faulty_mover,
-    release,
-    say,
-    spoil,
-    statistics,
-    step,
-    submit,
-    take_no_notifications,
-    turn,
-    until,
-    verify,
-    wipe,
-)
+from engines import TRANSPORTS, Shape, flush, let, life, open_faulty_mover, release, say, take_no_notifications
 
 from tensorway.kv import RequestView
 from tensorway.testing.ranks import RankFailed, Ranks
 from tensorway_kv import messages
+from tensorway_kv.testing.engine import Deployment, spoil, statistics, step, submit, turn, until, verify, wipe
 
 TOKENS = 19
 THEIRS, OURS = [[9, 3, 17, 5, 1]], [[2, 8, 4, 11, 7]]
@@ -275,6 +257,19 @@ def test_who_waits_keeps_the_blocks_beyond_their_lease(ranks, transport):
     reserve(consumer, ticket)
     until(lambda: consumer.received and producer.released, producer, consumer)
     assert 1 == producer.planner.call(statistics, "planner")["handover.lease.acknowledged"]
+    deployment.close()
+
+
+def test_an_engine_that_stands_still_keeps_no_blocks_beyond_its_deadline(ranks, transport):
+    deployment = Deployment(ranks, transport=transport, lease=1.0, deadline=1.0)
+    producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape())
+    ticket = producer.finish("one", THEIRS, TOKENS)
+    connected(consumer, ticket)
+    reserve(consumer, ticket)
+    plan, _ = consumer.planner.call(step, [])
+    consumer.each(submit, plan.plan)  # and nobody ever asks what became of it, as if another rank had died
+    until(lambda: producer.released, producer, seconds=20.0)
+    assert 1 == producer.planner.call(statistics, "planner")["handover.lease.expired"]
     deployment.close()
 
 

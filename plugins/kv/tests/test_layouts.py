@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from canonical import geometries
 
 from tensorway.errors import LayoutInvalid
 from tensorway.kv import Group, Part, Share
 from tensorway_kv.layouts import Cache, Component, Parallel, attention, latent, rank_geometry
+from tensorway_kv.testing.memory import geometries
 
 
 def one(caches, parallel=None, rank=0, **options):

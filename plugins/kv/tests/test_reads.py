@@ -6,13 +6,14 @@ from array import array
 
 import numpy as np
 import pytest
-from canonical import UNTOUCHED, Engine, geometries, read_all
+from canonical import UNTOUCHED, Engine, read_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorway.errors import MemoryInvalid
 from tensorway_kv.layouts import Cache, Component, Parallel, attention, latent
 from tensorway_kv.reads import Held, Reads
+from tensorway_kv.testing.memory import geometries
 from tensorway_kv.topology import EngineTransferInfo, TransferTopology
 
 HYBRID_STATE = (Component("conv", 8, 3), Component("ssm", 4, 10))

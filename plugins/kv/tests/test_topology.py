@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from canonical import Engine, geometries, read_all
+from canonical import Engine, read_all
 
 from tensorway.errors import DescriptionInvalid, Incompatible, LayoutInvalid, PeerLost
 from tensorway.kv import Group
 from tensorway_kv.intersect import MAX_PERIOD
 from tensorway_kv.layouts import Cache, Component, Parallel, attention, latent
 from tensorway_kv.reads import Held, Reads
+from tensorway_kv.testing.memory import geometries
 from tensorway_kv.topology import MAX_RANKS, EngineTransferInfo, TransferTopology
 
 STATE = (Component("conv", 16, 3), Component("ssm", 8, 5))

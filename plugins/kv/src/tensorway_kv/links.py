@@ -87,7 +87,8 @@ class Link:
         self._directory: Directory | None = None
         self._connected: dict[int, Peer] = {}
         self._outbox: deque[_Message] = deque()
-        self._held: dict[tuple[str, int], float] = {}
+        #: By what the producer calls a request, and its lease: how often it is told, and until when.
+        self._held: dict[tuple[str, int], tuple[float, float]] = {}
         self._beat_at = 0.0
         self._ended = False
         self._changed = threading.Condition()
@@ -103,9 +104,12 @@ class Link:
         return next((peer.lost for peer in list(self._connected.values()) if peer.lost), "")
 
     def hold(self, want: Want) -> None:
-        """Tell the producer, from time to time, that these blocks are still wanted."""
+        """Tell the producer, from time to time, that these blocks are still wanted; not beyond the want's own end.
+
+        Nobody drops what an engine wanted that stands still, and its producer is to have its blocks back all the same.
+        """
         with self._changed:
-            self._held[want.theirs, want.epoch] = want.beat
+            self._held[want.theirs, want.epoch] = (want.beat, time.monotonic() + want.seconds)
             self._changed.notify_all()
 
     def drop(self, want: Want) -> None:
@@ -172,6 +176,9 @@ class Link:
                 self._outbox.clear()
                 self._held.clear()
             return 1.0
+        with self._changed:
+            for key in [key for key, (_, until) in self._held.items() if until <= now]:
+                del self._held[key]
         if self.idle:
             return 1.0
         if self.bound is None:
@@ -248,7 +255,7 @@ class Link:
             held = dict(self._held)
         if not held or now < self._beat_at or self.bound is None:
             return
-        self._beat_at = now + min(held.values())
+        self._beat_at = now + min(beat for beat, _ in held.values())
         limit = min(messages.MAX_BYTES, self._reader.endpoint.capabilities.max_notification)
         names = [messages.Held(request, epoch) for request, epoch in held]
         rank = min(self.bound.peers)  # a lease is the whole engine's: one rank passes it on
