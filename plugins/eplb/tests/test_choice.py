@@ -14,7 +14,7 @@ import tensorway
 from tensorway.eplb import Capabilities, Failed, Filled, Group, Staging
 from tensorway.errors import BackendUnavailable, OptionsInvalid
 from tensorway.plugins import register
-from tensorway.testing.ranks import Place, RankFailed, Ranks
+from tensorway.testing.ranks import Place, RankFailed
 from tensorway.types import Offer, ProbeResult
 from tensorway_eplb import choice
 from tensorway_eplb.choice import Candidate
@@ -29,21 +29,6 @@ DEADLINE = 60.0
 without_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason='needs torch: pip install "tensorway[gloo]"'
 )
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with Ranks() as ranks:
-        yield ranks
-
-
-@pytest.fixture
-def world(shared):
-    """Processes that tests share; each test has groups of its own, and what it leaves unanswered is replaced."""
-    yield shared
-    for index in range(len(shared)):
-        if not shared[index].at_rest:
-            shared[index].close()
 
 
 @pytest.fixture

@@ -29,21 +29,6 @@ NO_TORCH = 'needs torch: pip install "tensorway[gloo]"'
 without_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason=NO_TORCH)
 
 
-@pytest.fixture(scope="module")
-def shared():
-    with Ranks() as ranks:
-        yield ranks
-
-
-@pytest.fixture
-def world(shared):
-    """Processes that tests share; each test has groups of its own, and what it leaves unanswered is replaced."""
-    yield shared
-    for index in range(len(shared)):
-        if not shared[index].at_rest:
-            shared[index].close()
-
-
 @pytest.fixture(
     params=[("onesided", {"transport": "local"}), pytest.param(("gloo", {}), marks=without_torch)],
     ids=["onesided", "gloo"],

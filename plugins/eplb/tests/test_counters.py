@@ -16,6 +16,7 @@ from tensorway_eplb.cycle import Cause
 from tensorway_eplb.placement import Placement
 from tensorway_eplb.testing import campaign, engine
 from tensorway_eplb.testing.engine import Model
+from tensorway_eplb.testing.groups import swapped
 
 MODEL = Model(layers=3, experts=8, slots=4)
 NO_COPIES = attrs.evolve(MODEL, copies=False)
@@ -31,13 +32,6 @@ def entered(world, path, model=MODEL):
     start = Placement.linear(model.layers, model.experts, 2, model.slots)
     world.enter([0, 1], engine.join, path, 0, model, start)
     return start
-
-
-def swapped(start):
-    """Expert 1 of rank 0 and expert 6 of rank 1 change places, in every layer."""
-    rows = start.map.copy()
-    rows[:, [1, 6]] = rows[:, [6, 1]]
-    return rows
 
 
 def spoil(rank, layer, slot):
@@ -92,7 +86,7 @@ def never_taken(rank, rows, deadline):
 
 def test_what_was_moved_is_counted_and_what_is_there_already_is_skipped(world):
     start = entered(world, "/moved/experts")
-    rows = swapped(start)
+    rows = swapped(start, 1, 6)
     for _ in range(2):
         assert ["", ""] == [report.error for report in world.each([0, 1], engine.rebalance, rows, 10.0)]
     for counts in world.each([0, 1], counted):
@@ -107,14 +101,14 @@ def test_what_was_moved_is_counted_and_what_is_there_already_is_skipped(world):
 def test_a_row_that_cannot_be_had_is_its_rank_s_cause_and_for_the_others_elsewhere(world):
     start = entered(world, "/rows/experts", NO_COPIES)
     world[0].call(spoil, 2, 1)
-    world.each([0, 1], engine.rebalance, swapped(start), 10.0)
+    world.each([0, 1], engine.rebalance, swapped(start, 1, 6), 10.0)
     sender, receiver = world.each([0, 1], counted)
     assert ({Cause.ELSEWHERE: 1}, {Cause.ROWS: 1}) == (causes(sender), causes(receiver))
 
 
 def test_a_cancelled_rebalance_is_counted_as_that(world):
     start = entered(world, "/cancelled/experts")
-    world.each([0, 1], stopped, swapped(start), 10.0)
+    world.each([0, 1], stopped, swapped(start, 1, 6), 10.0)
     for counts in world.each([0, 1], counted):
         assert causes(counts) and causes(counts).keys() <= {Cause.CANCELLED, Cause.ELSEWHERE}
         assert 0 == counts["rebalances_skipped"]
@@ -123,7 +117,7 @@ def test_a_cancelled_rebalance_is_counted_as_that(world):
 
 def test_an_engine_that_takes_nothing_over_is_a_cause_and_a_stall(world):
     start = entered(world, "/engine/experts")
-    world.each([0, 1], never_taken, swapped(start), 2.5)
+    world.each([0, 1], never_taken, swapped(start, 1, 6), 2.5)
     for counts in world.each([0, 1], counted):
         assert Cause.ENGINE in causes(counts)
         assert counts["stalls"] >= 1 and 0 < counts["stalled_seconds"] <= counts["move_seconds"] + 0.1
@@ -133,7 +127,7 @@ def test_a_copy_that_comes_late_is_a_stall_and_one_that_does_not_come_is_the_dea
     start = entered(world, "/late/experts")
     world[0].call(spoil, 2, 1)  # rank 1 has to load expert 1 of layer 2
     world[1].call(load_slowly, 1.7)
-    rows = swapped(start)
+    rows = swapped(start, 1, 6)
     assert ["", ""] == [report.error for report in world.each([0, 1], engine.rebalance, rows, 20.0)]
     for counts in world.each([0, 1], counted):
         assert {} == causes(counts)
@@ -149,7 +143,7 @@ def test_who_does_not_begin_and_what_is_lost_with_a_member_are_causes(world):
     start = entered(world, "/begin/experts")
     world[1].signal(signal.SIGSTOP)
     try:
-        assert "PeerLost" == world[0].call(engine.rebalance, swapped(start), 2.0).error
+        assert "PeerLost" == world[0].call(engine.rebalance, swapped(start, 1, 6), 2.0).error
     finally:
         world[1].signal(signal.SIGCONT)
     assert {Cause.NOT_BEGUN: 3} == causes(world[0].call(counted))
@@ -165,7 +159,7 @@ def test_layers_that_would_lose_an_expert_with_a_lost_member_are_counted_as_that
     world[0].call(spoil, 2, 1)
     world[1].call(die_when_it_loads)
     for process in (0, 1):
-        world[process].start(engine.rebalance, swapped(start), 10.0)
+        world[process].start(engine.rebalance, swapped(start, 1, 6), 10.0)
     assert "PeerLost" == world[0].result().error
     found = causes(world[0].call(counted))
     assert {Cause.LOST} == found.keys() and found[Cause.LOST] >= 1

@@ -13,8 +13,8 @@ import pytest
 
 from tensorway.testing import SessionSuite
 from tensorway.testing import session_ranks as does
-from tensorway.testing.ranks import RankFailed, Ranks
-from tensorway.testing.session_groups import Members, lent, place
+from tensorway.testing.ranks import RankFailed
+from tensorway.testing.session_groups import Members, place
 from tensorway.testing.session_ranks import Shape, mover, moves_among
 from tensorway.testing.sessions import LAYERS
 
@@ -39,17 +39,10 @@ class TestOverNixl(SessionSuite):
     options = {"transport": "nixl"}
 
 
-@pytest.fixture(scope="module")
-def all_ranks():
-    with Ranks() as ranks:
-        yield ranks
-
-
 @pytest.fixture
-def ranks(all_ranks):
-    with lent(all_ranks) as ranks:
-        ranks.grow(2)
-        yield ranks
+def ranks(world):
+    world.grow(2)
+    return world
 
 
 @pytest.fixture

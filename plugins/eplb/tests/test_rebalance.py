@@ -10,39 +10,22 @@ import attrs
 import numpy as np
 import pytest
 
-from tensorway.testing.ranks import Place, RankFailed, Ranks
+from tensorway.testing.ranks import Place, RankFailed
 from tensorway_eplb.placement import EMPTY, Placement
-from tensorway_eplb.testing import campaign, engine
+from tensorway_eplb.testing import campaign, engine, groups
 from tensorway_eplb.testing.engine import Model
+from tensorway_eplb.testing.groups import swapped
 
 MODEL = Model(layers=4, experts=8, slots=4)
 DEADLINE = 10.0
 
 
-@pytest.fixture(scope="module")
-def world():
-    """Processes that tests share; each test has groups of its own."""
-    with Ranks() as ranks:
-        yield ranks
-
-
 def entered(world, processes, path, model=MODEL):
-    """These processes as a group with the linear placement."""
-    world.grow(max(processes) + 1)
-    start = Placement.linear(model.layers, model.experts, len(processes), model.slots)
-    world.enter(processes, engine.join, path, 0, model, start)
-    return start
+    return groups.entered(world, processes, path, model)
 
 
 def together(world, processes, rows, deadline=DEADLINE):
-    return world.each(processes, engine.rebalance, rows, deadline)
-
-
-def swapped(start, first, second):
-    """The same placement with two slots of every layer exchanged."""
-    rows = start.map.copy()
-    rows[:, [first, second]] = rows[:, [second, first]]
-    return rows
+    return groups.together(world, processes, rows, deadline)
 
 
 # -- what arrives

@@ -10,11 +10,12 @@ import attrs
 import numpy as np
 import pytest
 
-from tensorway.testing.ranks import Place, Ranks
+from tensorway.testing.ranks import Place
 from tensorway_eplb.control import StoreControl
-from tensorway_eplb.placement import EMPTY, Placement
-from tensorway_eplb.testing import campaign, engine
+from tensorway_eplb.placement import EMPTY
+from tensorway_eplb.testing import campaign, engine, groups
 from tensorway_eplb.testing.engine import Model
+from tensorway_eplb.testing.groups import swapped
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason='needs torch: pip install "tensorway[gloo]"'
@@ -24,34 +25,16 @@ MODEL = Model(layers=4, experts=8, slots=4, communicator="gloo", options={}, pat
 DEADLINE = 6.0
 
 
-@pytest.fixture(scope="module")
-def world():
-    """Processes that tests share; each test has groups of its own."""
-    with Ranks() as ranks:
-        yield ranks
-
-
 def entered(world, processes, path, model=MODEL):
-    """These processes as a group with the linear placement."""
-    world.grow(max(processes) + 1)
-    start = Placement.linear(model.layers, model.experts, len(processes), model.slots)
-    world.enter(processes, engine.join, path, 0, model, start)
-    return start
+    return groups.entered(world, processes, path, model)
 
 
 def together(world, processes, rows, deadline=DEADLINE):
-    return world.each(processes, engine.rebalance, rows, deadline)
+    return groups.together(world, processes, rows, deadline)
 
 
 def random_rows(seed, ranks):
     return campaign.random_rows(random.Random(seed), MODEL, ranks)
-
-
-def swapped(start, first, second):
-    """The same placement with two slots of every layer exchanged."""
-    rows = start.map.copy()
-    rows[:, [first, second]] = rows[:, [second, first]]
-    return rows
 
 
 def reached(reports, rows):

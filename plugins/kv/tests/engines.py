@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import threading
-from pathlib import Path
 
 import attrs
 import pytest
@@ -13,6 +12,7 @@ import pytest
 import tensorway
 from tensorway.errors import DeadlineExceeded
 from tensorway.testing.faults import Faults, FaultyFabric
+from tensorway.testing.possessions import open_files
 from tensorway.transport import Endpoint
 from tensorway.transport.local import LocalFabric
 from tensorway_kv import messages
@@ -88,7 +88,7 @@ def flush(rank, deadline):
 def leftovers(rank):
     """Open files and threads of the process."""
     gc.collect()  # what earlier tests left
-    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    return open_files().total(), threading.active_count()
 
 
 def say(rank, engine, to, message):

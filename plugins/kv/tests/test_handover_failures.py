@@ -46,6 +46,14 @@ def connected(consumer, ticket, request="here"):
     until(lambda: all(one["handover.links.connected"] for one in consumer.each(statistics, "mover")), consumer)
 
 
+def begun(consumer, ticket):
+    """Every rank has begun to read, and none has been asked what became of it."""
+    connected(consumer, ticket)
+    reserve(consumer, ticket)
+    plan, _ = consumer.planner.call(step, [])
+    consumer.each(submit, plan.plan)
+
+
 def ended_with(consumer, *causes, request="here"):
     """The request has failed once, and every rank that failed says why and who."""
     until(lambda: consumer.failed or consumer.received, consumer)
@@ -63,10 +71,7 @@ def test_a_reader_that_was_too_late_never_reports_success(deployment, again):
     producer, consumer = deployment.engine("prefill", Shape(2)), deployment.engine("decode", Shape(1))
     ticket = producer.finish("one", THEIRS, TOKENS)
     producer.step()
-    connected(consumer, ticket)
-    reserve(consumer, ticket)
-    plan, _ = consumer.planner.call(step, [])
-    consumer.each(submit, plan.plan)
+    begun(consumer, ticket)
     # The reader is slow: its blocks are given away, and used, after it has read and before it has looked.
     assert producer.ask("force", "one")
     producer.step()
@@ -83,10 +88,7 @@ def test_tokens_before_the_first_block_that_was_given_away_are_good(deployment):
     producer.finish("prefix", [THEIRS[0][:2]], 8)
     ticket = producer.finish("one", THEIRS, TOKENS)
     producer.step()
-    connected(consumer, ticket)
-    reserve(consumer, ticket)
-    plan, _ = consumer.planner.call(step, [])
-    consumer.each(submit, plan.plan)
+    begun(consumer, ticket)
     producer.ask("force", "one")
     producer.step()
     until(lambda: consumer.failed or consumer.received, consumer)
@@ -98,10 +100,7 @@ def test_a_request_ends_when_all_ranks_have_said_so(deployment):
     producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape(2))
     ticket = producer.finish("one", THEIRS, TOKENS)
     producer.step()
-    connected(consumer, ticket)
-    reserve(consumer, ticket)
-    plan, _ = consumer.planner.call(step, [])
-    consumer.each(submit, plan.plan)
+    begun(consumer, ticket)
     said = []
     until(lambda: said.extend(consumer.movers[0].call(turn, b"")) or said, producer)
     assert [""] == [one.cause for one in said]
@@ -264,10 +263,7 @@ def test_an_engine_that_stands_still_keeps_no_blocks_beyond_its_deadline(ranks, 
     deployment = Deployment(ranks, transport=transport, lease=1.0, deadline=1.0)
     producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape())
     ticket = producer.finish("one", THEIRS, TOKENS)
-    connected(consumer, ticket)
-    reserve(consumer, ticket)
-    plan, _ = consumer.planner.call(step, [])
-    consumer.each(submit, plan.plan)  # and nobody ever asks what became of it, as if another rank had died
+    begun(consumer, ticket)  # and nobody ever asks what became of it, as if another rank had died
     until(lambda: producer.released, producer, seconds=20.0)
     assert 1 == producer.planner.call(statistics, "planner")["handover.lease.expired"]
     deployment.close()

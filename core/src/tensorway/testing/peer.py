@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tensorway.memory import shared
-from tensorway.testing.stops import stop
+from tensorway.testing.stops import send
 
 #: Seconds that a peer may take for one command; starting one imports the transport's library.
 PATIENCE: Final = 60.0
@@ -87,10 +87,7 @@ class PeerProcess:
         """Stop it, let it go on, or kill it."""
         tasks = Path(f"/proc/{self.pid}/task").glob("*/children") if number == signal.SIGKILL else ()
         helpers = [Path("/proc") / child / "maps" for task in tasks for child in task.read_text().split()]
-        if number == signal.SIGSTOP and self._process.poll() is None:
-            stop(self._process)
-        else:
-            self._process.send_signal(number)
+        send(self._process, number)
         if number == signal.SIGKILL:
             self._process.wait(PATIENCE)
             # A mover ends a moment after its engine, and answers until then.

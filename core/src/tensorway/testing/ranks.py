@@ -28,7 +28,7 @@ import attrs
 
 import tensorway
 from tensorway.rendezvous import Rendezvous
-from tensorway.testing.stops import stop
+from tensorway.testing.stops import send
 
 #: Seconds that a rank may take for one call; the first imports libraries.
 PATIENCE: Final = 100.0
@@ -89,10 +89,7 @@ class RankProcess:
 
     def signal(self, number: int) -> None:
         """Stop it, let it go on, or kill it."""
-        if number == signal.SIGSTOP and self.alive:
-            stop(self._process)
-        else:
-            self._process.send_signal(number)
+        send(self._process, number)
         self._stopped = number == signal.SIGSTOP or (self._stopped and number != signal.SIGCONT)
         if number == signal.SIGKILL:
             self._process.wait(PATIENCE)

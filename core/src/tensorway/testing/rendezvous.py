@@ -20,7 +20,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -34,6 +33,7 @@ from tensorway.errors import (
 )
 from tensorway.rendezvous.contract import MAX_VALUE
 from tensorway.rendezvous.rendezvous import Rendezvous
+from tensorway.testing.possessions import open_files
 from tensorway.testing.servers import Server
 from tensorway.testing.suite import Suite
 
@@ -483,7 +483,7 @@ class ServedRendezvousSuite(RendezvousSuite):
 
 def held() -> tuple[int, int]:
     """How many threads and files this process has."""
-    return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    return threading.active_count(), open_files().total()
 
 
 def eventually(condition: Callable[[], Any], seconds: float) -> None:

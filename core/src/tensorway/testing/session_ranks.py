@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import random
 import time
 from array import array
@@ -39,6 +38,7 @@ from tensorway.eplb import (
 )
 from tensorway.eplb.staging import StagingLease
 from tensorway.memory import Region
+from tensorway.testing.possessions import open_files
 from tensorway.testing.ranks import Place, Rank
 
 #: What rows are filled with to see whether anything is written to them.
@@ -449,7 +449,7 @@ def counted(rank: Rank) -> tuple[int, int, int]:
     """Threads, open files, and pages that are in memory."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return len(list(Path("/proc/self/task").iterdir())), len(os.listdir("/proc/self/fd")), pages  # noqa: PTH208
+    return len(list(Path("/proc/self/task").iterdir())), open_files().total(), pages
 
 
 # -- messages

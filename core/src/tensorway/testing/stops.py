@@ -1,4 +1,4 @@
-"""A process that is stopped, and known to be.
+"""Signals to a child; one that is stopped is known to be.
 
 Room `testing`; may import the standard library only.
 """
@@ -12,6 +12,14 @@ import time
 from typing import Any, Final
 
 _SECONDS: Final = 10.0
+
+
+def send(process: subprocess.Popen[Any], number: int) -> None:
+    """Send a child a signal; returns when it has stopped, if that is asked of one that runs."""
+    if number == signal.SIGSTOP and process.poll() is None:
+        stop(process)
+    else:
+        process.send_signal(number)
 
 
 def stop(process: subprocess.Popen[Any]) -> None:

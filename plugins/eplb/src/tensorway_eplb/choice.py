@@ -35,15 +35,14 @@ from tensorway.eplb import (
 from tensorway.errors import BackendUnavailable, DeadlineExceeded, DescriptionInvalid, OptionsInvalid, TensorwayError
 from tensorway.platforms import boot_id
 from tensorway.rendezvous import Rendezvous
-from tensorway.rendezvous.rendezvous import Lease
 from tensorway_eplb.cycle import settle_event
 from tensorway_eplb.membership import Membership
+from tensorway_eplb.records import OwnRecords
 
 _log = logger("eplb")
 #: What `Rebalancer` is asked for to get this: always, or for members on different hosts.
 MEASURED: Final = "measured"
 AUTO: Final = "auto"
-_TTL: Final = 10.0
 _LOOK: Final = 2e-3
 #: Of the time that is left, so much is kept for what comes after the measurements.
 _KEPT: Final = 0.2
@@ -175,7 +174,7 @@ class _Trial:
         self._shifts = _spread(len(group.members))
         self._rows, self._cycle, self._run = 0, 0, ""
         self._quarantined: list[int] = []
-        self._lease: Lease
+        self._records = OwnRecords(rendezvous)
 
     def run(self, *, if_apart: bool = False) -> Choice | None:
         # Records of a start that was killed last as long as their lease: numbers that all have read tell starts apart.
@@ -185,11 +184,10 @@ class _Trial:
             number = np.array([[uuid.uuid4().int >> 65 or 1]], dtype=np.uint64)
             truth = meeting.exchange(me, number, self._left())
             self._run = hashlib.blake2b(truth.digests.tobytes(), digest_size=8).hexdigest()
-            self._lease = self._rendezvous.lease(_TTL, self._left())
             try:
                 return _choice(self._on_one_host() if if_apart else self._answered(), self._given)
             finally:
-                self._rendezvous.end(self._lease)
+                self._records.close()
         finally:
             meeting.close()
 
@@ -369,9 +367,7 @@ class _Trial:
         """
         prefix = f"{self._group.path}/trial/{self._run}"
         value = msgspec.msgpack.encode(mine)
-        self._rendezvous.put(
-            f"{prefix}/{step}/{self._group.name}", value, lease=self._lease, deadline=max(1.0, self._left())
-        )
+        self._records.put(f"{prefix}/{step}/{self._group.name}", value, max(1.0, self._left()))
         said = {self._group.name: mine}
         while True:
             for name in self._group.members:

@@ -7,7 +7,6 @@ every byte of every rank can be compared at any time. The functions are called i
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from tensorway import memory
 from tensorway.eplb import ExpertLayout, Group
 from tensorway.errors import Excluded, PeerLost, TensorwayError
 from tensorway.memory import Region
+from tensorway.testing.possessions import open_files
 from tensorway.testing.ranks import Place, Rank
 from tensorway_eplb.placement import EMPTY, Map, Placement
 from tensorway_eplb.rebalancer import Rebalancer
@@ -175,7 +175,7 @@ def resources(rank: Rank) -> dict[str, int]:
         line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if ":" in line
     )
     return {
-        "files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
+        "files": open_files().total(),
         "threads": threading.active_count(),
         "mappings": Path("/proc/self/maps").read_text(encoding="ascii").count("\n"),
         "kilobytes": int(status["VmRSS"].split()[0]),
