@@ -10,7 +10,7 @@ from engines import TRANSPORTS, Shape, leftovers
 from tensorway.kv import RequestView
 from tensorway.testing.ranks import Ranks
 from tensorway_kv import messages
-from tensorway_kv.testing.engine import Deployment, statistics, until, verify
+from tensorway_kv.testing.engine import Deployment, counted, until, verify
 
 TOKENS = 19
 THEIRS, OURS = [[9, 3, 17, 5, 1]], [[2, 8, 4, 11, 7, 0, 12]]
@@ -114,11 +114,11 @@ def test_two_hundred_requests_leave_nothing_behind(deployment):
     assert all(now <= then for now, then in zip(chain(*used()), chain(*before), strict=True))
     names = [f"q{number}" for number in range(200)]
     assert (names, names, {}) == (consumer.received, producer.released, consumer.failed)
-    assert 0 == producer.planner.call(statistics, "planner")["handover.lease.kept"]
-    (mover,) = consumer.each(statistics, "mover")
-    assert (200, 200, 0) == (
-        mover["handover.pull.received"],
-        mover["handover.pull.done.count"],
-        mover["handover.pull.under_way"],
-    )
+    assert 0 == producer.planner.call(counted, "planner", "kv_leases")
+    for metric, labels, expected in [
+        ("kv_transfers_total", {"cause": "none", "peer": "prefill"}, 200),
+        ("kv_phase_seconds", {"phase": "done", "peer": "prefill"}, 200),
+        ("kv_requests_waiting", {}, 0),
+    ]:
+        assert [expected] == consumer.each(counted, "mover", metric, labels), metric
     assert not consumer.step() and not producer.step()

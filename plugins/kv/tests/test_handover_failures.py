@@ -12,7 +12,7 @@ from engines import TRANSPORTS, Shape, flush, let, life, open_faulty_mover, rele
 from tensorway.kv import RequestView
 from tensorway.testing.ranks import RankFailed, Ranks
 from tensorway_kv import messages
-from tensorway_kv.testing.engine import Deployment, spoil, statistics, step, submit, turn, until, verify, wipe
+from tensorway_kv.testing.engine import Deployment, counted, spoil, step, submit, turn, until, verify, wipe
 
 TOKENS = 19
 THEIRS, OURS = [[9, 3, 17, 5, 1]], [[2, 8, 4, 11, 7]]
@@ -43,7 +43,7 @@ def reserve(consumer, ticket, request="here", have=0):
 def connected(consumer, ticket, request="here"):
     """Look a request up, and go on until its producer is connected."""
     assert consumer.ask("lookup", RequestView(request, TOKENS, ticket), 0).tokens
-    until(lambda: all(one["handover.links.connected"] for one in consumer.each(statistics, "mover")), consumer)
+    until(lambda: all(consumer.each(counted, "mover", "kv_links", {"state": "connected"})), consumer)
 
 
 def begun(consumer, ticket):
@@ -240,7 +240,7 @@ def test_what_a_killed_consumer_read_comes_back_when_its_lease_ends(ranks, trans
     until(lambda: producer.released, producer)
     assert (["one"], 1) == (
         producer.released,
-        producer.planner.call(statistics, "planner")["handover.lease.expired"],
+        producer.planner.call(counted, "planner", "kv_leases_ended_total", {"cause": "expired"}),
     )
     deployment.close()
 
@@ -255,7 +255,7 @@ def test_who_waits_keeps_the_blocks_beyond_their_lease(ranks, transport):
     assert [] == producer.released
     reserve(consumer, ticket)
     until(lambda: consumer.received and producer.released, producer, consumer)
-    assert 1 == producer.planner.call(statistics, "planner")["handover.lease.acknowledged"]
+    assert 1 == producer.planner.call(counted, "planner", "kv_leases_ended_total", {"cause": "acknowledged"})
     deployment.close()
 
 
@@ -265,7 +265,7 @@ def test_an_engine_that_stands_still_keeps_no_blocks_beyond_its_deadline(ranks, 
     ticket = producer.finish("one", THEIRS, TOKENS)
     begun(consumer, ticket)  # and nobody ever asks what became of it, as if another rank had died
     until(lambda: producer.released, producer, seconds=20.0)
-    assert 1 == producer.planner.call(statistics, "planner")["handover.lease.expired"]
+    assert 1 == producer.planner.call(counted, "planner", "kv_leases_ended_total", {"cause": "expired"})
     deployment.close()
 
 
@@ -275,7 +275,7 @@ def test_a_restarted_producer_is_another(deployment):
     producer.step()
     connected(consumer, old)
     again = deployment.engine("prefill", Shape())
-    until(lambda: not consumer.each(statistics, "mover")[0]["handover.links.known"], consumer)
+    until(lambda: not consumer.each(counted, "mover", "kv_links", {"state": "known"})[0], consumer)
     reserve(consumer, old)
     ended_with(consumer, "lost")
     consumer.failed.clear()
@@ -295,8 +295,8 @@ def test_an_acknowledgement_that_the_peer_does_not_take_is_sent_again(deployment
     consumer.each(take_no_notifications, 3)
     reserve(consumer, ticket)
     until(lambda: consumer.received and producer.released, consumer, producer)
-    assert 1 == producer.planner.call(statistics, "planner")["handover.lease.acknowledged"]
-    assert 2 <= consumer.each(statistics, "mover")[0]["handover.message.again"]
+    assert 1 == producer.planner.call(counted, "planner", "kv_leases_ended_total", {"cause": "acknowledged"})
+    assert 2 <= consumer.each(counted, "mover", "kv_messages_total", {"what": "again"})[0]
 
 
 def test_messages_of_whoever_they_are_not_from_change_nothing(deployment):
@@ -316,9 +316,12 @@ def test_messages_of_whoever_they_are_not_from_change_nothing(deployment):
     for lie in lies:
         consumer.each(say, "prefill", 0, lie)
     until(lambda: sum(bool(one.request) for one in producer.heard) == 2, producer, consumer)
-    until(lambda: producer.each(statistics, "mover")[0]["handover.message.refused.malformed"], producer)
-    assert 2 == producer.each(statistics, "mover")[0]["handover.message.refused.forged"]
-    until(lambda: producer.planner.call(statistics, "planner")["handover.message.late.epoch"], producer)
+    until(lambda: producer.each(counted, "mover", "kv_messages_refused_total", {"cause": "malformed"})[0], producer)
+    assert 2 == producer.each(counted, "mover", "kv_messages_refused_total", {"cause": "forged"})[0]
+    until(
+        lambda: producer.planner.call(counted, "planner", "kv_messages_refused_total", {"cause": "late_epoch"}),
+        producer,
+    )
     assert [] == producer.released
     reserve(consumer, ticket)
     until(lambda: consumer.received and producer.released, consumer, producer)
@@ -337,8 +340,10 @@ def test_tickets_that_are_none_are_misses(deployment):
     assert "background" == consumer.ask("lookup", RequestView("first", TOKENS, ticket), 0).mode
     assert "nothing" == consumer.ask("lookup", RequestView("second", TOKENS, ticket), 0).mode
     assert "nothing" == producer.ask("lookup", RequestView("self", TOKENS, ticket), 0).mode
-    counts = consumer.planner.call(statistics, "planner")
-    found = {name: counts.get(f"handover.ticket.refused.{name}") for name in ("forged", "foreign", "replayed")}
+    found = {
+        cause: consumer.planner.call(counted, "planner", "kv_tickets_refused_total", {"cause": cause})
+        for cause in ("forged", "foreign", "replayed")
+    }
     assert {"forged": 1, "foreign": 2, "replayed": 1} == found
     consumer.ask("reserve", RequestView("bad0", TOKENS, forged), OURS, 4, TOKENS - 4)
     consumer.step()
@@ -370,8 +375,8 @@ def test_a_request_that_is_given_up_ends_and_its_producer_is_told(deployment, wh
     for _ in range(3):
         consumer.step()
     assert ([], {} if when == "looked-up" else {"here": 0}) == (consumer.received, consumer.failed)
-    assert 1 == producer.planner.call(statistics, "planner")["handover.lease.acknowledged"]
-    assert 0 == consumer.planner.call(statistics, "planner")["handover.pull.wanted"]
+    assert 1 == producer.planner.call(counted, "planner", "kv_leases_ended_total", {"cause": "acknowledged"})
+    assert 0 == consumer.planner.call(counted, "planner", "kv_requests_waiting")
 
 
 def test_what_is_kept_can_be_taken_back(deployment):

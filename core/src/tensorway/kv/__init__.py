@@ -9,8 +9,11 @@ from __future__ import annotations
 from tensorway.kv.contract import (
     Blocks,
     Capabilities,
+    Copier,
+    Event,
     KVContext,
     LayerwiseMover,
+    LayerwisePlanner,
     Match,
     Mover,
     Planner,
@@ -20,13 +23,18 @@ from tensorway.kv.contract import (
     Step,
 )
 from tensorway.kv.geometry import Group, Part, Plane, RankGeometry, Share
+from tensorway.kv.vocabulary import METRICS
 
 __all__ = [
+    "METRICS",
     "Blocks",
     "Capabilities",
+    "Copier",
+    "Event",
     "Group",
     "KVContext",
     "LayerwiseMover",
+    "LayerwisePlanner",
     "Match",
     "Mover",
     "Part",

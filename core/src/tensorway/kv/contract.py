@@ -12,10 +12,20 @@ from typing import Any, Literal, Protocol
 import attrs
 
 from tensorway.kv.geometry import RankGeometry
+from tensorway.memory import Region
+from tensorway.metrics import Sample
 from tensorway.rendezvous import Rendezvous
 
 #: Block ids of one request: for each cache group, in the order of its tokens.
 Blocks = Sequence[Sequence[int]]
+
+
+class Copier(Protocol):
+    """Copies between host memory and a device that the transport cannot reach."""
+
+    def __call__(self, pairs: Sequence[tuple[Region, Region]]) -> None:
+        """Copy the first of each pair to the second; all of it is done when this returns."""
+        ...
 
 
 @attrs.frozen
@@ -36,6 +46,8 @@ class KVContext:
     facts: Mapping[str, str] = attrs.field(factory=dict)
     #: Seconds that opening may take.
     deadline: float = 60.0
+    #: For a mover whose pages the transport cannot reach; memory of the host needs none.
+    copier: Copier | None = None
 
 
 @attrs.frozen
@@ -48,6 +60,8 @@ class Capabilities:
     layerwise: bool = False
     #: Whether blocks that were handed over can be read back by who computed them first.
     bidirectional: bool = False
+    #: Whether it looks blocks up by their content, so that requests should come with hashes.
+    by_content: bool = False
     #: Kinds of memory that KV pages may be in without staging.
     media: frozenset[str] = frozenset({"cpu"})
 
@@ -95,9 +109,10 @@ class Result:
 
     #: Empty for what was heard of several.
     request: str
-    #: `received`: its blocks are here; `sent`: what was kept for a consumer was sent; `heard`: another engine's rank
-    #: said something, which means nothing before the planner gives it a meaning.
-    what: Literal["received", "sent", "heard"]
+    #: `received`: its blocks are here; `sent`: its blocks were written to where they were to go; `heard`: another
+    #: engine's rank said something, which means nothing before the planner gives it a meaning; `cleared`: nobody writes
+    #: any more to memory that was set aside for it.
+    what: Literal["received", "sent", "heard", "cleared"]
     #: Empty if it succeeded; else one of the metrics' causes.
     cause: str = ""
     #: For people.
@@ -107,6 +122,25 @@ class Result:
     #: Who confirms what is `sent`, and how, so that the planner counts each consumer once; and what was `heard`, which
     #: the mover has seen to be from who it says, and no longer than messages are.
     proof: bytes = b""
+    #: Which part of a composition says it; empty for what is none.
+    source: str = ""
+
+
+@attrs.frozen
+class Event:
+    """What changed in which blocks can be had: for routers that know where blocks are."""
+
+    what: Literal["stored", "removed", "cleared"]
+    #: By content; nothing for `cleared`, which is of all.
+    hashes: tuple[bytes, ...] = ()
+    group: int = 0
+    #: Where: `engine` for blocks that another engine may fetch from this one, `files` for those of a store.
+    medium: str = "engine"
+    #: Tokens of each block.
+    block_tokens: int = 0
+    salt: str = ""
+    #: Which part of a composition says it; empty for what is none.
+    source: str = ""
 
 
 @attrs.frozen
@@ -165,16 +199,29 @@ class Planner(Protocol):
         """Forget what can be looked up: the weights are others now."""
         ...
 
-    def events(self) -> Sequence[Mapping[str, Any]]:
-        """What was stored and removed since the last call, for routers that know where blocks are."""
+    def events(self) -> Sequence[Event]:
+        """What was stored and removed since the last call, in this order."""
         ...
 
-    def statistics(self) -> Mapping[str, float]:
-        """Counters, by their names in the metrics' vocabulary."""
+    def statistics(self) -> Sequence[Sample]:
+        """Values of `tensorway.kv.METRICS`."""
         ...
 
     def close(self, deadline: float = 5.0) -> None:
         """Tell consumers goodbye, and end; the second call does nothing."""
+        ...
+
+
+class LayerwisePlanner(Planner, Protocol):
+    """A planner whose movers send layers of a request while it is computed."""
+
+    def promise(self, request: RequestView, tokens: int) -> Mapping[str, Any] | None:
+        """The request is going to be computed here, so many tokens of it: a ticket with which its consumer can ask
+        for them at once. None if nobody can be served; `finish` says the rest."""
+        ...
+
+    def computes(self, request: RequestView, blocks: Blocks, first: int, stop: int) -> None:
+        """This step computes the tokens from `first` to before `stop` of a promised request, into these blocks."""
         ...
 
 
@@ -199,8 +246,8 @@ class Mover(Protocol):
         """Give up what is under way for it; the result says so when its pages are safe."""
         ...
 
-    def statistics(self) -> Mapping[str, float]:
-        """Counters, by their names in the metrics' vocabulary."""
+    def statistics(self) -> Sequence[Sample]:
+        """Values of `tensorway.kv.METRICS`."""
         ...
 
     def close(self, deadline: float = 5.0) -> None:
@@ -212,9 +259,13 @@ class LayerwiseMover(Mover, Protocol):
     """A mover that streams layer by layer."""
 
     def before_layer(self, layer: int, deadline: float) -> None:
-        """Wait until the layer's pages of this step's requests have arrived."""
+        """Wait until the layer's pages have arrived of all requests that were submitted, or they have failed.
+
+        What is computed from them is worth nothing before the planner has said `received`: only then is it known that
+        the blocks were whole.
+        """
         ...
 
     def after_layer(self, layer: int) -> None:
-        """The layer's pages of this step are written: send them on."""
+        """The layer's pages of the requests that this step computes are written: send them on."""
         ...

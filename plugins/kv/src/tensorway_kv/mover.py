@@ -14,7 +14,8 @@ from typing import Final
 import tensorway
 from tensorway._logging import logger
 from tensorway.errors import Closed, DeadlineExceeded, LayoutInvalid, Unsupported
-from tensorway.kv import Capabilities, KVContext, RankGeometry, Result
+from tensorway.kv import METRICS, Capabilities, KVContext, RankGeometry, Result
+from tensorway.metrics import Counters, Sample
 from tensorway.rendezvous import Directory
 from tensorway.transport import Notification, Transport
 from tensorway_kv import messages, orders
@@ -52,8 +53,7 @@ class HandoverMover:
         self._pulls: dict[str, Pull] = {}
         #: What had ended already when it was submitted.
         self._early: list[Result] = []
-        self._outcomes: Counter[str] = Counter()
-        self._phases: dict[str, float] = {}
+        self._counts = Counters(METRICS, backend="handover", engine=context.engine, rank=str(context.rank))
         #: Links that are over; their threads may still have something to say.
         self._over: list[Link] = []
         self._told: Counter[str] = Counter()
@@ -147,17 +147,18 @@ class HandoverMover:
             self.endpoint.poll()
             time.sleep(1e-3)
 
-    def statistics(self) -> dict[str, float]:
+    def statistics(self) -> list[Sample]:
         """What became of fetches, how long their phases took, and what was not believed."""
-        found: dict[str, float] = {f"handover.pull.{name}": count for name, count in self._outcomes.items()}
-        found |= {f"handover.pull.{name}": amount for name, amount in self._phases.items()}
-        found |= {f"handover.message.refused.{cause}": count for cause, count in self._messages.refused.items()}
-        told = sum((Counter(link.counts) for link in (*self._links.values(), *self._over)), Counter(self._told))
-        found |= {f"handover.message.{name}": told[name] for name in ("sent", "again", "given_up")}
-        found["handover.links.connected"] = sum(
-            link.bound is not None and not link.lost for link in self._links.values()
-        )
-        return found | {"handover.links.known": len(self._links), "handover.pull.under_way": len(self._pulls)}
+        counts, links = self._counts, list(self._links.values())
+        for cause, count in self._messages.refused.items():
+            counts.set("kv_messages_refused_total", count, cause=cause)
+        told = sum((Counter(link.counts) for link in (*links, *self._over)), Counter(self._told))
+        for what in ("sent", "again", "given_up"):
+            counts.set("kv_messages_total", told[what], what=what)
+        counts.set("kv_links", len(links), state="known")
+        counts.set("kv_links", sum(link.bound is not None and not link.lost for link in links), state="connected")
+        counts.set("kv_requests_waiting", len(self._pulls), direction="pull")
+        return counts.samples()
 
     def close(self, deadline: float = 5.0) -> None:
         """End; whoever reads from here sees that this rank is gone."""
@@ -184,10 +185,10 @@ class HandoverMover:
             if result is not None:
                 del self._pulls[request]
                 results.append(result)
-                self._outcomes[f"failed.{result.cause}" if result.cause else "received"] += 1
+                labels = {"direction": "pull", "peer": pull.link.engine}
+                self._counts.add("kv_transfers_total", **labels, cause=result.cause or "none")
                 for phase, seconds in pull.seconds.items():
-                    for name, amount in ((f"{phase}.seconds", seconds), (f"{phase}.count", 1)):
-                        self._phases[name] = self._phases.get(name, 0) + amount
+                    self._counts.took("kv_phase_seconds", seconds, **labels, phase=phase)
         return results
 
     def _link(self, want: orders.Want) -> Link:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -17,7 +17,20 @@ import attrs
 
 from tensorway import settings
 from tensorway.errors import LayoutInvalid, TicketInvalid
-from tensorway.kv import Blocks, Capabilities, KVContext, Match, RankGeometry, RequestView, Result, Retention, Step
+from tensorway.kv import (
+    METRICS,
+    Blocks,
+    Capabilities,
+    Event,
+    KVContext,
+    Match,
+    RankGeometry,
+    RequestView,
+    Result,
+    Retention,
+    Step,
+)
+from tensorway.metrics import Counters, Sample
 from tensorway_kv import messages, orders, tickets
 from tensorway_kv.board import let_go
 from tensorway_kv.leases import LONGEST, Consumer, Generations, LeaseTable
@@ -118,8 +131,7 @@ class HandoverPlanner:
         self._wants: list[Want] = []
         self._fetches: list[tuple[str, _Wanted, orders.Ids]] = []
         self._cancels: list[str] = []
-        self._counts: Counter[str] = Counter()
-        self._queued = 0.0
+        self._counts = Counters(METRICS, backend="handover", engine=context.engine)
         self._closed = False
         self._ground = Ground(context.rendezvous, options.path, options.presence, context.facts)
         key = self._ground.engine_key(context.engine)
@@ -145,7 +157,7 @@ class HandoverPlanner:
             return
         if wanted is None or have < 0 or tokens < 0 or have + tokens > self._stop(wanted.ticket, request):
             if tokens > 0:
-                self._counts["handover.pull.requests.refused"] += 1
+                self._counts.add("kv_requests_total", direction="pull", peer="", cause="refused")
                 self._failed[request.id] = have
             return
         wanted.reserved, wanted.reserved_at = True, time.monotonic()
@@ -169,9 +181,9 @@ class HandoverPlanner:
                 raise TicketInvalid("A ticket came.", "It is our own.", "Send it to another engine.", "foreign")
             self._seen.use(ticket, request.id, now)
         except TicketInvalid as error:
-            self._counts[f"handover.ticket.refused.{error.cause}"] += 1
+            self._counts.add("kv_tickets_refused_total", cause=error.cause)
             return None
-        self._counts["handover.ticket.opened"] += 1
+        self._counts.add("kv_tickets_total", what="opened")
         wanted = self._wanted[request.id] = _Wanted(ticket, time.monotonic())
         self._wants.append(self._want(request.id, ticket, LONGEST))
         return wanted
@@ -202,7 +214,7 @@ class HandoverPlanner:
             return Retention(False)
         epoch = self._kept.keep(request.id, ids, time.monotonic())
         if not epoch:
-            self._counts["handover.lease.refused"] += 1
+            self._counts.add("kv_leases_refused_total")
             return Retention(False)
         now = time.time()
         ticket = tickets.Ticket(
@@ -211,12 +223,14 @@ class HandoverPlanner:
             tenant=self._tenant(request),
         )  # fmt: skip
         try:
-            return Retention(True, tickets.issue(ticket, self._secret))
+            issued = tickets.issue(ticket, self._secret)
         except TicketInvalid as error:
             # What nobody can be told of is kept for nobody; the engine hears of it by `Step.released`.
-            self._counts[f"handover.ticket.refused.{error.cause}"] += 1
+            self._counts.add("kv_tickets_refused_total", cause=error.cause)
             self._kept.leases.force(request.id)
             return Retention(True)
+        self._counts.add("kv_tickets_total", what="issued")
+        return Retention(True, issued)
 
     def force(self, request: str) -> bool:
         """Take kept blocks back, whoever reads them; whether they were kept."""
@@ -247,9 +261,9 @@ class HandoverPlanner:
         return step
 
     def _fetch(self, request: str, wanted: _Wanted, ids: orders.Ids, now: float) -> Fetch:
-        self._queued += now - wanted.reserved_at
-        self._counts["handover.pull.queued.count"] += 1
-        left = max(0.0, self._options.deadline - (now - wanted.reserved_at))
+        queued = now - wanted.reserved_at
+        self._counts.took("kv_phase_seconds", queued, direction="pull", peer=wanted.ticket.engine, phase="queued")
+        left = max(0.0, self._options.deadline - queued)
         want = self._want(request, wanted.ticket, left)
         return Fetch(want, wanted.ticket.tokens, wanted.ticket.blocks, ids, wanted.start, wanted.stop)
 
@@ -266,7 +280,7 @@ class HandoverPlanner:
     def _said(self, rank: int, result: Result) -> None:
         wanted = self._wanted.get(result.request)
         if wanted is None or not wanted.reserved or rank in wanted.said or not 0 <= rank < self._ranks:
-            self._counts["handover.result.unexpected"] += 1
+            self._counts.add("kv_results_refused_total")
             return
         wanted.said[rank] = (result.tokens, result.cause)
         if len(wanted.said) < self._ranks:
@@ -274,7 +288,8 @@ class HandoverPlanner:
         del self._wanted[result.request]
         self._spend(wanted.ticket)
         causes = sorted({cause for _, cause in wanted.said.values() if cause})
-        self._counts[f"handover.pull.requests.{f'failed.{causes[0]}' if causes else 'received'}"] += 1
+        peer, cause = wanted.ticket.engine, causes[0] if causes else "none"
+        self._counts.add("kv_requests_total", direction="pull", peer=peer, cause=cause)
         if wanted.silent:
             return
         if causes:
@@ -310,17 +325,20 @@ class HandoverPlanner:
         for row in self.leases():
             self._kept.leases.force(str(row["request"]))
 
-    def events(self) -> Sequence[Mapping[str, Any]]:
+    def events(self) -> Sequence[Event]:
         """Nothing is stored beyond a hand-over."""
         return ()
 
-    def statistics(self) -> dict[str, float]:
+    def statistics(self) -> list[Sample]:
         """What became of tickets, leases and requests."""
-        leases, found = self._kept.leases, dict[str, float](self._counts)
-        found |= {f"handover.lease.{ending}": count for ending, count in leases.endings.items()}
-        found |= {f"handover.message.late.{cause}": count for cause, count in leases.refused.items()}
-        found["handover.pull.queued.seconds"] = self._queued
-        return found | {"handover.lease.kept": len(leases), "handover.pull.wanted": len(self._wanted)}
+        counts, leases = self._counts, self._kept.leases
+        for ending, count in leases.endings.items():
+            counts.set("kv_leases_ended_total", count, cause=ending)
+        for cause, count in leases.refused.items():
+            counts.set("kv_messages_refused_total", count, cause=f"late_{cause}")
+        counts.set("kv_leases", len(leases))
+        counts.set("kv_requests_waiting", len(self._wanted), direction="pull")
+        return counts.samples()
 
     def close(self, deadline: float = 5.0) -> None:
         """End this life of the engine. Who needs what is kept to be read first calls `drain`, and waits."""

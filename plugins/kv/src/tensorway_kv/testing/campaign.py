@@ -288,8 +288,8 @@ class Campaign:
             assert time.monotonic() < until, "an engine has something to do, and nothing is wanted"
         assert [] == list(self.producer.ask("leases"))
         assert self.requests.whole, "blocks were lost"
-        assert 0 == self.consumer.planner.call(side.statistics, "planner")["handover.pull.wanted"]
-        assert {0} == {one["handover.pull.under_way"] for one in self.consumer.each(side.statistics, "mover")}
+        assert 0 == self.consumer.planner.call(side.counted, "planner", "kv_requests_waiting")
+        assert {0} == set(self.consumer.each(side.counted, "mover", "kv_requests_waiting"))
         self.consumer.each(check, [])
 
 

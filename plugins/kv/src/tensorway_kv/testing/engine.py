@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 import numpy as np
 
 from tensorway.kv import KVContext, RequestView, Result
+from tensorway.metrics import total
 from tensorway.testing.ranks import Rank, RankProcess, Ranks
 from tensorway_kv.offers import construct_handover
 from tensorway_kv.options import HandoverOptions
@@ -26,6 +27,7 @@ PATIENCE: Final = 60.0
 SPOILED: Final = JUNK ^ 0xFF
 
 Options = dict[str, Any]
+_ANY: Final[Mapping[str, str]] = {}
 
 # -- in the processes
 
@@ -98,9 +100,9 @@ def wipe(rank: Rank) -> None:
     rank.notes["memory"].memory[:] = JUNK
 
 
-def statistics(rank: Rank, side: str) -> dict[str, float]:
-    """What a side has counted."""
-    return dict(rank.notes[side].statistics())
+def counted(rank: Rank, side: str, metric: str, labels: Mapping[str, str] = _ANY) -> float:
+    """What a side has counted under a name with these labels, all in all."""
+    return total(rank.notes[side].statistics(), metric, **labels)
 
 
 def close_side(rank: Rank, side: str) -> None:
