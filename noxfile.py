@@ -204,8 +204,8 @@ def everything(session: nox.Session) -> None:
     install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"])
     elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("repo", "wheels", "bench", "hosts")]
     pytest(session, ROOT / "tests", *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
-    # Of the movement: what its own leg skips for want of NIXL, torch and their plugins.
-    pytest(session, ROOT / "plugins" / "eplb" / "tests", "-k", "nixl or gloo")
+    # Of the movements: what their own legs skip for want of NIXL, torch and their plugins.
+    pytest(session, ROOT / "plugins" / "eplb" / "tests", ROOT / "plugins" / "kv" / "tests", "-k", "nixl or gloo")
 
 
 @nox.session(requires=["build"])
@@ -279,6 +279,10 @@ CAMPAIGNS = {
     # Hand-overs of KV blocks, with ranks that die, stop and come back.
     "kv": ["tensorway_kv.testing.campaign"],
     "kv-nixl": ["tensorway_kv.testing.campaign", "--options", '{"transport": "nixl"}'],
+    "kv-mooncake": ["tensorway_kv.testing.campaign", "--options", '{"transport": "mooncake"}'],
+    # What peers and clients may send.
+    "kv-hostile": ["tensorway_kv.testing.fuzz"],
+    "kv-strangers": ["tensorway_kv.testing.strangers"],
     # Mooncake opens up to four connections to a peer, as it needs them.
     "endurance-mooncake": ["endurance", "mooncake", "--kept-files", "3"],
     "hostile-mooncake": ["hostile", "mooncake", *MOONCAKE_KEEPS, "--kinds", "descriptions,notes"],

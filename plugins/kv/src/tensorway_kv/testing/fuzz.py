@@ -64,19 +64,23 @@ def fuzz(seed: int, count: int) -> Counter[str]:
     return counts
 
 
-def one_message(rng: random.Random) -> Counter[str]:
-    """One payload that may be anything: read, or refused and counted."""
+def hostile(rng: random.Random) -> Any:
+    """What may come instead of a message: mostly one that is nearly right."""
     whole = messages.encode(rng.choice(SAMPLES))
-    payload: Any = whole
     match rng.randrange(8):
         case 0 | 1 | 2:
-            payload = damaged(rng, whole, [messages.encode(other) for other in SAMPLES])
+            return damaged(rng, whole, [messages.encode(other) for other in SAMPLES])
         case 3 | 4 | 5:
-            payload = whole[:_HEAD] + reworded(rng, whole[_HEAD:])
+            return whole[:_HEAD] + reworded(rng, whole[_HEAD:])
         case 6:
-            payload = whole[: rng.randrange(len(whole))]
+            return whole[: rng.randrange(len(whole))]
         case _:
-            payload = rng.choice((rng.randbytes(rng.randrange(99)), b"\x91" * rng.randrange(70_000), None, "text", 7))
+            return rng.choice((rng.randbytes(rng.randrange(99)), b"\x91" * rng.randrange(70_000), None, "text", 7))
+
+
+def one_message(rng: random.Random) -> Counter[str]:
+    """One payload that may be anything: read, or refused and counted."""
+    payload = hostile(rng)
     reader = messages.Reader()
     message = reader.decode(payload)
     if message is not None:
