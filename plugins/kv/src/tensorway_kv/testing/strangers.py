@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from tensorway.errors import DeadlineExceeded, TensorwayError
@@ -27,7 +28,7 @@ from tensorway_kv import messages
 from tensorway_kv.layouts import Cache, attention
 from tensorway_kv.testing import engine as side
 from tensorway_kv.testing import fuzz
-from tensorway_kv.testing.engine import Deployment, until
+from tensorway_kv.testing.engine import Deployment, Engine, until
 from tensorway_kv.testing.shapes import Mixed
 
 _TOKENS: Final = 16
@@ -99,7 +100,7 @@ class Strangers:
         # Both others are connected because each waits for something of its own.
         for one, name in ((self.stranger, "own"), (self.consumer, "met")):
             assert one.ask("lookup", RequestView(name, _TOKENS, tickets[name]), 0).tokens
-            until(lambda one=one: all(one.each(side.counted, "mover", "kv_links", {"state": "connected"})), one)
+            until(partial(_connected, one), one)
         self._life = self.consumer.planner.call(_life)
         self._tickets = tickets
 
@@ -158,6 +159,10 @@ class Strangers:
 def _life(rank: Rank) -> str:
     found: str = rank.notes["planner"].incarnation
     return found
+
+
+def _connected(engine: Engine) -> bool:
+    return all(engine.each(side.counted, "mover", "kv_links", {"state": "connected"}))
 
 
 def _honest(heard: Any) -> bool:
