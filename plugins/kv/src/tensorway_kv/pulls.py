@@ -150,8 +150,8 @@ class Pull:
         if fetch.start >= fetch.stop:
             return
         plan = bound.reads.plan(
-            self._held(fetch.blocks, fetch.stop, self._reader.topology.ranks[0].groups),
-            self._held(fetch.their_blocks, fetch.tokens, bound.info.ranks[0].groups),
+            Held.ending(fetch.blocks, fetch.stop, self._reader.topology.ranks[0].groups),
+            Held.ending(fetch.their_blocks, fetch.tokens, bound.info.ranks[0].groups),
             fetch.start,
             fetch.stop,
             states=fetch.stop == fetch.tokens,
@@ -162,15 +162,6 @@ class Pull:
                 ids = [array("q", side.astype("q").tobytes()) for side in (batch.local, batch.remote)]
                 route = bound.routes[producer][batch.route]
                 self._transfers.append(self._reader.endpoint.read(route, *ids, deadline=left))
-
-    @staticmethod
-    def _held(blocks: Sequence[Sequence[int]], tokens: int, groups: Sequence[object]) -> Held:
-        """Lists that are shorter than the tokens are of the last blocks, as those of a sliding window."""
-        first = [
-            max(0, -(-tokens // each) - len(ids)) if (each := getattr(group, "block_tokens", 0)) else 0
-            for ids, group in zip(blocks, groups, strict=False)
-        ]
-        return Held(blocks, first)
 
     # -- words
 
