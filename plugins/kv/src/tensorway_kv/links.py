@@ -47,6 +47,21 @@ class Bound:
     boards: dict[int, Route]
     #: For each rank that is told, how many of ours tell it.
     readers: dict[int, int]
+    _layers: dict[int, Bound] = attrs.field(factory=dict)
+
+    def layer(self, number: int, endpoint: Transport) -> Bound:
+        """The same for one layer alone, whose routes are prepared when it is asked for first."""
+        if number not in self._layers:
+            reads = self.reads.layer(number)
+            self._layers[number] = attrs.evolve(self, reads=reads, routes=_routes(reads, self.peers, endpoint))
+        return self._layers[number]
+
+
+def _routes(reads: Reads, peers: dict[int, Peer], endpoint: Transport) -> dict[int, list[Route]]:
+    return {
+        rank: [endpoint.prepare(peers[rank], local, remote) for local, remote in reads.routes(rank)]
+        for rank in reads.producers
+    }
 
 
 @attrs.define
@@ -242,13 +257,11 @@ class Link:
     def _prepared(
         self, info: EngineTransferInfo, reads: Reads, records: list[RankRecord], readers: dict[int, int]
     ) -> Bound:
-        prepare, peers = self._reader.endpoint.prepare, dict(self._connected)
-        routes, boards = {}, {}
+        endpoint, peers, boards = self._reader.endpoint, dict(self._connected), {}
         for rank in reads.producers:
-            routes[rank] = [prepare(peers[rank], local, remote) for local, remote in reads.routes(rank)]
             words = BlockTable((records[rank].board,), WORD, WORD, max(sum(info.ranks[rank].blocks), 1))
-            boards[rank] = prepare(peers[rank], self._reader.scratch.table, words)
-        return Bound(info, reads, peers, routes, boards, readers)
+            boards[rank] = endpoint.prepare(peers[rank], self._reader.scratch.table, words)
+        return Bound(info, reads, peers, _routes(reads, peers, endpoint), boards, readers)
 
     def _beat(self, now: float) -> None:
         with self._changed:

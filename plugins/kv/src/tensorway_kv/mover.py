@@ -18,6 +18,7 @@ from tensorway.kv import METRICS, Capabilities, KVContext, RankGeometry, Result
 from tensorway.metrics import Counters, Sample
 from tensorway.rendezvous import Directory
 from tensorway.transport import Notification, Transport
+from tensorway.transport.transfer import pauses
 from tensorway_kv import messages, orders
 from tensorway_kv.board import Board, Scratch
 from tensorway_kv.links import Link, Reader
@@ -45,7 +46,8 @@ class HandoverMover:
         self._geometry = _geometry(context)
         endpoint = tensorway.create("transport", options.transport, dict(options.transport_options))
         self.endpoint: Transport = endpoint
-        self.capabilities = Capabilities(pull=True, media=self.endpoint.capabilities.media)
+        self.capabilities = Capabilities(pull=True, layerwise=True, media=self.endpoint.capabilities.media)
+        self._layerwise = options.layerwise
         self._ground = Ground(context.rendezvous, options.path, options.presence, context.facts)
         self._own: Directory | None = None
         self._links: dict[tuple[str, str], Link] = {}
@@ -107,7 +109,8 @@ class HandoverMover:
         for fetch in what.fetches:
             self._unwant(fetch.want.request)
             if fetch.want.request not in self._pulls:
-                self._pulls[fetch.want.request] = Pull(fetch, self._link(fetch.want), self._reader)
+                link = self._link(fetch.want)
+                self._pulls[fetch.want.request] = Pull(fetch, link, self._reader, layerwise=self._layerwise)
         for request in what.cancels:
             self.cancel(request)
         self._early += self._advance(now)
@@ -133,6 +136,20 @@ class HandoverMover:
         self._early.clear()
         self._tidy()
         return results
+
+    def before_layer(self, layer: int, deadline: float) -> None:
+        """Wait until the layer's pages of all that is being fetched have arrived, or nobody waits for them."""
+        self._check()
+        until, waits = time.monotonic() + deadline, pauses()
+        while missing := [request for request, pull in self._pulls.items() if not pull.has(layer)]:
+            self._early += self._advance(time.monotonic())
+            if time.monotonic() >= until:
+                raise DeadlineExceeded(
+                    f"Layer {layer} was to be computed.",
+                    f"Its pages have not arrived within {deadline:g} s of: {', '.join(missing[:8])}.",
+                    "Leave these requests out of the step; the mover says what becomes of them.",
+                )
+            time.sleep(next(waits))
 
     def flush(self, deadline: float) -> None:
         """Wait until no page of what failed is written to any more."""

@@ -20,5 +20,7 @@ class HandoverOptions:
     deadline: float = attrs.field(default=30.0, validator=[attrs.validators.ge(0.01), attrs.validators.le(3600.0)])
     #: Seconds after which the rendezvous misses an engine that died.
     presence: float = attrs.field(default=10.0, validator=[attrs.validators.ge(0.5), attrs.validators.le(3600.0)])
+    #: Whether blocks are read layer by layer, for an engine that computes with the first while the others arrive.
+    layerwise: bool = False
     #: What tickets are sealed with; empty for the deployment's secret, `TENSORWAY_SECRET`.
     secret: str = attrs.field(default="", repr=False)

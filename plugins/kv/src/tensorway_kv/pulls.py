@@ -57,14 +57,17 @@ class _Look:
 class Pull:
     """A fetch that is under way."""
 
-    def __init__(self, fetch: Fetch, link: Link, reader: Reader) -> None:
-        self.fetch, self.link, self._reader = fetch, link, reader
+    def __init__(self, fetch: Fetch, link: Link, reader: Reader, *, layerwise: bool = False) -> None:
+        """`layerwise`: read one layer after the other, so that `has` is true of the first before the last is here."""
+        self.fetch, self.link, self._reader, self._layerwise = fetch, link, reader, layerwise
         self._begun = time.monotonic()
         self._until = self._begun + fetch.want.seconds
         #: Seconds that each phase took, of those that have ended.
         self.seconds: dict[Phase, float] = {}
         self._bound: Bound | None = None
         self._transfers: list[Transfer] = []
+        #: The same by layer, if layers are read one by one.
+        self._of_layer: dict[int, list[Transfer]] = {}
         self._looks: list[_Words] = []
         self._look: _Look | None = None
         self._look_at, self._pause = 0.0, _LOOK_AGAIN[0]
@@ -82,6 +85,13 @@ class Pull:
     def failing(self) -> bool:
         """Whether it has failed, and only waits for its pages to be safe."""
         return self._failure is not None
+
+    def has(self, layer: int) -> bool:
+        """Whether its pages of that layer have arrived, or are not waited for: nothing was missing, or it failed."""
+        if self._arrived or self.failing or self.fetch.start >= self.fetch.stop:
+            return True
+        transfers = self._of_layer.get(layer, []) if self._layerwise else self._transfers
+        return self._bound is not None and all(transfer.poll() is State.DONE for transfer in transfers)
 
     def cancel(self) -> None:
         """Give it up."""
@@ -146,9 +156,18 @@ class Pull:
         return self._look_on(self._bound, now)
 
     def _post(self, bound: Bound, now: float) -> None:
-        fetch = self.fetch
-        if fetch.start >= fetch.stop:
+        if self.fetch.start >= self.fetch.stop:
             return
+        if not self._layerwise:
+            self._read(bound, now)
+            return
+        for layer in bound.reads.layers:
+            before = len(self._transfers)
+            self._read(bound.layer(layer, self._reader.endpoint), now)
+            self._of_layer[layer] = self._transfers[before:]
+
+    def _read(self, bound: Bound, now: float) -> None:
+        fetch = self.fetch
         plan = bound.reads.plan(
             Held.ending(fetch.blocks, fetch.stop, self._reader.topology.ranks[0].groups),
             Held.ending(fetch.their_blocks, fetch.tokens, bound.info.ranks[0].groups),

@@ -6,7 +6,8 @@ is made; a request costs a few array operations for each table, and no step of P
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import attrs
@@ -16,7 +17,7 @@ from tensorway.errors import MemoryInvalid
 from tensorway.kv import Group
 from tensorway_kv.intersect import Meeting, Numbers
 from tensorway_kv.routes import Kind, Routes, Tables, Track
-from tensorway_kv.sources import by_pages
+from tensorway_kv.sources import Piece, by_pages
 from tensorway_kv.topology import TransferTopology
 
 
@@ -58,14 +59,34 @@ class Reads:
     """How one rank reads from one engine; made once, used for all requests."""
 
     def __init__(self, topology: TransferTopology, engine: str) -> None:
-        remote = topology.remote(engine)
-        self.engine, self.incarnation = engine, remote.info.incarnation
-        self._groups = topology.ranks[topology.rank].groups
-        own = topology.ranks[topology.rank]
-        self._routes = {
-            producer: Routes(by_pages(own, remote.info.ranks[producer], taken), own, remote.info.ranks[producer])
-            for producer, taken in remote.sources.items()
+        self._remote, self._own = topology.remote(engine), topology.ranks[topology.rank]
+        self.engine, self.incarnation = engine, self._remote.info.incarnation
+        self._groups = self._own.groups
+        self._alone: dict[int, Reads] = {}
+        self._routes = self._to_read(lambda piece: True)
+
+    def _to_read(self, wanted: Callable[[Piece], bool]) -> dict[int, Routes]:
+        """Routes to the ranks that have something of what is wanted."""
+        chosen = {producer: list(filter(wanted, taken)) for producer, taken in self._remote.sources.items()}
+        ranks = self._remote.info.ranks
+        return {
+            producer: Routes(by_pages(self._own, ranks[producer], taken), self._own, ranks[producer])
+            for producer, taken in chosen.items()
+            if taken
         }
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that this rank has, in their order."""
+        return tuple(sorted({part.layer for plane in self._own.planes for part in plane.parts}))
+
+    def layer(self, number: int) -> Reads:
+        """The same of one layer alone: more tables and more pieces, for who sends or awaits layers one by one."""
+        if number not in self._alone:
+            alone = copy.copy(self)
+            alone._alone, alone._routes = {}, self._to_read(lambda piece: piece.own.part.layer == number)
+            self._alone[number] = alone
+        return self._alone[number]
 
     @property
     def producers(self) -> tuple[int, ...]:
