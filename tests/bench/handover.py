@@ -222,7 +222,7 @@ def handed_over(planner: Any, mover: Any, request: str, ticket: object, ids: lis
 
 def read(mover: Any, ids: list[int]) -> float:
     """Seconds of the same bytes, by the transport alone."""
-    (link,) = mover._links.values()
+    (link,) = mover._links
     bound, held = link.bound, Held([ids])
     posts = [
         (

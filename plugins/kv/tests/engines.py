@@ -132,7 +132,7 @@ def leftovers(rank):
 
 def say(rank, engine, to, message):
     """Tell a rank of a producer something, whatever it is."""
-    (link,) = [link for link in rank.notes["mover"]._links.values() if link.engine == engine]
+    (link,) = [link for link in rank.notes["mover"]._links if link.engine == engine]
     link.send(to, messages.encode(message) if not isinstance(message, bytes) else message)
 
 

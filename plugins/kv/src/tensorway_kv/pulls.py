@@ -57,7 +57,7 @@ class _Look:
 class Pull:
     """A fetch that is under way."""
 
-    def __init__(self, fetch: Fetch, link: Link, reader: Reader, *, layerwise: bool = False) -> None:
+    def __init__(self, fetch: Fetch, link: Link[Bound], reader: Reader, *, layerwise: bool = False) -> None:
         """`layerwise`: read one layer after the other, so that `has` is true of the first before the last is here."""
         self.fetch, self.link, self._reader, self._layerwise = fetch, link, reader, layerwise
         self._begun = time.monotonic()
@@ -124,14 +124,9 @@ class Pull:
 
     def _problem(self, now: float) -> tuple[str, str] | None:
         """Why it cannot go on, if it cannot."""
-        if self.link.hopeless is not None:
-            return self.link.hopeless
-        if self.link.lost:
-            return "lost", self.link.lost
-        if now < self._until:
-            return None
-        if self._bound is None:
-            return "handshake", f"it was not reached in time. The last try ended so: {self.link.trouble}"
+        problem = self.link.problem(now, self._until)
+        if problem is not None or now < self._until:
+            return problem
         late = "what it keeps had not all been marked" if self._arrived else "its blocks had not all arrived"
         return "deadline", f"{late} within {self.fetch.want.seconds:g} s"
 
@@ -275,12 +270,8 @@ class Pull:
 
     def _end(self, cause: str, why: str = "") -> Result:
         fetch, want = self.fetch, self.fetch.want
-        self.link.drop(want)
         outcome: messages.Outcome = "failed" if cause else ("received" if self._transfers else "unneeded")
-        for rank, readers in (self.link.bound.readers if self.link.bound is not None else {}).items():
-            me = self._reader
-            ack = messages.Ack(me.incarnation, me.rank, want.theirs, want.epoch, rank, readers, outcome)
-            self.link.send(rank, messages.encode(ack))
+        self._reader.acknowledge(self.link, want, outcome)
         if not cause:
             self.seconds["done"] = time.monotonic() - self._begun - sum(self.seconds.values())
             return Result(want.request, "received", tokens=fetch.stop)

@@ -7,7 +7,7 @@ is made; a request costs a few array operations for each table, and no step of P
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
 import attrs
@@ -58,8 +58,12 @@ class Batch:
 class Reads:
     """How one rank reads from one engine; made once, used for all requests."""
 
-    def __init__(self, topology: TransferTopology, engine: str) -> None:
+    def __init__(self, topology: TransferTopology, engine: str, producers: Collection[int] | None = None) -> None:
+        """`producers`: of what ranks; all by default."""
         self._remote, self._own = topology.remote(engine), topology.ranks[topology.rank]
+        if producers is not None:
+            sources = {rank: taken for rank, taken in self._remote.sources.items() if rank in producers}
+            self._remote = attrs.evolve(self._remote, sources=sources)
         self.engine, self.incarnation = engine, self._remote.info.incarnation
         self._groups = self._own.groups
         self._alone: dict[int, Reads] = {}
