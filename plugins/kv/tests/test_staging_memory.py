@@ -15,6 +15,7 @@ from tensorway.kv import Group, Plane, RankGeometry
 from tensorway_kv.layouts import Cache, Parallel, attention
 from tensorway_kv.reads import Held
 from tensorway_kv.staging import Pool, Staging, room
+from tensorway_kv.testing.devices import HostCopier, elsewhere
 from tensorway_kv.testing.memory import JUNK, PAGES, Rank, geometries, memory_of, salted
 from tensorway_kv.testing.shapes import Mixed, pair
 
@@ -76,27 +77,6 @@ def test_a_block_is_never_at_two_places(data):
 # -- copies
 
 
-class Counting:
-    """A copier, and what it was asked for. The device is host memory under another name."""
-
-    def __init__(self, fails=False):
-        self.calls, self.fails = [], fails
-
-    def __call__(self, pairs):
-        self.calls.append(pairs)
-        if self.fails:
-            raise RuntimeError("the stream is broken")
-        for source, target in pairs:
-            assert source.nbytes == target.nbytes
-            ctypes.memmove(target.address, source.address, target.nbytes)
-
-
-def renamed(geometry, device="cuda:0"):
-    """The same memory on another device."""
-    planes = [{name: getattr(plane, name) for name in plane.__struct_fields__} for plane in geometry.planes]
-    return RankGeometry(tuple(Plane(**{**one, "device": device}) for one in planes), geometry.groups, geometry.share)
-
-
 def bytes_of(staging):
     """Staging memory as a rank that is counted from 0."""
     (region,) = staging.regions
@@ -145,13 +125,13 @@ def both_ways(rng, geometry, rank, copier):
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 1 << 30), st.booleans())
-def test_copies_move_exactly_what_they_are_to(seed, elsewhere):
+def test_copies_move_exactly_what_they_are_to(seed, away):
     rng = random.Random(seed)
     shape = pair(rng)[0]
     geometry, rank = memory_of(shape, rng.randrange(shape.tp))
-    copier = Counting() if elsewhere else None
-    both_ways(rng, renamed(geometry) if elsewhere else geometry, rank, copier)
-    assert copier is None or copier.calls
+    copier = HostCopier() if away else None
+    both_ways(rng, elsewhere(geometry) if away else geometry, rank, copier)
+    assert copier is None or copier.nbytes
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -183,25 +163,23 @@ def test_lists_that_begin_later_are_copied_from_where_they_begin():
 
 def test_neighbors_are_one_piece():
     shape = Mixed(1, (Cache([0, 1], attention(2, 4), 4),))
-    copier, (geometry, _) = Counting(), memory_of(shape, 0)
-    staging = Staging(renamed(geometry), 16, copier)
+    copier, (geometry, _) = HostCopier(), memory_of(shape, 0)
+    staging = Staging(elsewhere(geometry), 16, copier)
     staging.copy_in(Held([range(16)]), Held([range(5, 21)]), 0, 64)
-    ((pairs),) = copier.calls
-    assert [16 * 64, 16 * 64] == [source.nbytes for source, _ in pairs]
-    assert {("cuda:0", "cpu")} == {(source.device, target.device) for source, target in pairs}
+    assert (2, 2 * 16 * 64, {("cuda:0", "cpu")}) == (copier.pieces, copier.nbytes, copier.ways)
     staging.copy_out(Held([range(16)]), Held([range(5, 21)]), 0, 64)
-    assert {("cpu", "cuda:0")} == {(source.device, target.device) for source, target in copier.calls[1]}
+    assert (4, {("cuda:0", "cpu"), ("cpu", "cuda:0")}) == (copier.pieces, copier.ways)
 
 
 def test_memory_that_nobody_can_copy_is_refused_at_once():
     geometry, _ = memory_of(Mixed(1, (Cache([0], attention(2, 4), 4),)), 0)
     with pytest.raises(Unsupported, match=r"KV pages on cuda:0 .*\n.*no copier.*\n.*KVContext.copier"):
-        Staging(renamed(geometry), 4)
+        Staging(elsewhere(geometry), 4)
 
 
 def test_what_a_copier_raises_is_said_with_what_was_asked_of_it():
     geometry, _ = memory_of(Mixed(1, (Cache([0], attention(2, 4), 4),)), 0)
-    staging = Staging(renamed(geometry), 4, Counting(fails=True))
+    staging = Staging(elsewhere(geometry), 4, HostCopier(fails=1))
     with pytest.raises(TransferFailed, match=r"1 pieces .* from cuda:0 to cpu.*\n.*RuntimeError: the stream is broken"):
         staging.copy_in(Held([[0]]), Held([[0]]), 0, 4)
 

@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 import attrs
 
 from tensorway.errors import TicketInvalid
-from tensorway.kv import Blocks, RequestView, Retention
+from tensorway.kv import Blocks, RequestView, Result, Retention
 from tensorway_kv import messages, tickets
 from tensorway_kv.board import let_go
 from tensorway_kv.leases import Consumer, Generations, Lease, LeaseTable
 from tensorway_kv.life import Life, ids
-from tensorway_kv.orders import Ids, Mark, Push, Refuse, Send, Target
+from tensorway_kv.orders import Copy, Ids, Mark, Push, Refuse, Send, Target
+from tensorway_kv.shelf import Shelf
 
 #: A rank of ours, a consumer's life, and a rank of it.
 _Key: TypeAlias = tuple[int, str, int]
@@ -45,9 +46,10 @@ class Said:
     pushes: list[Push] = attrs.field(factory=list)
     sends: list[Send] = attrs.field(factory=list)
     refusals: list[Refuse] = attrs.field(factory=list)
+    copies: list[Copy] = attrs.field(factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.marks or self.pushes or self.sends or self.refusals)
+        return bool(self.marks or self.pushes or self.sends or self.refusals or self.copies)
 
 
 class Keeping:
@@ -58,17 +60,21 @@ class Keeping:
         self._kept: dict[str, _Kept] = {}
         self._said = Said()
         self._last = 0
+        self._shelf = Shelf(life.pool, life.geometry.groups)
+        #: Requests whose blocks are the engine's again, for they were copied.
+        self._copied: list[str] = []
 
     @property
     def busy(self) -> bool:
         """Whether anything is kept, or is still to be said of it."""
-        return bool(len(self.leases) or self._said)
+        return bool(len(self.leases) or self._said or self._shelf.busy or self._copied)
 
     # -- what the engine says
 
     def promise(self, request: RequestView, tokens: int) -> Mapping[str, Any] | None:
         """A ticket for blocks that are going to be computed; None if nobody can be served."""
-        if tokens <= 0 or self._grant(request.id, (), tokens) is None:
+        # What is computed where nobody can read it is not sent while it is.
+        if tokens <= 0 or self._life.options.stage or self._grant(request.id, (), tokens) is None:
             return None
         nothing: Ids = ((),) * len(self._life.geometry.groups)
         ticket = self._issue(request, self._kept[request.id].lease, nothing, tokens, push_only=True)
@@ -88,6 +94,8 @@ class Keeping:
         if aborted or tokens <= 0 or not any(held):
             self.abort(request.id)
             return Retention(False)
+        if self._life.options.stage:
+            return self._put(request, held, tokens) if request.hand_over else Retention(False)
         kept = self._kept.get(request.id)
         if kept is not None and not kept.filled and kept.lease.ended is None:
             served = self._fill(kept, held, tokens)
@@ -106,6 +114,48 @@ class Keeping:
             self.leases.force(request.id)
         return Retention(True, issued)
 
+    def _put(self, request: RequestView, held: Ids, tokens: int) -> Retention:
+        """Keep what the request's blocks hold in staging memory, and the blocks until it is there."""
+        staged = None if self._shelf.copying(request.id) else self._shelf.take(held, tokens)
+        kept = self._grant(request.id, staged, tokens) if staged is not None else None
+        if kept is None or staged is None:
+            self._life.counts.add("kv_leases_refused_total")
+            if staged is not None:
+                self._shelf.give(staged)
+            return Retention(False)
+        mark = self._said.marks.pop()  # nobody may believe the blocks before they are copied
+        kept.filled = False
+        issued = self._issue(request, kept.lease, staged, tokens)
+        copy = Copy(request.id, kept.lease.epoch, tokens, held, staged)
+        if issued is None:
+            self.leases.force(request.id)
+        else:
+            self._said.copies.append(copy)
+        self._shelf.put(copy, mark, () if issued is None else range(self._life.ranks))
+        return Retention(issued is not None, issued)
+
+    def copied(self, rank: int, result: Result) -> None:
+        """A rank has copied a request's blocks to staging memory, or could not."""
+        epoch = int(result.proof) if result.proof.isdigit() else 0
+        try:
+            copied = self._shelf.said(rank, epoch, result.cause)
+        except KeyError:
+            self._life.counts.add("kv_results_refused_total")
+            return
+        if copied is None:
+            return
+        self._copied.append(copied.request)
+        kept = self._kept.get(copied.request)
+        if kept is None or kept.lease.epoch != epoch:
+            return
+        if copied.mark is None:
+            self._refuse(kept, "aborted")
+            self.leases.force(copied.request)
+        else:
+            kept.filled = True
+            self._said.marks.append(copied.mark)
+            self._send(kept)
+
     def abort(self, request: str) -> None:
         """What was promised will not be; whoever registered for it is told."""
         kept = self._kept.get(request)
@@ -116,14 +166,16 @@ class Keeping:
     def step(self, now: float) -> tuple[list[str], Said]:
         """Whose blocks are free from now on, and what movers are to do before anybody uses them."""
         self.leases.expire(now)
-        released = []
+        released, self._copied = self._copied, []
         for lease in self.leases.released():
             kept = self._kept.pop(lease.request)
             if lease.ended != "acknowledged":
                 self._refuse(kept, "expired")
-            if not kept.filled:  # its blocks are the engine's, which computes or has given up
+            staged = self._shelf.end(lease.epoch)
+            if not staged and not kept.filled:  # its blocks are the engine's, which computes or has given up
                 continue
-            released.append(lease.request)
+            if not staged:
+                released.append(lease.request)
             marks = self._generations.let_go(lease.epoch)
             if marks:
                 self._said.marks.append(Mark(let_go(self._last), marks.blocks))

@@ -1,4 +1,4 @@
-"""One life of an engine, as both halves of its planner need it. May import the core and this package's tickets."""
+"""One life of an engine, as both halves of its planner need it. May import the core and this package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tensorway.metrics import Counters
 from tensorway_kv import tickets
 from tensorway_kv.options import HandoverOptions
 from tensorway_kv.orders import Ids
+from tensorway_kv.staging import Pool
 
 
 @attrs.frozen(eq=False)
@@ -24,6 +25,8 @@ class Life:
     options: HandoverOptions
     secret: str = attrs.field(repr=False)
     counts: Counters
+    #: Staging memory, for what arrives and for what is kept there.
+    pool: Pool
 
     @property
     def states(self) -> bool:

@@ -26,7 +26,7 @@ from tensorway_kv.meeting import VERSION, Ground, RankRecord
 from tensorway_kv.options import HandoverOptions
 from tensorway_kv.pulls import Pull
 from tensorway_kv.serving import Serving
-from tensorway_kv.staging import Staging
+from tensorway_kv.staging import Staging, copied, staging_of
 from tensorway_kv.topology import TransferTopology
 from tensorway_kv.writing import Writer
 
@@ -39,13 +39,15 @@ class HandoverMover:
         self._geometry = _geometry(context)
         endpoint = tensorway.create("transport", options.transport, dict(options.transport_options))
         self.endpoint: Transport = endpoint
-        self.capabilities = Capabilities(
-            pull=True, push=True, layerwise=True, bidirectional=True, media=self.endpoint.capabilities.media
-        )
+        devices = {plane.device.partition(":")[0] for plane in self._geometry.planes}
+        media = self.endpoint.capabilities.media | (devices if options.stage else set())
+        self.capabilities = Capabilities(pull=True, push=True, layerwise=True, bidirectional=True, media=media)
         self._layerwise = options.layerwise
         self._ground = Ground(context.rendezvous, options.path, options.presence, context.facts)
         self._own: Directory | None = None
         self._staging: Staging | None = None
+        #: Where others read from, and where fetched blocks arrive, if neither is the pages.
+        self._between: Staging | None = None
         self._links: Links[Bound] | None = None
         self._wants: dict[str, tuple[orders.Want, Link[Bound], float]] = {}
         self._pulls: dict[str, Pull] = {}
@@ -67,10 +69,12 @@ class HandoverMover:
         if "read" not in capabilities.operations or not capabilities.notify:
             asked = f"KV blocks were to be handed over by transport {self.endpoint.name}."
             raise Unsupported(asked, "It cannot read, or cannot notify.", "Take another.")
-        self._board, scratch = Board(self._geometry.blocks), Scratch()
-        regions = {(one.address, one.nbytes): one for one in (plane.region for plane in self._geometry.planes)}
-        if options.staging_blocks:
-            self._staging = Staging(self._geometry, options.staging_blocks, context.copier)
+        self._staging = staging_of(options, context, capabilities.media)
+        self._between = self._staging if options.stage else None
+        told = self._geometry if self._between is None else self._between.geometry
+        self._board, scratch = Board(told.blocks), Scratch()
+        pages = [plane.region for plane in told.planes] if self._between is None else []
+        regions = {(one.address, one.nbytes): one for one in pages}
         landing = self._staging.regions if self._staging is not None else ()
         self.endpoint.register(*regions.values(), self._board.region, scratch.region, *landing)
         engine = self._ground.wait_engine(context.engine, _left(until, context))
@@ -80,7 +84,7 @@ class HandoverMover:
         self._own = self._ground.join(self.endpoint, context.engine, self.incarnation, f"r{context.rank}", me)
         self._own.live(_left(until, context))
         board, staged = self._board.region.address, self._staging.geometry if self._staging is not None else None
-        record = RankRecord(VERSION, self.endpoint.incarnation, self._geometry, board, staged)
+        record = RankRecord(VERSION, self.endpoint.incarnation, told, board, staged)
         key = self._ground.rank_key(context.engine, self.incarnation, context.rank)
         self._ground.tell(key, record, _left(until, context))
         records = self._ground.ranks(context.engine, self.incarnation, context.ranks, until)
@@ -100,6 +104,7 @@ class HandoverMover:
         what = orders.decode(plan, self.incarnation)
         for mark in what.marks:
             self._board.write(mark)
+        self._early += [copied(self._between, copy) for copy in what.copies]
         now = time.monotonic()
         for want in what.wants:
             link = self._to(want)
@@ -217,8 +222,9 @@ class HandoverMover:
     def _fetch(self, fetch: orders.Fetch) -> None:
         self._unwant(fetch.want.request)
         if fetch.want.request not in self._pulls:
-            link = self._to(fetch.want)
-            self._pulls[fetch.want.request] = Pull(fetch, link, self._reader, layerwise=self._layerwise)
+            self._pulls[fetch.want.request] = Pull(
+                fetch, self._to(fetch.want), self._reader, layerwise=self._layerwise, staging=self._between
+            )
 
     def _await(self, order: orders.Await) -> None:
         assert self._staging is not None, "a planner without staging memory asks for none to be written to"
@@ -229,7 +235,7 @@ class HandoverMover:
             return
         want = order.fetch.want
         self._early.append(Result(want.request, "cleared", proof=str(want.epoch).encode()))
-        if any(order.fetch.their_blocks):
+        if any(order.fetch.their_blocks) and self._between is None:
             self._fetch(order.fetch)  # the ranks do as each must; the producer counts them alike
             return
         landing.fail("refused", "what is to be asked for is longer than what the transport carries; stage less at once")

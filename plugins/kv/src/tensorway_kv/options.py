@@ -26,8 +26,10 @@ class HandoverOptions:
     layerwise: bool = False
     #: What a consumer does with a ticket that allows both: read the blocks, or let the producer write them.
     prefer: Literal["pull", "push"] = attrs.field(default="pull", validator=attrs.validators.in_(("pull", "push")))
-    #: Blocks of each cache group, in memory of the host, that are set aside for what others write.
+    #: Blocks of each cache group, in memory of the host, that are set aside for what others write, or for `stage`.
     staging_blocks: int = attrs.field(default=0, validator=[attrs.validators.ge(0), attrs.validators.le(1 << 20)])
+    #: Whether pages are where the transport does not reach: blocks go through staging memory in both directions.
+    stage: bool = False
     #: Fewer missing tokens than that are computed rather than fetched.
     min_tokens: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     #: What tickets are sealed with; empty for the deployment's secret, `TENSORWAY_SECRET`.

@@ -48,6 +48,18 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     blocks: Ids
     start: int
     stop: int
+    #: If `blocks` are of staging memory, the pages to which they are copied once they are known to be whole.
+    pages: Ids | None = None
+
+
+class Copy(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Copy what pages hold of a request to staging memory, from where others read it under a lease; and say so."""
+
+    request: str
+    epoch: int
+    tokens: int
+    pages: Ids
+    staged: Ids
 
 
 class Await(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -124,10 +136,11 @@ class Orders(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     pushes: tuple[Push, ...] = ()
     sends: tuple[Send, ...] = ()
     refusals: tuple[Refuse, ...] = ()
+    copies: tuple[Copy, ...] = ()
 
     def __bool__(self) -> bool:
         what = self.marks or self.wants or self.fetches or self.cancels or self.awaits
-        return bool(what or self.pushes or self.sends or self.refusals)
+        return bool(what or self.pushes or self.sends or self.refusals or self.copies)
 
 
 _ENCODE: Final = msgspec.msgpack.Encoder().encode

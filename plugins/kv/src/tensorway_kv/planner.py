@@ -33,6 +33,7 @@ from tensorway_kv.life import Life
 from tensorway_kv.meeting import VERSION, EngineRecord, Ground
 from tensorway_kv.options import HandoverOptions
 from tensorway_kv.orders import Orders
+from tensorway_kv.staging import Pool
 from tensorway_kv.wanting import Wanting
 
 
@@ -42,6 +43,7 @@ class HandoverPlanner:
     capabilities = Capabilities(pull=True, push=True, layerwise=True, bidirectional=True)
 
     def __init__(self, options: HandoverOptions, context: KVContext) -> None:
+        geometry = _geometry(context)
         secret = options.secret or settings.secret()
         if not secret:
             tickets.tenant_of("", secret)  # raises what says how to set one
@@ -49,7 +51,8 @@ class HandoverPlanner:
         self.incarnation = uuid.uuid4().hex
         counts = Counters(METRICS, backend="handover", engine=context.engine)
         self._life = Life(
-            context.engine, self.incarnation, context.ranks, _geometry(context), options, secret, counts
+            context.engine, self.incarnation, context.ranks, geometry, options, secret, counts,
+            Pool([options.staging_blocks] * len(geometry.groups)),
         )  # fmt: skip
         self._keeping, self._wanting = Keeping(self._life), Wanting(self._life)
         self._reader = messages.Reader()
@@ -105,6 +108,7 @@ class HandoverPlanner:
         plan = Orders(
             orders.VERSION, self.incarnation, tuple(said.marks), tuple(asked.wants), tuple(asked.fetches),
             tuple(asked.cancels), tuple(asked.awaits), tuple(said.pushes), tuple(said.sends), tuple(said.refusals),
+            tuple(said.copies),
         )  # fmt: skip
         return Step(released, received, failed, orders.encode(plan))
 
@@ -115,6 +119,8 @@ class HandoverPlanner:
                 message = self._reader.decode(result.proof)
                 if message is not None:
                     self._keeping.heard(message, rank, time.monotonic())
+            elif result.what == "sent":
+                self._keeping.copied(rank, result)
             elif result.what == "received":
                 self._wanting.said(rank, result)
             elif result.what == "cleared":

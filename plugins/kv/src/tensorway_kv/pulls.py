@@ -23,6 +23,7 @@ from tensorway_kv.failover import Cause
 from tensorway_kv.links import Bound, Link, Reader
 from tensorway_kv.orders import Fetch
 from tensorway_kv.reads import Held
+from tensorway_kv.staging import Staging
 
 #: Seconds between two looks at words that were not written yet, from the first to the longest.
 _LOOK_AGAIN: Final = (1e-3, 0.05)
@@ -57,9 +58,21 @@ class _Look:
 class Pull:
     """A fetch that is under way."""
 
-    def __init__(self, fetch: Fetch, link: Link[Bound], reader: Reader, *, layerwise: bool = False) -> None:
-        """`layerwise`: read one layer after the other, so that `has` is true of the first before the last is here."""
-        self.fetch, self.link, self._reader, self._layerwise = fetch, link, reader, layerwise
+    def __init__(
+        self,
+        fetch: Fetch,
+        link: Link[Bound],
+        reader: Reader,
+        *,
+        layerwise: bool = False,
+        staging: Staging | None = None,
+    ) -> None:
+        """`layerwise`: read one layer after the other, so that `has` is true of the first before the last is here.
+
+        `staging`: where what is fetched arrives, if that is not in the pages.
+        """
+        self.fetch, self.link, self._reader = fetch, link, reader
+        self._layerwise, self._staging = layerwise, staging
         self._begun = time.monotonic()
         self._until = self._begun + fetch.want.seconds
         #: Seconds that each phase took, of those that have ended.
@@ -88,10 +101,12 @@ class Pull:
 
     def has(self, layer: int) -> bool:
         """Whether its pages of that layer have arrived, or are not waited for: nothing was missing, or it failed."""
-        if self._arrived or self.failing or self.fetch.start >= self.fetch.stop:
+        if self.failing or self.fetch.start >= self.fetch.stop:
             return True
+        if self.fetch.pages is not None or self._bound is None:
+            return False  # what arrives in staging memory is in the pages only when all of it is
         transfers = self._of_layer.get(layer, []) if self._layerwise else self._transfers
-        return self._bound is not None and all(transfer.poll() is State.DONE for transfer in transfers)
+        return self._arrived or all(transfer.poll() is State.DONE for transfer in transfers)
 
     def cancel(self) -> None:
         """Give it up."""
@@ -112,6 +127,7 @@ class Pull:
                 if problem is not None:
                     self.fail(*problem)
                 elif self._step(now):
+                    self._copy_out(self.fetch.stop)
                     return self._end("")
             except TensorwayError as error:
                 cause = next((cause for kind, cause in _CAUSES if isinstance(error, kind)), "failed")
@@ -243,7 +259,9 @@ class Pull:
         self._look = None
         verdicts = [verdict(word, self.fetch.want.epoch) for word in found]
         if "late" in verdicts:
-            self._good = self._prefix(look.words, verdicts.index("late"), bound)
+            good = self._prefix(look.words, verdicts.index("late"), bound)
+            self._copy_out(good)
+            self._good = good
             self.fail("stale", "it had given the blocks away before they were read, or while they were")
         elif "early" in verdicts:
             self._look_at, self._pause = now + self._pause, min(2 * self._pause, _LOOK_AGAIN[1])
@@ -267,6 +285,15 @@ class Pull:
         return True
 
     # -- the end
+
+    def _copy_out(self, stop: int) -> None:
+        """What was found to be whole goes from staging memory to the pages, if that is where it was read to."""
+        fetch, staging = self.fetch, self._staging
+        if fetch.pages is None or staging is None or fetch.start >= stop:
+            return
+        groups = staging.geometry.groups
+        staged, pages = (Held.ending(ids, fetch.stop, groups) for ids in (fetch.blocks, fetch.pages))
+        staging.copy_out(staged, pages, fetch.start, stop, states=stop == fetch.tokens)
 
     def _end(self, cause: str, why: str = "") -> Result:
         fetch, want = self.fetch, self.fetch.want

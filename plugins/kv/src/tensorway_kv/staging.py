@@ -7,34 +7,39 @@ their device, so a copy is a hand-over to oneself: it moves exactly the bytes th
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tensorway import memory
-from tensorway.errors import MemoryInvalid, TransferFailed, Unsupported
-from tensorway.kv import Copier, Group, Plane, RankGeometry
+from tensorway._logging import logger
+from tensorway.errors import MemoryInvalid, OptionsInvalid, TensorwayError, TransferFailed, Unsupported
+from tensorway.kv import Copier, Group, KVContext, Plane, RankGeometry, Result
 from tensorway.memory import Region
 from tensorway_kv.intersect import Numbers
-from tensorway_kv.orders import Ids
+from tensorway_kv.options import HandoverOptions
+from tensorway_kv.orders import Copy, Ids
 from tensorway_kv.reads import Batch, Held, Reads
 from tensorway_kv.routes import Tables
 from tensorway_kv.topology import EngineTransferInfo, TransferTopology
 
+_log = logger("kv")
 _HOST: Final = "cpu"
 
 
 def room(groups: Sequence[Group], start: int, stop: int, *, states: bool = True) -> list[int]:
     """How many blocks of each group hold the tokens from `start` to before `stop`: the last ones up to there."""
+    if start >= stop:
+        return [0] * len(groups)
     counts = []
     for group in groups:
         if not group.block_tokens:
             counts.append(int(states))
             continue
         begin = max(start, stop - group.window) if group.window else start
-        counts.append(-(-stop // group.block_tokens) - begin // group.block_tokens if begin < stop else 0)
+        counts.append(-(-stop // group.block_tokens) - begin // group.block_tokens)
     return counts
 
 
@@ -162,6 +167,36 @@ class Staging:
                 f"The copier raised {type(error).__name__}: {error}.",
                 "See to the copier that the engine gave.",
             ) from error
+
+
+def staging_of(options: HandoverOptions, context: KVContext, media: Collection[str]) -> Staging | None:
+    """The staging memory that a mover is to have; raises unless its pages can be reached by some way."""
+    geometry = context.geometry
+    assert geometry is not None
+    asked = f"KV pages on {', '.join(sorted({plane.device for plane in geometry.planes}))} were to be handed over."
+    far = {plane.device for plane in geometry.planes if plane.device.partition(":")[0] not in media}
+    if far and not options.stage:
+        true = f"The transport moves memory of: {', '.join(sorted(media))}."
+        raise Unsupported(asked, true, "Take another transport, or give the options stage and staging_blocks.")
+    if options.stage and not options.staging_blocks:
+        raise OptionsInvalid(asked, "They are to go through staging memory, and there is none.", "Give staging_blocks.")
+    return Staging(geometry, options.staging_blocks, context.copier) if options.staging_blocks else None
+
+
+def copied(staging: Staging | None, copy: Copy) -> Result:
+    """Copy what a request's pages hold to staging memory; what became of it."""
+    proof = b"%d" % copy.epoch
+    try:
+        if staging is None:
+            raise Unsupported("Pages were to be copied.", "This mover has no staging memory.", "Set stage alike.")
+        groups = staging.geometry.groups
+        staged, pages = (Held.ending(ids, copy.tokens, groups) for ids in (copy.staged, copy.pages))
+        staging.copy_in(staged, pages, 0, copy.tokens)
+    except TensorwayError as error:
+        _log.warning("What %s holds is kept for nobody: %s", copy.request, error)
+        cause = "refused" if isinstance(error, MemoryInvalid) else "failed"
+        return Result(copy.request, "sent", cause, error.true, proof=proof)
+    return Result(copy.request, "sent", tokens=copy.tokens, proof=proof)
 
 
 def _host_pages(geometry: RankGeometry, blocks: int) -> tuple[RankGeometry, tuple[Region, ...]]:

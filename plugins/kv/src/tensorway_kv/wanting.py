@@ -19,7 +19,7 @@ from tensorway_kv import tickets
 from tensorway_kv.leases import LONGEST
 from tensorway_kv.life import Life, ids
 from tensorway_kv.orders import Await, Fetch, Ids, Want
-from tensorway_kv.staging import Pool, room
+from tensorway_kv.staging import room
 
 #: Tickets whose request has ended; they are not opened again for it.
 _SPENT: Final = 65_536
@@ -47,8 +47,9 @@ class _Wanted:
     reserved_at: float = 0.0
     said: dict[int, tuple[int, str]] = attrs.field(factory=dict)
     way: Literal["pull", "push"] = "pull"
-    #: Ids of the request's blocks here.
+    #: Ids of the request's blocks here, and of those in staging memory where they arrive by a pull.
     blocks: Ids = ()
+    staged: Ids = ()
 
     @property
     def lease(self) -> float:
@@ -80,7 +81,7 @@ class Wanting:
         #: Reserved, and not yet said to movers: no step has come since, or there was no room.
         self._waiting: dict[str, _Wanted] = {}
         self._staging = life.options.staging_blocks
-        self._pool = Pool([self._staging] * len(self._groups))
+        self._pool = life.pool
         #: Landing memory that was given out, by request and epoch, and the ranks that are done with it.
         self._landing: dict[tuple[str, int], tuple[Ids, set[int]]] = {}
         self.closed = False
@@ -127,7 +128,7 @@ class Wanting:
         if not wanted.reserved:
             wanted.silent = True
             self._unneeded(request, wanted)
-        elif request in self._waiting and wanted.way == "push":
+        elif request in self._waiting and (wanted.way == "push" or self._staged(wanted)):
             self._give_up(request, wanted, "cancelled")
         else:
             self._asked.cancels.append(request)
@@ -144,7 +145,7 @@ class Wanting:
     def _give_up(self, request: str, wanted: _Wanted, cause: str) -> None:
         """It waits for room, and will not have it."""
         peer = wanted.ticket.engine
-        self._life.counts.add("kv_requests_total", direction="push", peer=peer, cause=cause)
+        self._life.counts.add("kv_requests_total", direction=wanted.way, peer=peer, cause=cause)
         self._failed[request] = wanted.start
         wanted.silent = True
         self._unneeded(request, wanted)
@@ -189,7 +190,8 @@ class Wanting:
         stop = min(ticket.tokens, request.tokens)
         if self._life.states and stop != ticket.tokens:
             return 0
-        too_long = ticket.push_only and max(room(self._groups, have, stop), default=0) > self._staging
+        lands = ticket.push_only or self._life.options.stage
+        too_long = lands and max(room(self._groups, have, stop), default=0) > self._staging
         return 0 if too_long else stop
 
     def _want(self, request: str, wanted: _Wanted, seconds: float) -> Want:
@@ -209,9 +211,9 @@ class Wanting:
                 del self._wanted[request]
         full = False
         for request, wanted in list(self._waiting.items()):
-            if wanted.way == "push":
+            if wanted.way == "push" or self._staged(wanted):
                 full = self._land(request, wanted, now, full)
-            if wanted.way == "pull":
+            if wanted.way == "pull" and request in self._waiting and not self._staged(wanted):
                 del self._waiting[request]
                 self._asked.fetches.append(self._fetch(request, wanted, now))
         out = self._received, self._failed, self._asked
@@ -224,9 +226,13 @@ class Wanting:
         landing = None if full else self._pool.take(room(self._groups, wanted.start, wanted.stop))
         if landing is not None:
             del self._waiting[request]
+            if wanted.way == "pull":
+                wanted.staged = landing
+                self._asked.fetches.append(self._fetch(request, wanted, now))
+                return full
             self._landing[key] = landing, set()
             self._asked.awaits.append(Await(self._fetch(request, wanted, now), landing))
-        elif not wanted.ticket.push_only:
+        elif not wanted.ticket.push_only and not self._life.options.stage:
             wanted.way = "pull"
         elif now - wanted.reserved_at >= self._life.options.deadline:
             self._give_up(request, wanted, "deadline")
@@ -242,7 +248,14 @@ class Wanting:
         self._life.counts.took("kv_phase_seconds", queued, direction=wanted.way, peer=peer, phase="queued")
         want = self._want(request, wanted, max(0.0, self._life.options.deadline - queued))
         theirs = () if wanted.ticket.push_only else wanted.ticket.blocks
+        if wanted.staged:
+            staged = wanted.staged, wanted.start, wanted.stop, wanted.blocks
+            return Fetch(want, wanted.ticket.tokens, theirs, *staged)
         return Fetch(want, wanted.ticket.tokens, theirs, wanted.blocks, wanted.start, wanted.stop)
+
+    def _staged(self, wanted: _Wanted) -> bool:
+        """Whether what is pulled for it is to arrive in staging memory."""
+        return self._life.options.stage and wanted.start < wanted.stop
 
     # -- what movers say
 
@@ -256,6 +269,8 @@ class Wanting:
         if len(wanted.said) < self._life.ranks:
             return
         del self._wanted[result.request]
+        if wanted.staged:
+            self._pool.give(wanted.staged)
         self._spend(wanted.ticket)
         if wanted.silent:
             return
