@@ -233,6 +233,18 @@ def test_a_request_is_taken_back_while_it_is_copied(deployment):
     assert ["one"] == producer.released
 
 
+@pytest.mark.parametrize("stage", [True, False])
+def test_an_engine_goes_on_until_it_has_heard_what_has_ended(deployment, stage):
+    producer = device_engine(deployment, "prefill", Shape()) if stage else deployment.engine("prefill", Shape())
+    producer.finish("one", THEIRS, TOKENS)
+    for _ in range(3):
+        producer.step()
+    producer.ask("force", "one")
+    assert producer.ask("busy")
+    settled(producer)
+    assert ["one"] == producer.released
+
+
 # -- the consumer
 
 

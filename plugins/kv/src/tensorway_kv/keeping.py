@@ -67,7 +67,7 @@ class Keeping:
     @property
     def busy(self) -> bool:
         """Whether anything is kept, or is still to be said of it."""
-        return bool(len(self.leases) or self._said or self._shelf.busy or self._copied)
+        return bool(self._kept or self._said or self._shelf.busy or self._copied)
 
     # -- what the engine says
 
