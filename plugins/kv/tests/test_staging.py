@@ -7,7 +7,7 @@ that the transport cannot reach: `local` refuses it, and every byte has to go th
 from __future__ import annotations
 
 import pytest
-from engines import Shape, leftovers
+from engines import Shape, await_layer, leftovers
 
 from tensorway.kv import RequestView
 from tensorway.testing.ranks import RankFailed, Ranks
@@ -171,6 +171,24 @@ def test_the_engine_has_its_blocks_back_while_the_lease_lives_on(deployment):
     settled(producer, consumer)
     assert ["one"] == producer.released
     assert 1 == producer.planner.call(counted, "planner", "kv_leases_ended_total", {"cause": "acknowledged"})
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_who_comes_before_the_copy_waits_for_it(deployment, layerwise):
+    producer = device_engine(deployment, "prefill", Shape())
+    consumer = deployment.engine("decode", Shape(), layerwise=layerwise)
+    hand_over(producer, consumer, "zero", salt=7)  # whose bytes are in staging memory from now on
+    settled(producer, consumer)
+    consumer.each(wipe)
+    ticket = producer.finish("one", THEIRS, TOKENS)
+    consumer.ask("reserve", RequestView("here", TOKENS, ticket), OURS, 0, TOKENS)
+    for _ in range(20):
+        consumer.step()
+    with pytest.raises(RankFailed, match="DeadlineExceeded"):
+        consumer.each(await_layer, 0, 0.1)
+    until(lambda: "here" in consumer.received or consumer.failed, consumer, producer)
+    assert {} == consumer.failed
+    consumer.each(verify, OURS, 0, TOKENS, 1)
 
 
 def test_nothing_is_kept_when_there_is_no_room(deployment):

@@ -125,7 +125,7 @@ class Keeping:
             return Retention(False)
         mark = self._said.marks.pop()  # nobody may believe the blocks before they are copied
         kept.filled = False
-        issued = self._issue(request, kept.lease, staged, tokens)
+        issued = self._issue(request, kept.lease, staged, tokens, later=True)
         copy = Copy(request.id, kept.lease.epoch, tokens, held, staged)
         if issued is None:
             self.leases.force(request.id)
@@ -211,13 +211,20 @@ class Keeping:
         return bool(kept.targets)
 
     def _issue(
-        self, request: RequestView, lease: Lease, blocks: Ids, tokens: int, *, push_only: bool = False
+        self,
+        request: RequestView,
+        lease: Lease,
+        blocks: Ids,
+        tokens: int,
+        *,
+        push_only: bool = False,
+        later: bool = False,
     ) -> Mapping[str, Any] | None:
         life, now = self._life, time.time()
         ticket = tickets.Ticket(
             engine=life.engine, incarnation=life.incarnation, group=life.options.path, request=request.id,
             epoch=lease.epoch, tokens=tokens, blocks=blocks, tp=life.ranks, issued=now,
-            expires=now + life.options.lease, tenant=life.tenant(request), push_only=push_only,
+            expires=now + life.options.lease, tenant=life.tenant(request), push_only=push_only, later=later,
         )  # fmt: skip
         try:
             issued = tickets.issue(ticket, life.secret)

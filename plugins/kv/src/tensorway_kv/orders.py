@@ -50,6 +50,8 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     stop: int
     #: If `blocks` are of staging memory, the pages to which they are copied once they are known to be whole.
     pages: Ids | None = None
+    #: Whether the blocks may not be filled yet: nothing is read before the words beside them say that they are.
+    later: bool = False
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -2,7 +2,8 @@
 
 May import the core and this package's links, boards and mathematics. `advance` never waits and never raises for what a
 peer or a transfer does. Data is read first and the words beside it afterwards, so that a word which still holds says
-that the data was whole; only then is anything reported as received.
+that the data was whole; only then is anything reported as received. Where data may come later than the ticket, the
+words are read before it, too: then a word that is not written yet says that there is nothing to read.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Pull:
         self._look: _Look | None = None
         self._look_at, self._pause = 0.0, _LOOK_AGAIN[0]
         self._failure: tuple[str, str] | None = None
-        self._arrived = False
+        self._posted = self._arrived = False
         self._good = fetch.start
         link.hold(fetch.want)
 
@@ -103,7 +104,7 @@ class Pull:
         """Whether its pages of that layer have arrived, or are not waited for: nothing was missing, or it failed."""
         if self.failing or self.fetch.start >= self.fetch.stop:
             return True
-        if self.fetch.pages is not None or self._bound is None:
+        if self.fetch.pages is not None or not self._posted:
             return False  # what arrives in staging memory is in the pages only when all of it is
         transfers = self._of_layer.get(layer, []) if self._layerwise else self._transfers
         return self._arrived or all(transfer.poll() is State.DONE for transfer in transfers)
@@ -143,7 +144,8 @@ class Pull:
         problem = self.link.problem(now, self._until)
         if problem is not None or now < self._until:
             return problem
-        late = "what it keeps had not all been marked" if self._arrived else "its blocks had not all arrived"
+        reading = self._posted and not self._arrived
+        late = "its blocks had not all arrived" if reading else "what it keeps had not all been marked"
         return "deadline", f"{late} within {self.fetch.want.seconds:g} s"
 
     def _step(self, now: float) -> bool:
@@ -153,8 +155,14 @@ class Pull:
                 return False
             self._bound = self.link.bound
             self.seconds["handshake"] = now - self._begun
+            if self.fetch.later and self.fetch.start < self.fetch.stop:
+                self._looks = list(self._words(self._bound))
+        if not self._posted:
+            if not self._look_on(self._bound, now):
+                return False
+            begun, self._posted = time.monotonic(), True
             self._post(self._bound, now)
-            self.seconds["posted"] = time.monotonic() - now
+            self.seconds["posted"] = time.monotonic() - begun
             return not self._transfers  # nothing was missing
         if not self._arrived:
             states = [transfer.poll() for transfer in self._transfers]
@@ -259,7 +267,7 @@ class Pull:
         self._look = None
         verdicts = [verdict(word, self.fetch.want.epoch) for word in found]
         if "late" in verdicts:
-            good = self._prefix(look.words, verdicts.index("late"), bound)
+            good = self._prefix(look.words, verdicts.index("late"), bound) if self._arrived else self.fetch.start
             self._copy_out(good)
             self._good = good
             self.fail("stale", "it had given the blocks away before they were read, or while they were")

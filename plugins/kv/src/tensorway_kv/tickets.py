@@ -72,6 +72,8 @@ class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tenant: _Digest = ""
     #: Whether its blocks are still to be computed: they cannot be read, and are pushed to who registers for them.
     push_only: bool = False
+    #: Whether its blocks may be filled after this was issued: not before the words beside them say so.
+    later: bool = False
     #: Of the tokens, if the producer knows one: KV of one prompt is not taken for that of another.
     content: _Digest = ""
 

@@ -128,9 +128,11 @@ class Wanting:
         if not wanted.reserved:
             wanted.silent = True
             self._unneeded(request, wanted)
-        elif request in self._waiting and (wanted.way == "push" or self._staged(wanted)):
+        elif request in self._waiting and wanted.way == "push":
             self._give_up(request, wanted, "cancelled")
         else:
+            if request in self._waiting:
+                wanted.stop = wanted.start  # it needs no room any more to be told that it is given up
             self._asked.cancels.append(request)
 
     def _reserve(self, request: str, wanted: _Wanted) -> None:
@@ -248,10 +250,9 @@ class Wanting:
         self._life.counts.took("kv_phase_seconds", queued, direction=wanted.way, peer=peer, phase="queued")
         want = self._want(request, wanted, max(0.0, self._life.options.deadline - queued))
         theirs = () if wanted.ticket.push_only else wanted.ticket.blocks
-        if wanted.staged:
-            staged = wanted.staged, wanted.start, wanted.stop, wanted.blocks
-            return Fetch(want, wanted.ticket.tokens, theirs, *staged)
-        return Fetch(want, wanted.ticket.tokens, theirs, wanted.blocks, wanted.start, wanted.stop)
+        blocks, pages = (wanted.staged, wanted.blocks) if wanted.staged else (wanted.blocks, None)
+        what = theirs, blocks, wanted.start, wanted.stop, pages, wanted.ticket.later
+        return Fetch(want, wanted.ticket.tokens, *what)
 
     def _staged(self, wanted: _Wanted) -> bool:
         """Whether what is pulled for it is to arrive in staging memory."""
