@@ -48,9 +48,16 @@ def landing_bytes(rank: Rank) -> bytes:
     return b"".join(ctypes.string_at(one.address, one.nbytes) for one in rank.notes["mover"]._staging.regions)
 
 
-def pushing(rank: Rank) -> int:
-    """How many pushes are on their way from here."""
-    return len(rank.notes["mover"]._serving._pushes)
+def pushing(rank: Rank, connected: bool = False) -> int:
+    """How many pushes are on their way from here; of those that are connected, if so."""
+    pushes = rank.notes["mover"]._serving._pushes.values()
+    return sum(push.link.bound is not None or not connected for push in pushes)
+
+
+def sent_early(rank: Rank) -> int:
+    """Tokens that were sent layer by layer, of the push that has fewest."""
+    pushes = rank.notes["mover"]._serving._pushes.values()
+    return min(sum(stop - start for start, stop in push._spans) for push in pushes) if pushes else 0
 
 
 def verify_several(
