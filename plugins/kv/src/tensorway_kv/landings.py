@@ -20,8 +20,10 @@ from tensorway_kv.pulls import Phase
 from tensorway_kv.reads import Held
 from tensorway_kv.staging import Staging
 
-#: Seconds between two times that a rank is told that nobody wants what it writes, from the first to the longest.
-_AGAIN: Final = (0.5, 30.0)
+#: The longest of the seconds between two times that it is seen whether the ranks that write are there.
+_WATCH: Final = 1.0
+#: The same of telling it that nobody wants what it writes.
+_AGAIN: Final = 30.0
 #: Seconds after which a rank that was not heard of all the time will not go on: it may have been stopped, or cut off.
 _SILENCE: Final = 600.0
 _STALE: Final = {"unknown", "epoch", "ended", "expired"}
@@ -43,8 +45,7 @@ class Landing:
         self._owed: set[int] = set()
         self._lost_at: dict[int, float] = {}
         self._failure: tuple[str, str] | None = None
-        self._asked_over: Link[Bound] = link
-        self._tell_at, self._pause = 0.0, _AGAIN[0]
+        self._told: Link[Bound] | None = None
         #: Whether the request has ended, and whether nobody writes here any more.
         self.ended = self.clear = False
         link.hold(self.fetch.want)
@@ -90,10 +91,13 @@ class Landing:
                 self.ended = True
                 results.append(result)
         if self.ended and not self.clear:
-            self._tell(now, link)
+            if self._owed:
+                self._tell(link)
             self._owed = {rank for rank in self._owed if not self._over(rank, now)}
             if not self._owed:
                 self.clear = True
+                for each in {self.link, link, self._told or link}:
+                    each.watch(self, (), b"", 0.0)
                 want = self.fetch.want
                 results.append(Result(want.request, "cleared", proof=str(want.epoch).encode()))
         return results
@@ -126,6 +130,10 @@ class Landing:
         self.seconds["handshake"] = now - self._begun
         self._asked = set(bound.reads.producers)
         self._owed = set(self._asked)
+        me, want = self._reader, self.fetch.want
+        held = messages.Held(want.theirs, want.epoch)
+        beat = messages.encode(messages.Heartbeat(me.incarnation, me.rank, (held,)))
+        self.link.watch(self, self._owed, beat, _WATCH)
         payload = self._registration(max(1e-3, self._until - now))
         for rank in self._asked:
             self.link.send(rank, payload)
@@ -154,21 +162,21 @@ class Landing:
         self.seconds["done"] = time.monotonic() - self._begun - sum(self.seconds.values())
         return Result(fetch.want.request, "received", tokens=fetch.stop)
 
-    def _tell(self, now: float, link: Link[Bound]) -> None:
-        """Tell those who have not answered that nobody wants it; again, because they may not have heard."""
-        if not self._owed or now < self._tell_at:
-            return
-        self._tell_at, self._pause = now + self._pause, min(2 * self._pause, _AGAIN[1])
+    def _tell(self, link: Link[Bound]) -> None:
+        """Tell those who have not answered that nobody wants it; again and again, because they may not have heard."""
         me, want = self._reader, self.fetch.want
         payload = messages.encode(messages.Withdraw(me.incarnation, me.engine, me.rank, want.theirs, want.epoch))
-        for rank in self._owed:
-            link.send(rank, payload)
+        for each in {self.link, link} if link is not self._told else ():
+            each.watch(self, self._owed, payload, _AGAIN)
+        if link is not self._told and link is not self.link:
+            link.need(_SILENCE)
+        self._told = link
 
     def _over(self, rank: int, now: float) -> bool:
         """Whether a rank will not write any more because its process is over."""
-        if self._asked_over.hopeless is not None:
+        if self.link.hopeless is not None:
             return True
-        why = self._asked_over.lost_rank(rank)
+        why = self.link.lost_rank(rank)
         if not why:
             return False
         since = self._lost_at.setdefault(rank, now)

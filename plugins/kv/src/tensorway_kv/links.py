@@ -45,6 +45,8 @@ _SEND: Final = 1.0
 #: Seconds between two tries to send what the peer did not take, and after which nobody waits for it any more.
 _AGAIN: Final = 0.05
 _LATEST: Final = 3600.0
+#: Seconds between the first two times that a rank is told something that it is told again and again.
+_WATCH: Final = 0.5
 
 
 @attrs.frozen(eq=False)
@@ -80,6 +82,17 @@ class _Message:
     rank: int
     payload: bytes
     since: float
+
+
+@attrs.define
+class _Watch:
+    """Ranks that are told something again and again, and when: each pause is twice as long, up to the longest."""
+
+    ranks: frozenset[int]
+    payload: bytes
+    longest: float
+    pause: float = _WATCH
+    at: float = 0.0
 
 
 class Connected(Protocol):
@@ -171,6 +184,7 @@ class Link(Generic[_Bound]):
         self._outbox: deque[_Message] = deque()
         #: By what the producer calls a request, and its lease: how often it is told, and until when.
         self._held: dict[tuple[str, int], tuple[float, float]] = {}
+        self._watched: dict[object, _Watch] = {}
         self._beat_at = 0.0
         self._ended = False
         self._changed = threading.Condition()
@@ -198,6 +212,18 @@ class Link(Generic[_Bound]):
         """Tell it no more."""
         with self._changed:
             self._held.pop((want.theirs, want.epoch), None)
+
+    def watch(self, key: object, ranks: Collection[int], payload: bytes, longest: float) -> None:
+        """Tell these ranks something again and again, also when others of them are lost.
+
+        So it is found out that a process has ended before the rendezvous misses it, which could not tell that from one
+        that was stopped. Nothing instead of `ranks` ends it.
+        """
+        with self._changed:
+            self._watched.pop(key, None)
+            if ranks:
+                self._watched[key] = _Watch(frozenset(ranks), payload, longest)
+            self._changed.notify_all()
 
     def need(self, seconds: float) -> None:
         """Connect, also while nothing is to be said."""
@@ -273,17 +299,18 @@ class Link(Generic[_Bound]):
 
     def _turn(self, now: float) -> float:
         """Do what is due; how long nothing else will be."""
+        watched = self._look_after(now)
         if self.hopeless is not None or self.lost:
             with self._changed:
                 self.counts["given_up"] += len(self._outbox)
                 self._outbox.clear()
                 self._held.clear()
-            return 1.0
+            return min(watched, 1.0)
         with self._changed:
             for key in [key for key, (_, until) in self._held.items() if until <= now]:
                 del self._held[key]
         if self.idle:
-            return 1.0
+            return min(watched, 1.0)
         if self.bound is None:
             wait = self._peers.ready_at(self.engine, self.incarnation) - now
             if wait > 0:
@@ -291,7 +318,7 @@ class Link(Generic[_Bound]):
             return 0.0 if self._try(now) else _AGAIN
         self._beat(now)
         self._flush()
-        return _AGAIN if self._outbox else max(0.0, min(1.0, self._beat_at - time.monotonic()))
+        return _AGAIN if self._outbox else max(0.0, min(1.0, watched, self._beat_at - time.monotonic()))
 
     def _try(self, now: float) -> bool:
         """Try to connect; whether that is done."""
@@ -348,6 +375,18 @@ class Link(Generic[_Bound]):
         rank = min(self.bound.peers)  # a lease is the whole engine's: one rank passes it on
         for payload in messages.heartbeats(self._side.incarnation, self._side.rank, names, limit):
             self._deliver(_Message(rank, payload, now))
+
+    def _look_after(self, now: float) -> float:
+        """Tell those that are watched what is due; how long nothing else will be."""
+        with self._changed:
+            due = [one for one in self._watched.values() if one.at <= now]
+            for one in due:
+                one.at, one.pause = now + one.pause, min(2 * one.pause, one.longest)
+            wait = min((one.at - now for one in self._watched.values()), default=1.0)
+        for one in due:
+            for rank in one.ranks:
+                self._deliver(_Message(rank, one.payload, now))
+        return wait
 
     def _flush(self) -> None:
         """Try everything that is to be said, once."""
