@@ -138,8 +138,7 @@ class HandoverMover:
             self._serve.links.replaced(*life)
         for request in [request for request, (_, _, end) in self._wants.items() if end <= now]:
             self._unwant(request)
-        heard = self._heard(now)  # first, because it may be what somebody waits for
-        results = [*self._early, *self._advance(now), *heard]
+        results = [*self._early, *self._go_on(now)]
         self._early.clear()
         self._tidy()
         return results
@@ -148,8 +147,8 @@ class HandoverMover:
         """Wait until the layer's pages of all that is being fetched have arrived, or nobody waits for them."""
         self._check()
         until, waits = time.monotonic() + deadline, pauses()
-        while missing := [request for request, pull in self._pulls.items() if not pull.has(layer)]:
-            self._early += self._advance(time.monotonic())
+        while missing := self._missing(layer):
+            self._early += self._go_on(time.monotonic())
             if time.monotonic() >= until:
                 raise DeadlineExceeded(
                     f"Layer {layer} was to be computed.",
@@ -208,6 +207,15 @@ class HandoverMover:
         self.endpoint.close(max(0.1, until - time.monotonic()))
 
     # -- inside
+
+    def _go_on(self, now: float) -> list[Result]:
+        heard = self._heard(now)  # first, because it may be what somebody waits for
+        return [*self._advance(now), *heard]
+
+    def _missing(self, layer: int) -> list[str]:
+        """Requests of which a layer's pages may still come: what is pushed is there all at once."""
+        pushed = [landing.fetch.want.request for landing in self._landings.values() if not landing.ended]
+        return [request for request, pull in self._pulls.items() if not pull.has(layer)] + pushed
 
     @property
     def _known(self) -> Links[Bound]:
