@@ -148,7 +148,7 @@ def settle(rank: Rank) -> None:
     planner, mover = rank.notes["sides"]
     while planner.busy():
         turn(planner, mover)
-        time.sleep(1e-3)
+        time.sleep(1e-4)
 
 
 def close_producer(rank: Rank) -> None:
@@ -260,7 +260,7 @@ def pushes(ranks: Ranks, size: Size, pairs: int) -> None:
             request = f"push-{number}"
             ticket = ranks[0].call(keep, request, ids)
             ranks[0].start(settle)  # it goes on beside us until it has pushed, and is told that it has
-            took = handed_over(planner, mover, f"{request}-here", ticket, ids)
+            took = handed_over(planner, mover, f"{request}-here", ticket, ids, 1e-4)
             assert here.min() == here.max() > 1, "other bytes arrived than were sent"
             while planner.busy():
                 turn(planner, mover)
@@ -300,8 +300,8 @@ def steps(rank: Rank, count: int) -> None:
         turn(*rank.notes["sides"])
 
 
-def handed_over(planner: Any, mover: Any, request: str, ticket: object, ids: list[int]) -> float:
-    """Seconds from `reserve` to `received`."""
+def handed_over(planner: Any, mover: Any, request: str, ticket: object, ids: list[int], pause: float = 0.0) -> float:
+    """Seconds from `reserve` to `received`; `pause` between steps, in which threads of ours get their turn."""
     tokens = len(ids) * PAGE
     view = RequestView(request, tokens, ticket)
     assert planner.lookup(view, 0).tokens == tokens
@@ -312,6 +312,8 @@ def handed_over(planner: Any, mover: Any, request: str, ticket: object, ids: lis
         assert not step.failed, step
         if step.received:
             return time.perf_counter() - started
+        if pause:
+            time.sleep(pause)
 
 
 def read(mover: Any, ids: list[int]) -> float:

@@ -29,9 +29,10 @@ from tensorway.errors import (
     TensorwayError,
 )
 from tensorway.rendezvous import Directory
-from tensorway.transport import BlockTable, Peer, Route, Transport
+from tensorway.transport import BlockTable, Peer, Transport
 from tensorway_kv import messages
 from tensorway_kv.board import WORD, Scratch
+from tensorway_kv.bound import Bound, routes_of
 from tensorway_kv.failover import Peers
 from tensorway_kv.meeting import Ground, RankRecord
 from tensorway_kv.orders import Want
@@ -47,34 +48,6 @@ _AGAIN: Final = 0.05
 _LATEST: Final = 3600.0
 #: Seconds between the first two times that a rank is told something that it is told again and again.
 _WATCH: Final = 0.5
-
-
-@attrs.frozen(eq=False)
-class Bound:
-    """All that reading from an engine needs, once its ranks are connected."""
-
-    info: EngineTransferInfo
-    reads: Reads
-    peers: dict[int, Peer]
-    routes: dict[int, list[Route]]
-    boards: dict[int, Route]
-    #: For each rank that is told, how many of ours tell it.
-    readers: dict[int, int]
-    _layers: dict[int, Bound] = attrs.field(factory=dict)
-
-    def layer(self, number: int, endpoint: Transport) -> Bound:
-        """The same for one layer alone, whose routes are prepared when it is asked for first."""
-        if number not in self._layers:
-            reads = self.reads.layer(number)
-            self._layers[number] = attrs.evolve(self, reads=reads, routes=_routes(reads, self.peers, endpoint))
-        return self._layers[number]
-
-
-def _routes(reads: Reads, peers: dict[int, Peer], endpoint: Transport) -> dict[int, list[Route]]:
-    return {
-        rank: [endpoint.prepare(peers[rank], local, remote) for local, remote in reads.routes(rank)]
-        for rank in reads.producers
-    }
 
 
 @attrs.define
@@ -150,7 +123,7 @@ class Reader(Side[Bound]):
         for rank in reads.producers:
             words = BlockTable((records[rank].board,), WORD, WORD, max(sum(info.ranks[rank].blocks), 1))
             boards[rank] = self.endpoint.prepare(peers[rank], self.scratch.table, words)
-        return Bound(info, reads, peers, _routes(reads, peers, self.endpoint), boards, readers)
+        return Bound(info, reads, peers, routes_of(reads, peers, self.endpoint), boards, readers)
 
     def acknowledge(self, link: Link[Bound], want: Want, outcome: messages.Outcome) -> None:
         """Tell every rank that keeps blocks for us that we need them no more."""
