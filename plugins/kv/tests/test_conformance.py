@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from engines import TRANSPORTS
 
 from tensorway.testing import ConnectorSuite

@@ -45,8 +45,9 @@ class ConnectorEngine:
     ranks: Ranks
     indices: list[int]
     opening: Opening
-    capabilities: Capabilities = Capabilities(pull=False)
-    mover_capabilities: Capabilities = Capabilities(pull=False)
+    #: Of its planner, and of its movers, once it is open.
+    capabilities: Capabilities = attrs.field(factory=Capabilities)
+    mover_capabilities: Capabilities = attrs.field(factory=Capabilities)
     released: list[str] = attrs.field(factory=list)
     received: list[str] = attrs.field(factory=list)
     failed: dict[str, int] = attrs.field(factory=dict)

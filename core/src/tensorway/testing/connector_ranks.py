@@ -1,7 +1,7 @@
 """What processes of an engine do with a planner or a mover of any connector: step, submit, fill, compare, close.
 
-Room `testing`; may import `kv` and the rooms below. The functions are called in a process, by `tensorway.testing.ranks`;
-`connector_engines` says in which.
+Room `testing`; may import `kv` and the rooms below. The functions are called in a process, by
+`tensorway.testing.ranks`; `connector_engines` says in which.
 """
 
 from __future__ import annotations

@@ -6,26 +6,18 @@ What is declared is the gate: who looks blocks up by content is given hashes, wh
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from signal import SIGKILL
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import pytest
 
-from tensorway.kv import CAUSES, Event, Retention
+from tensorway.kv import Event
 from tensorway.testing import connector_misuse as misuses
 from tensorway.testing import connector_ranks as does
-from tensorway.testing.connector_engines import ConnectorEngine, Prompt, World, prompt, until
+from tensorway.testing.connector_ends import ConnectorEnds
+from tensorway.testing.connector_engines import World, prompt, until
+from tensorway.testing.connector_ground import EQUAL, Pair
 from tensorway.testing.connector_memory import Shape
-from tensorway.testing.ranks import RankFailed, Ranks
-from tensorway.testing.session_groups import lent
-from tensorway.testing.suite import Suite
 
-#: For what waits for nobody; busy machines take long to do anything.
-SOON: Final = 30.0
-EQUAL: Final = Shape()
 #: Producer and consumer that look otherwise, and move the same tokens.
 UNEQUAL: Final = {
     "2-to-1": (Shape(2), Shape(1)),
@@ -35,104 +27,14 @@ UNEQUAL: Final = {
     "pages": (Shape(1, page_tokens=4), Shape(1, page_tokens=3)),
 }
 PLANNER: Final = (
-    "lookup", "reserve", "finish", "plan_step", "on_results", "cancel", "busy", "reset", "events", "statistics", "close",
+    "lookup", "reserve", "finish", "plan_step", "on_results", "cancel", "busy", "reset", "events", "statistics",
+    "close",
 )  # fmt: skip
 MOVER: Final = ("submit", "poll", "flush", "cancel", "statistics", "close")
 
-Pair = tuple[ConnectorEngine, ConnectorEngine]
 
-
-class ConnectorSuite(Suite):
+class ConnectorSuite(ConnectorEnds):
     """The contract of `tensorway.kv.Planner` and `tensorway.kv.Mover`."""
-
-    #: The backend's name, as `tensorway.create("kv_connector", name)` takes it.
-    name: str
-    options: ClassVar[dict[str, object]] = {}
-    #: Engines of unequal tensor-parallel sizes, orders and pages must be able to hand over; else they may refuse.
-    any_geometry: ClassVar[bool] = False
-    #: For tests of the suite itself: see `connector_ranks.Opening.around`.
-    around: ClassVar[str] = ""
-
-    _ranks: ClassVar[Ranks | None] = None
-
-    @classmethod
-    def options_in(cls, folder: Path) -> dict[str, object]:
-        """The options of one test; override it if engines share a folder rather than a rendezvous."""
-        return dict(cls.options)
-
-    @classmethod
-    def teardown_class(cls) -> None:
-        """End the processes that tests have shared."""
-        ranks, cls._ranks = cls._ranks, None
-        if ranks is not None:
-            ranks.close()
-
-    @pytest.fixture
-    def world(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-        """Processes that all tests share, and engines of one test."""
-        monkeypatch.setenv("TENSORWAY_SECRET", "a secret of the suite")
-        owner = type(self)
-        owner._ranks = owner._ranks or Ranks()
-        with lent(owner._ranks) as ranks:
-            made = World(ranks, self.name, self.options_in(tmp_path), self.around)
-            try:
-                yield made
-            finally:
-                made.close()
-
-    @pytest.fixture
-    def pair(self, world: World) -> Pair:
-        """A producer and a consumer that look alike."""
-        return world.engine("prefill", EQUAL), world.engine("decode", EQUAL)
-
-    # -- helpers
-
-    @staticmethod
-    def prompts(pair: Pair, salt: int, turn: int = 0) -> tuple[Prompt, Prompt]:
-        """A request as the producer has it, and as the consumer has it; by content, full blocks only can be had."""
-        tokens = 20 if pair[0].capabilities.by_content else 19
-        theirs, ours = (one.shape.page_tokens for one in pair)
-        return prompt(salt, tokens, theirs, turn), prompt(salt, tokens, ours, turn + 1)
-
-    def hand_over(self, pair: Pair, salt: int = 1, have: int = 0, turn: int = 0) -> Prompt:
-        """All of it, until both sides are done; the request as the consumer has it."""
-        producer, consumer = pair
-        theirs, ours = self.prompts(pair, salt, turn)
-        name, here = f"kept-{salt}", f"here-{salt}"
-        retention = producer.compute(theirs, name)
-        match = consumer.find(ours, here, retention.ticket, have, producer)
-        assert ours.tokens - have == match.tokens, f"{match} of {ours.tokens} tokens, of which {have} are here"
-        consumer.reserve(ours, here, retention.ticket, have, match.tokens)
-        until(lambda: consumer.ended(here), consumer, producer)
-        assert here in consumer.received, f"{here} failed: {consumer.results}"
-        until(lambda: not retention.keep or name in producer.released, producer, consumer)
-        return ours
-
-    @staticmethod
-    def quiet(engine: ConnectorEngine, seconds: float = 0.5) -> None:
-        """Nothing is written to its pages from now on, whatever it says."""
-        engine.each(does.wipe)
-        last = time.monotonic() + seconds
-        while time.monotonic() < last:
-            engine.step()
-        assert [] == engine.wrong([]), "pages were written to after their request had ended"
-
-    @staticmethod
-    def settled(engine: ConnectorEngine, *prompts: tuple[str, Prompt]) -> None:
-        """What was received is right to the byte, what failed says why in words that are known, each once."""
-        spans = [(one.blocks, 0, one.tokens, one.salt) for name, one in prompts if name in engine.received]
-        beside = [block for name, one in prompts if name in engine.failed for block in one.blocks]
-        assert [] == engine.wrong(spans, beside)
-        assert [] == engine.account()
-        for _, result in engine.results:
-            assert not result.cause or result.cause in CAUSES, f"{result.cause!r} is no cause of the vocabulary"
-            assert not result.cause or result.why, f"{result} does not say why"
-
-    @staticmethod
-    def kill(engine: ConnectorEngine) -> None:
-        """End all its processes at once."""
-        for process in (*engine.movers, engine.planner):
-            process.signal(SIGKILL)
 
     # -- what it is
 
@@ -151,7 +53,7 @@ class ConnectorSuite(Suite):
         assert [list(MOVER)] == engine.each(does.methods, "mover", MOVER)
 
     def test_layers_are_refused_unless_they_are_declared(self, pair: Pair) -> None:
-        """Who is not `layerwise` has no `promise`, `computes`, `before_layer` and `after_layer`, or raises `Unsupported`.
+        """Who is not `layerwise` has none of the four calls for layers, or raises `Unsupported`.
 
         *If this fails:* declare `layerwise`, or leave these methods out.
         """
@@ -328,141 +230,6 @@ class ConnectorSuite(Suite):
         known = misuses.settle(lambda: consumer.ask("lookup", half, 0))
         assert 3 * consumer.shape.page_tokens == known.tokens, "blocks up to the first that is not known"
 
-    # -- giving up
-
-    @pytest.mark.parametrize("when", ["looked up", "reserved", "submitted"])
-    def test_a_request_that_is_cancelled_ends_once(self, pair: Pair, when: str) -> None:
-        """Whenever that is: it fails, or had arrived; then nothing is written, and the producer's blocks come back.
-
-        *If this fails:* report the end when nothing writes to its pages any more; tell the producer, then, too.
-        """
-        producer, consumer = pair
-        theirs, ours = self.prompts(pair, 1)
-        retention = producer.compute(theirs, "kept")
-        match = consumer.find(ours, "here", retention.ticket, 0, producer)
-        if when != "looked up":
-            consumer.reserve(ours, "here", retention.ticket, 0, match.tokens)
-        if when == "submitted":
-            consumer.each(does.submit, consumer.decide())
-        consumer.ask("cancel", "here")
-        consumer.ask("cancel", "nobody")
-        if when != "looked up":
-            until(lambda: consumer.ended("here"), consumer, producer)
-        until(lambda: not retention.keep or "kept" in producer.released, producer, consumer)
-        self.settled(consumer, ("here", ours))
-        self.quiet(consumer)
-        assert [] == consumer.account()
-
-    def test_what_the_producer_takes_back_is_not_received_afterwards(self, pair: Pair) -> None:
-        """Cancelled and used anew before they are read: the request fails, or its bytes are right all the same.
-
-        *If this fails:* let readers see that a lease has ended, after they have read and before they say `received`.
-        """
-        producer, consumer = pair
-        theirs, ours = self.prompts(pair, 1)
-        retention = producer.compute(theirs, "kept")
-        match = consumer.find(ours, "here", retention.ticket, 0, producer)
-        producer.ask("cancel", "kept")
-        until(lambda: not retention.keep or "kept" in producer.released, producer)
-        consumer.reserve(ours, "here", retention.ticket, 0, match.tokens)
-        until(lambda: consumer.ended("here"), consumer, producer)
-        self.settled(consumer, ("here", ours))
-
-    def test_an_engine_that_forgets_keeps_nothing(self, pair: Pair) -> None:
-        """`reset`: what was kept is released, once; what is fetched afterwards fails or is right.
-
-        *If this fails:* end all leases in `reset`, and drop what can be looked up: the weights are others.
-        """
-        producer, consumer = pair
-        theirs, ours = self.prompts(pair, 1)
-        retention = producer.compute(theirs, "kept")
-        producer.step()
-        producer.ask("reset")
-        until(lambda: not retention.keep or "kept" in producer.released, producer)
-        for _ in range(5):
-            producer.step()
-        assert [] == producer.account()
-        match = consumer.look_up(ours, "here", retention.ticket)
-        if match.tokens:
-            consumer.reserve(ours, "here", retention.ticket, 0, match.tokens)
-            until(lambda: consumer.ended("here"), consumer, producer)
-        self.settled(consumer, ("here", ours))
-
-    # -- engines that end
-
-    @pytest.mark.parametrize("when", ["before it is reached", "while it is read"])
-    def test_a_producer_that_is_killed_costs_its_request_only(self, world: World, when: str) -> None:
-        """Its request ends in time with a cause, and nothing is written then; that of another engine arrives.
-
-        *If this fails:* watch for the end of a peer, give every request a deadline, and report when pages are safe.
-        """
-        first, second, consumer = (world.engine(name, EQUAL) for name in ("prefill", "other", "decode"))
-        lost, good = self.prompts((first, consumer), 1), self.prompts((second, consumer), 2, turn=2)
-        tickets: list[Retention] = [first.compute(lost[0], "lost"), second.compute(good[0], "good")]
-        found = consumer.find(lost[1], "lost", tickets[0].ticket, 0, first, second)
-        if when.startswith("before"):
-            self.kill(first)
-        consumer.reserve(lost[1], "lost", tickets[0].ticket, 0, found.tokens)
-        consumer.step()
-        if not when.startswith("before"):
-            self.kill(first)
-        match = consumer.find(good[1], "good", tickets[1].ticket, 0, second)
-        consumer.reserve(good[1], "good", tickets[1].ticket, 0, match.tokens)
-        until(lambda: consumer.ended("good") and consumer.ended("lost"), consumer, second)
-        assert "good" in consumer.received, consumer.results
-        said = [result for _, result in consumer.results if result.request == "lost"]
-        assert "lost" in consumer.received or any(result.cause for result in said), said
-        self.settled(consumer, ("lost", lost[1]), ("good", good[1]))
-        self.quiet(consumer)
-
-    def test_a_consumer_that_is_killed_gives_blocks_back(self, pair: Pair) -> None:
-        """Looked up and reserved by who is gone: the producer has them again after its lease, at the latest.
-
-        *If this fails:* let a lease end unless a consumer that lives renews it.
-        """
-        producer, consumer = pair
-        theirs, ours = self.prompts(pair, 1)
-        retention = producer.compute(theirs, "kept")
-        match = consumer.find(ours, "here", retention.ticket, 0, producer)
-        consumer.reserve(ours, "here", retention.ticket, 0, match.tokens)
-        self.kill(consumer)
-        until(lambda: not retention.keep or "kept" in producer.released, producer)
-        until(lambda: not producer.busy, producer)
-        assert [] == producer.account()
-
-    # -- damage
-
-    def test_a_plan_that_is_damaged_is_refused_and_the_next_one_is_not(self, pair: Pair) -> None:
-        """Cut short, or something else: one of our errors from `submit`, no bytes, and then all goes on.
-
-        *If this fails:* decode a plan with its type and raise `DescriptionInvalid`; never unpickle one.
-        """
-        producer, consumer = pair
-        theirs, ours = self.prompts(pair, 1)
-        retention = producer.compute(theirs, "kept")
-        match = consumer.find(ours, "here", retention.ticket, 0, producer)
-        consumer.reserve(ours, "here", retention.ticket, 0, match.tokens)
-        plan = consumer.decide()
-        assert [[]] == consumer.each(does.submit_damaged, plan, 3)
-        assert [] == consumer.wrong([])
-        consumer.step(plan)
-        until(lambda: consumer.ended("here"), consumer, producer)
-        assert ["here"] == consumer.received
-        self.settled(consumer, ("here", ours))
-
-    def test_results_of_nobody_change_nothing(self, pair: Pair) -> None:
-        """Of a request or a rank that is not there, of another time, with a proof that is none: no exception, no end.
-
-        *If this fails:* look requests up in `on_results`, and count what nobody waits for.
-        """
-        producer, consumer = pair
-        for engine in pair:
-            for rank, result in misuses.results_of_nobody():
-                engine.ask("on_results", rank, [result])
-            engine.step()
-            assert ([], [], {}) == (engine.released, engine.received, engine.failed)
-        self.settled(consumer, ("here-1", self.hand_over((producer, consumer))))
-
     # -- what is seen of it
 
     def test_statistics_are_values_of_the_vocabulary(self, pair: Pair) -> None:
@@ -486,7 +253,8 @@ class ConnectorSuite(Suite):
         for engine in pair:
             stored: set[tuple[Any, ...]] = set()
             for event in engine.events:
-                assert isinstance(event, Event) and event.what in ("stored", "removed", "cleared"), event
+                assert isinstance(event, Event), event
+                assert event.what in ("stored", "removed", "cleared"), event
                 assert all(isinstance(each, bytes) for each in event.hashes), event
                 assert event.block_tokens == engine.shape.page_tokens or event.what != "stored", event
                 keys = {(each, event.group, event.medium, event.salt, event.source) for each in event.hashes}
@@ -544,80 +312,3 @@ class ConnectorSuite(Suite):
         self.hand_over((producer, consumer), salt=1)
         producer.each(does.wipe)
         self.settled(producer, ("here-2", self.hand_over((consumer, producer), salt=2, turn=1)))
-
-    # -- ends
-
-    def test_closed_twice_while_a_request_is_under_way(self, pair: Pair) -> None:
-        """Each side, in time, and again; then no page is written to, and the other engine goes on.
-
-        *If this fails:* end everything in `close` within its deadline, and remember that it is done.
-        """
-        producer, consumer = pair
-        theirs, ours = self.prompts(pair, 1)
-        retention = producer.compute(theirs, "kept")
-        match = consumer.find(ours, "here", retention.ticket, 0, producer)
-        consumer.reserve(ours, "here", retention.ticket, 0, match.tokens)
-        consumer.each(does.submit, consumer.decide())
-        assert max(consumer.each(does.close_twice, "mover")) < SOON
-        assert consumer.planner.call(does.close_twice, "planner") < SOON
-        consumer.each(does.wipe)
-        time.sleep(0.5)
-        assert [] == consumer.wrong([]), "pages were written to after the mover was closed"
-        until(lambda: not retention.keep or "kept" in producer.released, producer)
-
-    def test_flush_returns_when_nothing_is_under_way(self, pair: Pair) -> None:
-        """It waits for pages that are still written to, and there are none.
-
-        *If this fails:* return at once if no request that failed has pages which are not safe.
-        """
-        self.hand_over(pair)
-        assert max(time_ for engine in pair for time_ in engine.each(does.flush, SOON)) < SOON
-
-    def test_nothing_is_left_of_requests(self, pair: Pair) -> None:
-        """No thread and no file of twenty hand-overs, and no planner is busy.
-
-        *If this fails:* drop what belongs to a request when its end is told.
-        """
-        before: list[Any] = []
-        for salt in range(1, 26):
-            self.hand_over(pair, salt)
-            pair[1].each(does.wipe)
-            if salt == 5:
-                before = [one.each(does.possessions) for one in pair]
-        for engine, was in zip(pair, before, strict=True):
-            for now, then in zip(engine.each(does.possessions), was, strict=True):
-                assert now[0] <= then[0] and now[1] <= then[1], f"threads and files: {then}, then {now}"
-            until(lambda engine=engine: not engine.busy, *pair)  # type: ignore[misc]
-
-    def test_nothing_is_left_of_engines(self, world: World) -> None:
-        """No thread and no file of engines that were opened, used and closed; and a name may be used again.
-
-        *If this fails:* end threads and close connections in `close`; a destructor may never run.
-        """
-        pair = (world.engine("prefill", EQUAL), world.engine("decode", EQUAL))
-        counts = []
-        for salt in range(1, 5):
-            self.hand_over(pair, salt)
-            for engine in pair:
-                engine.close()
-            counts.append([process.call(does.possessions) for one in pair for process in (one.planner, *one.movers)])
-            pair = (self._again(pair[0]), self._again(pair[1]))
-        for was, now in zip(counts[1], counts[-1], strict=True):
-            assert now[0] <= was[0] and now[1] <= was[1], f"threads and files: {counts}"
-
-    @staticmethod
-    def _again(engine: ConnectorEngine) -> ConnectorEngine:
-        return ConnectorEngine(engine.ranks, engine.indices, engine.opening).open()
-
-    def test_who_is_closed_refuses(self, pair: Pair) -> None:
-        """`submit` after `close` raises; a planner keeps nothing any more.
-
-        *If this fails:* raise `Closed`, and answer `finish` with `Retention(False)`.
-        """
-        producer, _ = pair
-        theirs, _ = self.prompts(pair, 1)
-        producer.each(does.close_twice, "mover")
-        with pytest.raises(RankFailed, match="Closed"):
-            producer.each(does.submit, b"")
-        producer.planner.call(does.close_twice, "planner")
-        assert not producer.compute(theirs, "late").keep
