@@ -6,6 +6,7 @@ What is declared is the gate: who looks blocks up by content is given hashes, wh
 
 from __future__ import annotations
 
+import time
 from typing import Any, Final
 
 import pytest
@@ -268,34 +269,52 @@ class ConnectorSuite(ConnectorEnds):
 
     # -- layers and turns
 
-    def test_layers_arrive_before_they_are_waited_for_in_vain(self, pair: Pair) -> None:
-        """`layerwise`: the consumer's wait for a layer ends when its bytes are there, and then the request is received.
+    def test_a_layer_that_was_waited_for_is_here(self, pair: Pair) -> None:
+        """`layerwise`: `before_layer` returns when the layer's bytes are here, layer by layer, and waits for no other.
 
-        *If this fails:* send a layer in `after_layer`; let `before_layer` return when its bytes are here, not posted.
+        *If this fails:* count a layer as arrived when all its transfers are done, not when they were posted.
         """
         producer, consumer = pair
-        if not producer.capabilities.layerwise:
+        if not consumer.capabilities.layerwise:
             pytest.skip("needs the capability layerwise")
+        theirs, ours = self.prompts(pair, 1)
+        retention = producer.compute(theirs, "kept")
+        match = consumer.find(ours, "here", retention.ticket, 0, producer)
+        consumer.reserve(ours, "here", retention.ticket, 0, match.tokens)
+        process, span = consumer.movers[0], (ours.blocks, 0, ours.tokens, ours.salt)
+        process.call(does.submit, consumer.decide())
+        for layer in range(EQUAL.layers):
+            process.start(does.wait_layer, layer, *span)
+        for _ in range(20):
+            producer.step()
+        assert [True] * EQUAL.layers == [process.result() for _ in range(EQUAL.layers)]
+        until(lambda: consumer.ended("here"), consumer, producer)
+        assert ["here"] == consumer.received, consumer.results
+        self.settled(consumer, ("here", ours))
+
+    def test_layers_are_sent_as_they_are_computed(self, pair: Pair) -> None:
+        """`layerwise` and `push`: what was promised is registered for, computed layer by layer, and received once.
+
+        *If this fails:* send a layer in `after_layer`; say `received` when the last one and its words are there.
+        """
+        producer, consumer = pair
+        if not (producer.capabilities.layerwise and producer.capabilities.push):
+            pytest.skip("needs the capabilities layerwise and push")
         theirs, ours = self.prompts(pair, 1)
         view = producer.view(theirs, "kept", hand_over=True)
         ticket = producer.ask("promise", view, theirs.tokens)
         assert ticket is not None
         match = consumer.find(ours, "here", ticket, 0, producer)
         consumer.reserve(ours, "here", ticket, 0, match.tokens)
-        for _ in range(10):
+        for _ in range(40):  # the consumer says where it wants them
             consumer.step()
             producer.step()
+            time.sleep(0.01)
         producer.ask("computes", view, [list(theirs.blocks)], 0, theirs.tokens)
         producer.each(does.submit, producer.decide())
-        process, span = consumer.movers[0], (ours.blocks, 0, ours.tokens, ours.salt)
-        for layer in range(EQUAL.layers):
-            process.start(does.wait_layer, layer, *span)
         producer.each(does.compute_layers, theirs.blocks, 0, theirs.tokens, theirs.salt)
         retention = producer.ask("finish", view, [list(theirs.blocks)], theirs.tokens)
         producer.kept["kept"] = theirs.blocks
-        for _ in range(20):
-            producer.step()
-        assert [True] * EQUAL.layers == [process.result() for _ in range(EQUAL.layers)]
         until(lambda: consumer.ended("here"), consumer, producer)
         assert ["here"] == consumer.received, consumer.results
         until(lambda: not retention.keep or "kept" in producer.released, producer, consumer)
