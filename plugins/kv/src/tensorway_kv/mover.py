@@ -22,6 +22,7 @@ from tensorway_kv import messages, orders
 from tensorway_kv.board import Board, Scratch
 from tensorway_kv.links import Link, Reader
 from tensorway_kv.meeting import VERSION, Ground, RankRecord
+from tensorway_kv.observed import Observer
 from tensorway_kv.options import HandoverOptions
 from tensorway_kv.pulls import Pull
 from tensorway_kv.topology import TransferTopology
@@ -43,6 +44,8 @@ class HandoverMover:
     def __init__(self, options: HandoverOptions, context: KVContext) -> None:
         until = time.monotonic() + context.deadline
         self._geometry = _geometry(context)
+        self._counts = Counters(METRICS, backend="handover", engine=context.engine, rank=str(context.rank))
+        self._observer, self._deadline = Observer(self._counts, context, spans=options.spans), options.deadline
         endpoint = tensorway.create("transport", options.transport, dict(options.transport_options))
         self.endpoint: Transport = endpoint
         self.capabilities = Capabilities(pull=True, media=self.endpoint.capabilities.media)
@@ -53,7 +56,6 @@ class HandoverMover:
         self._pulls: dict[str, Pull] = {}
         #: What had ended already when it was submitted.
         self._early: list[Result] = []
-        self._counts = Counters(METRICS, backend="handover", engine=context.engine, rank=str(context.rank))
         #: Links that are over; their threads may still have something to say.
         self._over: list[Link] = []
         self._told: Counter[str] = Counter()
@@ -185,10 +187,7 @@ class HandoverMover:
             if result is not None:
                 del self._pulls[request]
                 results.append(result)
-                labels = {"direction": "pull", "peer": pull.link.engine}
-                self._counts.add("kv_transfers_total", **labels, cause=result.cause or "none")
-                for phase, seconds in pull.seconds.items():
-                    self._counts.took("kv_phase_seconds", seconds, **labels, phase=phase)
+                self._observer.ended(pull.ended(result, self._deadline))
         return results
 
     def _link(self, want: orders.Want) -> Link:

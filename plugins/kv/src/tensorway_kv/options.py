@@ -22,3 +22,5 @@ class HandoverOptions:
     presence: float = attrs.field(default=10.0, validator=[attrs.validators.ge(0.5), attrs.validators.le(3600.0)])
     #: What tickets are sealed with; empty for the deployment's secret, `TENSORWAY_SECRET`.
     secret: str = attrs.field(default="", repr=False)
+    #: Whether each request that was moved is told to OpenTelemetry.
+    spans: bool = False

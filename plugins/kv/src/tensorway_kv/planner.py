@@ -37,6 +37,7 @@ from tensorway_kv.leases import LONGEST, Consumer, Generations, LeaseTable
 from tensorway_kv.meeting import VERSION, EngineRecord, Ground
 from tensorway_kv.options import HandoverOptions
 from tensorway_kv.orders import Fetch, Mark, Orders, Want
+from tensorway_kv.stored import Stored
 
 #: Tickets whose request has ended; they are not opened again for it.
 _SPENT: Final = 65_536
@@ -132,6 +133,7 @@ class HandoverPlanner:
         self._fetches: list[tuple[str, _Wanted, orders.Ids]] = []
         self._cancels: list[str] = []
         self._counts = Counters(METRICS, backend="handover", engine=context.engine)
+        self._stored = Stored(self._geometry)
         self._closed = False
         self._ground = Ground(context.rendezvous, options.path, options.presence, context.facts)
         key = self._ground.engine_key(context.engine)
@@ -230,6 +232,7 @@ class HandoverPlanner:
             self._kept.leases.force(request.id)
             return Retention(True)
         self._counts.add("kv_tickets_total", what="issued")
+        self._stored.kept(request, tokens)
         return Retention(True, issued)
 
     def force(self, request: str) -> bool:
@@ -250,6 +253,8 @@ class HandoverPlanner:
         """What ended, and what movers are to do."""
         now = time.monotonic()
         released, marks = self._kept.step(now)
+        for request in released:
+            self._stored.let_go(request)
         for request in [name for name, one in self._wanted.items() if not one.reserved and now - one.since > LONGEST]:
             del self._wanted[request]
         fetches = tuple(self._fetch(name, wanted, ids, now) for name, wanted, ids in self._fetches)
@@ -326,8 +331,8 @@ class HandoverPlanner:
             self._kept.leases.force(str(row["request"]))
 
     def events(self) -> Sequence[Event]:
-        """Nothing is stored beyond a hand-over."""
-        return ()
+        """Blocks of requests that came with hashes, while they are kept."""
+        return self._stored.take()
 
     def statistics(self) -> list[Sample]:
         """What became of tickets, leases and requests."""

@@ -21,6 +21,7 @@ from tensorway_kv import messages
 from tensorway_kv.board import starts, verdict
 from tensorway_kv.failover import Cause
 from tensorway_kv.links import Bound, Link, Reader
+from tensorway_kv.observed import Ended, moved
 from tensorway_kv.orders import Fetch
 from tensorway_kv.reads import Held
 
@@ -262,6 +263,20 @@ class Pull:
         return True
 
     # -- the end
+
+    def ended(self, result: Result, deadline: float) -> Ended:
+        """What is told of it; `deadline`: of a whole request, of which the planner has taken off what it waited."""
+        return Ended(
+            result.request,
+            "pull",
+            self.link.engine,
+            result.cause,
+            result.why,
+            max(0.0, deadline - self.fetch.want.seconds),
+            {str(phase): seconds for phase, seconds in self.seconds.items()},
+            time.monotonic() - self._begun,
+            *moved(self._transfers),
+        )
 
     def _end(self, cause: str, why: str = "") -> Result:
         fetch, want = self.fetch, self.fetch.want

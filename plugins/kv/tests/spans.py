@@ -1,0 +1,36 @@
+"""What only tests of spans do in a process: collect what is told to OpenTelemetry, and say it in plain values."""
+
+from __future__ import annotations
+
+
+def collect(rank):
+    """Let spans be kept in memory."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    if "exporter" not in rank.notes:
+        rank.notes["exporter"] = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(rank.notes["exporter"]))
+        trace.set_tracer_provider(provider)
+    rank.notes["exporter"].clear()
+
+
+def told(rank):
+    """Spans in the order in which they began: name, attributes, start, end, status, and the parent's name."""
+    spans = sorted(rank.notes["exporter"].get_finished_spans(), key=lambda span: (span.start_time, span.end_time))
+    names = {span.context.span_id: span.name for span in spans}
+    return [
+        {
+            "name": span.name,
+            "about": dict(span.attributes or {}),
+            "start": span.start_time,
+            "end": span.end_time,
+            "status": span.status.status_code.name,
+            "why": span.status.description,
+            "parent": names[span.parent.span_id] if span.parent else "",
+        }
+        for span in spans
+    ]
