@@ -105,9 +105,9 @@ class Counters:
         values[self._key(name, ("gauge", "counter"), labels, values)] = value
 
     def took(self, name: str, seconds: float, /, **labels: str) -> None:
-        """Something took so long."""
+        """Something took so long; no time at all, if two readings of a clock say less than that."""
         rows = self._seconds.setdefault(name, {})
-        self._check_number(name, seconds)
+        seconds = max(0.0, seconds)
         row = rows.setdefault(self._key(name, ("seconds",), labels, rows), _Seconds())
         row.total += seconds
         row.count += 1

@@ -176,6 +176,13 @@ def test_seconds_are_in_the_first_bucket_that_holds_them():
     ]
 
 
+def test_no_reading_of_a_clock_makes_a_sum_smaller():
+    counts = counters()
+    counts.took("job_seconds", -1e-9, peer="p")
+    counts.took("job_seconds", math.nan, peer="p")
+    assert [(2, 0.0, (2,) * len(BUCKETS))] == [(each.count, each.value, each.buckets) for each in counts.samples()]
+
+
 def test_samples_can_be_taken_while_others_are_counted():
     counts, ended = counters(), threading.Event()
 

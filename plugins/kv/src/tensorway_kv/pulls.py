@@ -132,7 +132,8 @@ class Pull:
             if self.link.bound is None:
                 return False
             self._bound = self.link.bound
-            self.seconds["handshake"] = now - self._begun
+            # What was submitted in this very step began after `now` was read.
+            self.seconds["handshake"] = max(0.0, now - self._begun)
             self._post(self._bound, now)
             self.seconds["posted"] = time.monotonic() - now
             return not self._transfers  # nothing was missing
