@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from unittest import mock
+
+from tensorway.kv import KVContext
+from tensorway_kv.offers import construct_handover
+from tensorway_kv.options import HandoverOptions
+from tensorway_kv.testing.memory import memory_of
+
+
+def open_without_the_library(rank, engine, shape, options):
+    """Make a mover that is to tell OpenTelemetry, where that is not installed."""
+    there = [name for name in sys.modules if name.partition(".")[0] == "opentelemetry"]
+    with mock.patch.dict(sys.modules):
+        for name in there:
+            del sys.modules[name]
+        sys.modules["opentelemetry"] = None
+        context = KVContext(engine, rank.rendezvous(), "mover", geometry=memory_of(shape, 0)[0])
+        construct_handover(HandoverOptions(**options, spans=True), context)
+
 
 def collect(rank):
     """Let spans be kept in memory."""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import spans
-from engines import Shape
+from engines import Shape, leftovers
 
 from tensorway.errors import BackendUnavailable
 from tensorway.kv import METRICS, KVContext, RequestView
@@ -140,10 +140,11 @@ def test_no_spans_are_told_unless_they_are_asked_for(deployment):
     assert [[]] == consumer.each(spans.told)
 
 
-def test_a_mover_that_cannot_tell_leaves_nothing_behind(deployment, monkeypatch):
-    """It is refused before anything is opened."""
-    if importlib.util.find_spec("opentelemetry"):
-        pytest.skip("OpenTelemetry is installed, and nothing is refused")
-    deployment.engine("prefill", Shape())
-    with pytest.raises(RankFailed, match="pip install opentelemetry-sdk"):
-        deployment.engine("decode", Shape(), spans=True)
+def test_a_mover_that_cannot_tell_is_refused_before_anything_is_opened(deployment):
+    producer = deployment.engine("prefill", Shape())
+    counts = []
+    for _ in range(3):
+        with pytest.raises(RankFailed, match="pip install opentelemetry-sdk"):
+            producer.movers[0].call(spans.open_without_the_library, "prefill", Shape(), {"transport": "local"})
+        counts.append(producer.movers[0].call(leftovers))
+    assert counts[-1] <= counts[0], "files and threads"
