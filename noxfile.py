@@ -279,6 +279,11 @@ CAMPAIGNS = {
     "eplb-endurance-nixl": ["tensorway_eplb.testing.endurance", "--options", '{"transport": "nixl"}'],
     # Hand-overs of KV blocks, with ranks that die, stop and come back.
     "kv": ["tensorway_kv.testing.campaign"],
+    "kv-staged": [
+        "tensorway_kv.testing.campaign",
+        "--options",
+        '{"transport": "local", "stage": true, "staging_blocks": 128}',
+    ],
     "kv-nixl": ["tensorway_kv.testing.campaign", "--options", '{"transport": "nixl"}'],
     # Mooncake opens up to four connections to a peer, as it needs them.
     "endurance-mooncake": ["endurance", "mooncake", "--kept-files", "3"],

@@ -122,16 +122,16 @@ def hold(size: Size, shared: bool) -> tuple[Any, Any]:
     return buffer, size.geometry(Region.of(buffer).address)[0]
 
 
-def side(role: str, engine: str, rendezvous: Any, geometry: Any) -> Any:
+def side(role: str, engine: str, rendezvous: Any, geometry: Any, options: dict[str, Any]) -> Any:
     """A planner, or a mover."""
     context = KVContext(engine, rendezvous, role, 1, 0, geometry, {"model": "bench"})
-    return construct_handover(HandoverOptions(**OPTIONS), context)
+    return construct_handover(HandoverOptions(**{**OPTIONS, **options}), context)
 
 
-def open_producer(rank: Rank, size: Size, shared: bool) -> None:
+def open_producer(rank: Rank, size: Size, shared: bool, options: dict[str, Any]) -> None:
     """The engine that is read from, in its process."""
     rank.notes["buffer"], geometry = hold(size, shared)
-    rank.notes["sides"] = [side(role, "prefill", rank.rendezvous(), geometry) for role in ("planner", "mover")]
+    rank.notes["sides"] = [side(role, "prefill", rank.rendezvous(), geometry, options) for role in ("planner", "mover")]
 
 
 def keep(rank: Rank, request: str, ids: list[int]) -> object:
@@ -168,10 +168,10 @@ def turn(planner: Any, mover: Any) -> Any:
 
 def throughput(ranks: Ranks, size: Size, shared: bool, pairs: int) -> None:
     """Hand-overs and plain reads in turns."""
-    ranks[0].call(open_producer, size, shared)
+    ranks[0].call(open_producer, size, shared, {})
     rendezvous = Rank(ranks.rendezvous.address).rendezvous()
     buffer, geometry = hold(size, shared)
-    planner, mover = (side(role, "decode", rendezvous, geometry) for role in ("planner", "mover"))
+    planner, mover = (side(role, "decode", rendezvous, geometry, {}) for role in ("planner", "mover"))
     lane = "shm" if shared else "cma"
     try:
         contiguous = list(range(size.blocks))
@@ -206,6 +206,52 @@ def throughput(ranks: Ranks, size: Size, shared: bool, pairs: int) -> None:
         ranks[0].call(close_producer)
 
 
+def staging(ranks: Ranks, size: Size, pairs: int) -> None:
+    """Hand-overs by way of staging memory on both sides, and without, in turns."""
+    ways = {"direct": {"path": "/bench/direct"}, "staged": {"path": "/bench/staged"}}
+    ways["staged"] |= {"stage": True, "staging_blocks": size.blocks}
+    rendezvous = Rank(ranks.rendezvous.address).rendezvous()
+    sides: dict[str, tuple[Any, Any, Any]] = {}
+    ids = random.Random(1).sample(range(size.blocks), size.blocks)
+    took: dict[str, list[float]] = {way: [] for way in ways}
+    try:
+        for process, (way, options) in enumerate(ways.items()):
+            ranks[process].call(open_producer, size, True, options)
+            buffer, geometry = hold(size, True)
+            sides[way] = (
+                buffer,
+                *(side(role, "decode", rendezvous, geometry, options) for role in ("planner", "mover")),
+            )
+        for number in range(pairs + 1):
+            for process, (way, (buffer, planner, mover)) in enumerate(sides.items()):
+                request = f"{way}-{number}"
+                ticket = ranks[process].call(keep, request, ids)
+                ranks[process].call(steps, 3)  # until a staged copy is known to be whole
+                took[way].append(handed_over(planner, mover, f"{request}-here", ticket, ids))
+                expected = np.frombuffer(buffer, np.uint8)
+                assert expected.min() == expected.max() > 1, "other bytes arrived than were sent"
+                while planner.busy():
+                    turn(planner, mover)
+                ranks[process].call(settle)
+    finally:
+        for process, (_, planner, mover) in enumerate(sides.values()):
+            mover.close()
+            planner.close()
+            ranks[process].call(close_producer)
+        rendezvous.close()
+    ratios = sorted([direct / staged for direct, staged in zip(*took.values(), strict=True)][1:])
+    print(
+        f"local shm, {size.nbytes >> 20} MiB in {size.layers} layers x {size.blocks} blocks, through staging memory: "
+        f"{statistics.median(ratios):.2f} of a direct hand-over ({ratios[0]:.2f} to {ratios[-1]:.2f}, {pairs} pairs)"
+    )
+
+
+def steps(rank: Rank, count: int) -> None:
+    """So many steps of the producer."""
+    for _ in range(count):
+        turn(*rank.notes["sides"])
+
+
 def handed_over(planner: Any, mover: Any, request: str, ticket: object, ids: list[int]) -> float:
     """Seconds from `reserve` to `received`."""
     tokens = len(ids) * PAGE
@@ -222,7 +268,7 @@ def handed_over(planner: Any, mover: Any, request: str, ticket: object, ids: lis
 
 def read(mover: Any, ids: list[int]) -> float:
     """Seconds of the same bytes, by the transport alone."""
-    (link,) = mover._links.values()
+    (link,) = mover._links
     bound, held = link.bound, Held([ids])
     posts = [
         (
@@ -244,9 +290,10 @@ def main() -> None:
     # The producer's process loads this file by its name.
     os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
     posting(Size(32, 2048), 5 if short else 25)
-    with Ranks(1) as ranks:
+    with Ranks(2) as ranks:
         for shared in (False, True):
             throughput(ranks, Size(16, 128) if short else Size(32, 512), shared, 5 if short else 15)
+        staging(ranks, Size(16, 128) if short else Size(32, 256), 5 if short else 15)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import importlib.util
 import threading
 
 import attrs
+import numpy as np
 import pytest
 
 import tensorway
@@ -18,6 +19,7 @@ from tensorway.transport.local import LocalFabric
 from tensorway_kv import messages
 from tensorway_kv.layouts import Cache, attention
 from tensorway_kv.testing.engine import open_mover
+from tensorway_kv.testing.memory import COMPONENTS, JUNK, name_of, salted
 
 TRANSPORTS = [
     "local",
@@ -76,9 +78,46 @@ def let(rank, *faults):
     rank.notes["faults"].next(*faults)
 
 
+def let_pass(rank, posts=None, fault="stall"):
+    """Let so many posts through and none that follows, which go wrong alike; without a number let all through again."""
+    faults = rank.notes["faults"]
+    if posts is None:
+        rank.notes["fabric"].faults = faults
+        return
+    rank.notes["fabric"].faults = _After(faults, posts, fault)
+
+
+class _After:
+    """Faults of which the first posts are free."""
+
+    def __init__(self, faults, posts, fault):
+        self.pause, self._faults, self._left, self._fault = faults.pause, faults, posts, fault
+
+    def choose(self, among):
+        if self._fault not in among:
+            return self._faults.choose(among)
+        self._left -= 1
+        return "" if self._left >= 0 else self._fault
+
+
 def release(rank):
     """Let go on what was stalled."""
     rank.notes["fabric"].release()
+
+
+def await_layer(rank, layer, deadline):
+    rank.notes["mover"].before_layer(layer, deadline)
+
+
+def verify_layers(rank, blocks, start, stop, layers):
+    """See that exactly these tokens of these layers are there, and nothing else; how many bytes that is."""
+    held = rank.notes["memory"]
+    expected = np.full(len(held.memory), JUNK, np.uint8)
+    for _, places, names in held.places(blocks, range(start, stop)):
+        if names.flat[0] // name_of(1, COMPONENTS[0], 0, 0, 0) in layers:
+            expected[places] = salted(names, 1)
+    np.testing.assert_array_equal(held.memory, expected)
+    return int((expected != JUNK).sum())
 
 
 def flush(rank, deadline):
@@ -93,7 +132,7 @@ def leftovers(rank):
 
 def say(rank, engine, to, message):
     """Tell a rank of a producer something, whatever it is."""
-    (link,) = [link for link in rank.notes["mover"]._links.values() if link.engine == engine]
+    (link,) = [link for link in rank.notes["mover"]._links if link.engine == engine]
     link.send(to, messages.encode(message) if not isinstance(message, bytes) else message)
 
 

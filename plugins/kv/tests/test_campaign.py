@@ -22,13 +22,18 @@ from tensorway_kv.testing.shapes import Mixed, pair
 SLICE = 10.0
 
 
-def test_hand_overs_that_are_disturbed_end_as_they_should():
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [({}, 1.0), ({"stage": True, "staging_blocks": 128}, 0.5), ({"layerwise": True}, 0.3)],
+    ids=["plain", "staged", "layerwise"],
+)
+def test_hand_overs_that_are_disturbed_end_as_they_should(options, share):
     seed = random.randrange(1 << 30)
     sys.stdout.write(f"seed {seed}\n")
-    running = campaign.Campaign(seed, {"transport": "local"})
+    running = campaign.Campaign(seed, {"transport": "local", **options})
     began = time.monotonic()
     try:
-        while not running.counts["requests"] or time.monotonic() - began < SLICE:
+        while not running.counts["requests"] or time.monotonic() - began < share * SLICE:
             running.run(running.counts["requests"] + 6)
     finally:
         running.close()

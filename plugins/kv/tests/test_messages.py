@@ -13,14 +13,13 @@ from tensorway_kv import messages
 from tensorway_kv.messages import (
     MAX_BYTES,
     Ack,
-    Drain,
-    Goodbye,
     Heartbeat,
     Held,
     Pushed,
     PushRegistration,
     Reader,
     Refusal,
+    Withdraw,
 )
 from tensorway_kv.testing import fuzz
 
@@ -38,21 +37,31 @@ def count(reader):
 
 def raw(*fields):
     """A message with any fields, under our mark."""
-    return messages.encode(Drain("p"))[:4] + msgspec.msgpack.encode(fields)
+    return messages.encode(Pushed("p", 0, "r", 1))[:4] + msgspec.msgpack.encode(fields)
 
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
 epochs, ranks = st.integers(1, (1 << 63) - 1), st.integers(0, 65_535)
 ids = st.lists(st.integers(0, (1 << 31) - 1), max_size=20, unique=True).map(tuple)
-blocks = st.lists(ids, min_size=1, max_size=4).map(tuple)
+blocks = st.lists(ids, min_size=1, max_size=4).map(messages.runs)
 any_message = st.one_of(
     st.builds(Heartbeat, texts, ranks, st.lists(st.builds(Held, texts, epochs), min_size=1, max_size=9).map(tuple)),
     st.builds(Ack, texts, ranks, texts, epochs, ranks, st.integers(1, 65_536), st.sampled_from(["received", "failed"])),
-    st.builds(PushRegistration, texts, ranks, texts, epochs, blocks, st.integers(0, 1 << 20)),
+    st.builds(
+        PushRegistration,
+        texts,
+        texts,
+        ranks,
+        texts,
+        epochs,
+        blocks,
+        st.integers(0, 1 << 20),
+        st.integers((1 << 20) + 1, 1 << 30),
+        st.floats(0.001, 3600),
+    ),
     st.builds(Pushed, texts, ranks, texts, epochs),
-    st.builds(Drain, texts),
-    st.builds(Goodbye, texts),
-    st.builds(Refusal, texts, texts, epochs, st.sampled_from(["unknown", "draining"])),
+    st.builds(Withdraw, texts, texts, ranks, texts, epochs),
+    st.builds(Refusal, texts, ranks, texts, epochs, st.sampled_from(["unknown", "withdrawn"])),
 )
 
 
@@ -97,10 +106,14 @@ def test_the_beginning_of_a_message_is_truncated_and_no_message(message, cut):
         (raw("heartbeat", "d", 0, [["r", 1]] * 4097), "malformed"),
         (raw("push", "d", 0, "r", 1, [], 0), "malformed"),
         (raw("push", "d", 0, "r", 1, [[]] * 257, 0), "malformed"),
-        (raw("push", "d", 0, "r", 1, [[1 << 31]], 0), "malformed"),
-        (raw("push", "d", 0, "r", 1, [[-1]], 0), "malformed"),
-        (raw("push", "d", 0, "r", 1, [[4, 5, 4]], 0), "malformed"),
-        (raw("drain", "x")[:-1] + b"\xff", "malformed"),
+        (raw("push", "d", "e", 0, "r", 1, [[[1 << 31, 1]]], 0, 9, 1.0), "malformed"),
+        (raw("push", "d", "e", 0, "r", 1, [[[-1, 1]]], 0, 9, 1.0), "malformed"),
+        (raw("push", "d", "e", 0, "r", 1, [[[4, 0]]], 0, 9, 1.0), "malformed"),
+        (raw("push", "d", "e", 0, "r", 1, [[[4, 2], [3, 2]]], 0, 9, 1.0), "malformed"),
+        (raw("push", "d", "e", 0, "r", 1, [[[0, 1 << 30], [1 << 30, 1]]], 0, 9, 1.0), "malformed"),
+        (raw("push", "d", "e", 0, "r", 1, [[[4, 2]]], 9, 9, 1.0), "malformed"),
+        (raw("push", "d", "e", 0, "r", 1, [[[4, 2]]], 0, 9, float("nan")), "malformed"),
+        (raw("withdraw", "x", "x", 0, "r", 1)[:-1] + b"\xff", "malformed"),
         (b"tkv\x01" + b"\x91" * 60_000, "malformed"),
         (b"tkv\x01" + b"\x00" * MAX_BYTES, "malformed"),
         (None, "malformed"),
@@ -121,10 +134,11 @@ def test_the_largest_numbers_and_strangest_ids_are_read(message, reader):
 
 def test_a_message_longer_than_any_notification_is_not_read(reader):
     def payload(count):
-        return messages.encode(PushRegistration("d", 0, "r", 1, (tuple(range(1 << 20, (1 << 20) + count)),), 0))
+        landing = messages.runs([range(1 << 20, (1 << 20) + 2 * count, 2)])
+        return messages.encode(PushRegistration("d", "e", 0, "r", 1, landing, 0, 9, 1.0))
 
-    assert reader.decode(payload(13_000)) is not None
-    assert MAX_BYTES < len(payload(13_200)) and reader.decode(payload(13_200)) is None
+    assert reader.decode(payload(9_300)) is not None
+    assert MAX_BYTES < len(payload(9_400)) and reader.decode(payload(9_400)) is None
     assert {"malformed": 1} == count(reader)
 
 

@@ -13,7 +13,7 @@ import spans
 from engines import Shape, leftovers
 
 from tensorway.errors import BackendUnavailable
-from tensorway.kv import METRICS, KVContext, RequestView
+from tensorway.kv import METRICS, KVContext, RequestView, Result
 from tensorway.metrics import Counters, total
 from tensorway.testing.ranks import RankFailed, Ranks
 from tensorway.transport import State
@@ -71,8 +71,8 @@ def test_bytes_of_what_is_not_done_have_not_arrived():
 def test_a_request_that_failed_is_counted_with_its_cause_and_the_phases_that_ended():
     counts = Counters(METRICS, backend="x", engine="e")
     observer = Observer(counts, KVContext("e", None, "mover"), spans=False)
-    observer.ended(Ended("r", "pull", "p", "lost", "it is gone", 0.1, {"handshake": 0.5}, 0.7))
-    observer.ended(Ended("s", "push", "p", "", "", 0.0, {"posted": 0.5}, 0.7, 100, 2))
+    observer.ended(Ended("pull", "p", Result("r", "received", "lost", "gone"), 0.1, {"handshake": 0.5}, 0.7))
+    observer.ended(Ended("push", "p", Result("s", "received"), 0.0, {"posted": 0.5}, 0.7, 100, 2))
     found = counts.samples()
     assert 1 == total(found, "kv_transfers_total", cause="lost", direction="pull", peer="p")
     assert 1 == total(found, "kv_transfers_total", cause="none", direction="push", peer="p")

@@ -33,6 +33,11 @@ _BACK_OFF: Final = (0.02, 1.0)
 #: How long the thread that follows the group waits at a time, and how often it reads a store without watches.
 _LOOK: Final = 0.5
 _CLOSED: Final = "it was closed"
+_EXPIRED: Final = "its lease in the rendezvous ended"
+_LEFT: Final = "it left the group"
+_AWAY: Final = "it did not come back to the rendezvous"
+#: Why a member is lost whose process may live all the same, stopped or cut off: nothing was heard of it.
+SILENT: Final = frozenset({_EXPIRED, _LEFT, _AWAY})
 
 
 @attrs.define
@@ -234,7 +239,7 @@ class Directory:
         elif event.key == self._key:
             self._publish()  # somebody removed it, or the lease ended and the keeper has not noticed yet
         else:
-            why = "its lease in the rendezvous ended" if event.kind == "expired" else "it left the group"
+            why = _EXPIRED if event.kind == "expired" else _LEFT
             self._lose(event.key.removeprefix(self._prefix), why)
 
     def _look(self) -> None:
@@ -280,7 +285,7 @@ class Directory:
         with self._lock:
             lost = [name for name, other in self._others.items() if other.missed is not None and other.missed <= now]
         for name in lost:
-            self._lose(name, "it did not come back to the rendezvous")
+            self._lose(name, _AWAY)
 
     def _lose(self, name: str, why: str) -> None:
         with self._seen:

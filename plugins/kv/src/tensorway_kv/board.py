@@ -13,7 +13,7 @@ from typing import Final, Literal
 from tensorway import memory
 from tensorway.memory import Region
 from tensorway.transport import BlockTable
-from tensorway_kv.orders import Mark
+from tensorway_kv.orders import Ids, Mark
 
 WORD: Final = 8
 _LET_GO: Final = 1 << 63
@@ -55,6 +55,15 @@ class Board:
             for block in ids:
                 if block < count:
                     self._words[first + block] = mark.word
+
+    def holds(self, blocks: Ids, epoch: int) -> bool:
+        """Whether all of these blocks that are here are held since then, or longer."""
+        return all(
+            verdict(self._words[first + block], epoch) == "good"
+            for ids, count, first in zip(blocks, self._blocks, starts(self._blocks), strict=False)
+            for block in ids
+            if block < count
+        )
 
 
 class Scratch:

@@ -104,6 +104,8 @@ class Lease:
     deadline: float
     #: Nothing while it lasts.
     ended: Ending | None = None
+    #: By which epoch it is known, too, if it was promised before its blocks were there; 0 if not.
+    promised: int = 0
     _needs: dict[int, int | frozenset[int]] = attrs.field(factory=dict, repr=False)
     _tallies: dict[str, _Tally] = attrs.field(factory=dict, repr=False)
 
@@ -113,6 +115,11 @@ class Lease:
         if found is None and len(self._tallies) < MAX_CONSUMERS:
             found = self._tallies[incarnation] = _Tally.of(self._needs)
         return found
+
+    @property
+    def names(self) -> tuple[int, ...]:
+        """The epochs by which its consumers may know it."""
+        return (self.epoch, self.promised) if self.promised else (self.epoch,)
 
     def row(self, now: float) -> dict[str, Any]:
         """For people, and for JSON."""
@@ -171,9 +178,20 @@ class LeaseTable:
         lease = self._live[request] = Lease(request, epoch, owner, kept, now, ttl, deadline, needs=needs)
         return lease
 
+    def fill(self, request: str, blocks: Iterable[Iterable[int]]) -> Lease | None:
+        """The blocks of a promise are there; None if it has ended.
+
+        They are held under an epoch of now: leases that were granted since the promise may have had the same blocks.
+        """
+        lease = self._live.get(request)
+        if lease is not None:
+            lease.promised, lease.epoch, self._next = lease.epoch, self._next, self._next + 1
+            lease.blocks = tuple(tuple(group) for group in blocks)
+        return lease
+
     def renew(self, request: str, epoch: int, consumer: Consumer, now: float) -> float | None:
         """A consumer still wants the blocks: when the lease ends now; None if it has ended."""
-        lease = self._find(request, epoch, now)
+        lease = self.find(request, epoch, now)
         if not isinstance(lease, Lease):
             self.refused[lease] += 1
             return None
@@ -189,7 +207,7 @@ class LeaseTable:
         self, request: str, epoch: int, rank: int, consumer: Consumer, now: float, readers: int = 0
     ) -> Verdict:
         """A reader needs nothing more of a rank of ours; `readers`: how many of its engine read from that rank."""
-        lease = self._find(request, epoch, now)
+        lease = self.find(request, epoch, now)
         if not isinstance(lease, Lease):
             self.refused[lease] += 1
             return lease
@@ -230,9 +248,10 @@ class LeaseTable:
         """What is held, the oldest first."""
         return [lease.row(now) for lease in self._live.values()]
 
-    def _find(self, request: str, epoch: int, now: float) -> Lease | Refused:
+    def find(self, request: str, epoch: int, now: float) -> Lease | Refused:
+        """The lease, or why there is none."""
         lease = self._live.get(request)
-        if lease is not None and lease.epoch == epoch:
+        if lease is not None and epoch in lease.names:
             # Nobody has called `expire` yet, and the time is over all the same.
             return lease if now < lease.deadline else "expired"
         ending = self._ended.get((request, epoch))
@@ -245,8 +264,9 @@ class LeaseTable:
         lease.ended = ending
         self.endings[ending] += 1
         self._released.append(lease)
-        self._ended[lease.request, lease.epoch] = ending
-        if len(self._ended) > _REMEMBERED:
+        for name in lease.names:
+            self._ended[lease.request, name] = ending
+        while len(self._ended) > _REMEMBERED:
             del self._ended[next(iter(self._ended))]
 
 

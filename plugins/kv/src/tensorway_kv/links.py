@@ -1,8 +1,9 @@
-"""A producer engine's life as one of our ranks is connected to it, and the thread that does everything that waits.
+"""Another engine's life as one of our ranks is connected to it, and the thread that does everything that waits.
 
 May import the core and this package's meeting, mathematics and messages. Connecting, acknowledgements and heartbeats
-may each take as long as the other side lets them: they happen here, one thread for each producer, so that nobody else
-waits for any of it. What others see of a link are values that only change once.
+may each take as long as the other side lets them: they happen here, one thread for each engine, so that nobody else
+waits for any of it. What others see of a link are values that only change once. What is connected and prepared is its
+side's business: `Reader` is here, and `writing.Writer` beside it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,23 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import deque
-from typing import Final
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Sequence
+from typing import Final, Generic, Protocol, TypeVar
 
 import attrs
 
 from tensorway._logging import logger
-from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, Incompatible, LayoutInvalid, TensorwayError
+from tensorway.errors import (
+    Closed,
+    DeadlineExceeded,
+    DescriptionInvalid,
+    Incompatible,
+    LayoutInvalid,
+    PeerLost,
+    TensorwayError,
+)
 from tensorway.rendezvous import Directory
 from tensorway.transport import BlockTable, Peer, Route, Transport
 from tensorway_kv import messages
@@ -34,6 +45,8 @@ _SEND: Final = 1.0
 #: Seconds between two tries to send what the peer did not take, and after which nobody waits for it any more.
 _AGAIN: Final = 0.05
 _LATEST: Final = 3600.0
+#: Seconds between the first two times that a rank is told something that it is told again and again.
+_WATCH: Final = 0.5
 
 
 @attrs.frozen(eq=False)
@@ -47,6 +60,21 @@ class Bound:
     boards: dict[int, Route]
     #: For each rank that is told, how many of ours tell it.
     readers: dict[int, int]
+    _layers: dict[int, Bound] = attrs.field(factory=dict)
+
+    def layer(self, number: int, endpoint: Transport) -> Bound:
+        """The same for one layer alone, whose routes are prepared when it is asked for first."""
+        if number not in self._layers:
+            reads = self.reads.layer(number)
+            self._layers[number] = attrs.evolve(self, reads=reads, routes=_routes(reads, self.peers, endpoint))
+        return self._layers[number]
+
+
+def _routes(reads: Reads, peers: dict[int, Peer], endpoint: Transport) -> dict[int, list[Route]]:
+    return {
+        rank: [endpoint.prepare(peers[rank], local, remote) for local, remote in reads.routes(rank)]
+        for rank in reads.producers
+    }
 
 
 @attrs.define
@@ -56,39 +84,107 @@ class _Message:
     since: float
 
 
-class Reader:
-    """Who reads: our rank, as all of its links need it."""
+@attrs.define
+class _Watch:
+    """Ranks that are told something again and again, and when: each pause is twice as long, up to the longest."""
+
+    ranks: frozenset[int]
+    payload: bytes
+    longest: float
+    pause: float = _WATCH
+    at: float = 0.0
+
+
+class Connected(Protocol):
+    """What a side makes of an engine whose ranks are connected."""
+
+    @property
+    def peers(self) -> dict[int, Peer]:
+        """Those that anything is said to, by rank."""
+
+
+_Bound = TypeVar("_Bound", bound=Connected)
+
+
+class Side(ABC, Generic[_Bound]):
+    """Our rank, as all of its links of one kind need it: whom it connects to, and what it prepares then."""
+
+    def __init__(self, ground: Ground, endpoint: Transport, me: tuple[str, str], rank: int) -> None:
+        """`me`: our engine, and its life."""
+        self.ground, self.endpoint, self.rank = ground, endpoint, rank
+        self.engine, self.incarnation = me
+
+    @abstractmethod
+    def targets(self, engine: str, incarnation: str, records: Sequence[RankRecord]) -> Sequence[int]:
+        """The ranks of an engine that are to be connected; raises what says that it never can be used."""
+
+    @abstractmethod
+    def bind(self, engine: str, incarnation: str, records: Sequence[RankRecord], peers: dict[int, Peer]) -> _Bound:
+        """All that is prepared once they are connected."""
+
+
+class Reader(Side[Bound]):
+    """Who reads."""
 
     def __init__(
         self, ground: Ground, endpoint: Transport, topology: TransferTopology, scratch: Scratch, me: tuple[str, str]
     ) -> None:
-        """`me`: our engine, and its life."""
-        self.ground, self.endpoint, self.topology, self.scratch = ground, endpoint, topology, scratch
-        self.engine, self.incarnation = me
-        self.rank = topology.rank
-        #: The topology is one, and links are connected side by side.
-        self.lock = threading.Lock()
+        super().__init__(ground, endpoint, me, topology.rank)
+        self.topology, self.scratch = topology, scratch
+        # The topology is one, and links are connected side by side.
+        self._lock = threading.Lock()
+
+    def targets(self, engine: str, incarnation: str, records: Sequence[RankRecord]) -> Sequence[int]:
+        """Whom it reads from, and its share of those that nobody reads from."""
+        with self._lock:
+            self.topology.register_remote_engine(_info(engine, incarnation, records))
+            return self.topology.handshake_target_ranks(engine)
+
+    def bind(self, engine: str, incarnation: str, records: Sequence[RankRecord], peers: dict[int, Peer]) -> Bound:
+        """Routes for all that may be read, and for the words beside it."""
+        info, boards = _info(engine, incarnation, records), {}
+        with self._lock:
+            self.topology.register_remote_engine(info)
+            reads = Reads(self.topology, engine)
+            readers = {rank: self.topology.consumers(engine, rank) for rank in peers}
+        for rank in reads.producers:
+            words = BlockTable((records[rank].board,), WORD, WORD, max(sum(info.ranks[rank].blocks), 1))
+            boards[rank] = self.endpoint.prepare(peers[rank], self.scratch.table, words)
+        return Bound(info, reads, peers, _routes(reads, peers, self.endpoint), boards, readers)
+
+    def acknowledge(self, link: Link[Bound], want: Want, outcome: messages.Outcome) -> None:
+        """Tell every rank that keeps blocks for us that we need them no more."""
+        link.drop(want)
+        for rank, readers in (link.bound.readers if link.bound is not None else {}).items():
+            ack = messages.Ack(self.incarnation, self.rank, want.theirs, want.epoch, rank, readers, outcome)
+            link.send(rank, messages.encode(ack))
 
 
-class Link:
-    """One life of a producer engine."""
+def _info(engine: str, incarnation: str, records: Sequence[RankRecord]) -> EngineTransferInfo:
+    return EngineTransferInfo(engine, incarnation, tuple(record.geometry for record in records))
 
-    def __init__(self, reader: Reader, engine: str, incarnation: str) -> None:
+
+class Link(Generic[_Bound]):
+    """One life of another engine."""
+
+    def __init__(self, side: Side[_Bound], engine: str, incarnation: str) -> None:
         self.engine, self.incarnation = engine, incarnation
         #: Set once connected.
-        self.bound: Bound | None = None
+        self.bound: _Bound | None = None
         #: Why it can never be read from, and in one word; empty while that is not known.
         self.hopeless: tuple[str, str] | None = None
         #: What the last try to connect ended with.
         self.trouble = "no try has ended yet"
         #: Messages that were sent, tried again, and given up.
         self.counts = {"sent": 0, "again": 0, "given_up": 0}
-        self._reader, self._peers = reader, Peers()
+        self._side, self._peers = side, Peers()
+        self._needed_until = 0.0
         self._directory: Directory | None = None
         self._connected: dict[int, Peer] = {}
         self._outbox: deque[_Message] = deque()
         #: By what the producer calls a request, and its lease: how often it is told, and until when.
         self._held: dict[tuple[str, int], tuple[float, float]] = {}
+        self._watched: dict[object, _Watch] = {}
         self._beat_at = 0.0
         self._ended = False
         self._changed = threading.Condition()
@@ -117,6 +213,39 @@ class Link:
         with self._changed:
             self._held.pop((want.theirs, want.epoch), None)
 
+    def watch(self, key: object, ranks: Collection[int], payload: bytes, longest: float) -> None:
+        """Tell these ranks something again and again, also when others of them are lost.
+
+        So it is found out that a process has ended before the rendezvous misses it, which could not tell that from one
+        that was stopped. Nothing instead of `ranks` ends it.
+        """
+        with self._changed:
+            self._watched.pop(key, None)
+            if ranks:
+                self._watched[key] = _Watch(frozenset(ranks), payload, longest)
+            self._changed.notify_all()
+
+    def need(self, seconds: float) -> None:
+        """Connect, also while nothing is to be said."""
+        with self._changed:
+            self._needed_until = max(self._needed_until, time.monotonic() + seconds)
+            self._changed.notify_all()
+
+    def problem(self, now: float, until: float) -> tuple[str, str] | None:
+        """Why who needs it until then cannot go on, if that is its fault: a cause, and for people."""
+        if self.hopeless is not None:
+            return self.hopeless
+        if self.lost:
+            return "lost", self.lost
+        if self.bound is None and now >= until:
+            return "handshake", f"it was not reached in time. The last try ended so: {self.trouble}"
+        return None
+
+    def lost_rank(self, rank: int) -> str:
+        """Why the connection to a rank broke; empty while it is there, or was not made."""
+        peer = self._connected.get(rank)
+        return peer.lost if peer is not None else ""
+
     def send(self, rank: int, payload: bytes) -> None:
         """Tell a rank of it something, as soon as it takes it."""
         with self._changed:
@@ -132,7 +261,7 @@ class Link:
     @property
     def idle(self) -> bool:
         """Whether nothing is wanted of it, and nothing left to be said."""
-        return not self._held and not self._outbox
+        return not self._held and not self._outbox and time.monotonic() >= self._needed_until
 
     @property
     def ended(self) -> bool:
@@ -170,17 +299,18 @@ class Link:
 
     def _turn(self, now: float) -> float:
         """Do what is due; how long nothing else will be."""
+        watched = self._look_after(now)
         if self.hopeless is not None or self.lost:
             with self._changed:
                 self.counts["given_up"] += len(self._outbox)
                 self._outbox.clear()
                 self._held.clear()
-            return 1.0
+            return min(watched, 1.0)
         with self._changed:
             for key in [key for key, (_, until) in self._held.items() if until <= now]:
                 del self._held[key]
         if self.idle:
-            return 1.0
+            return min(watched, 1.0)
         if self.bound is None:
             wait = self._peers.ready_at(self.engine, self.incarnation) - now
             if wait > 0:
@@ -188,7 +318,7 @@ class Link:
             return 0.0 if self._try(now) else _AGAIN
         self._beat(now)
         self._flush()
-        return _AGAIN if self._outbox else max(0.0, min(1.0, self._beat_at - time.monotonic()))
+        return _AGAIN if self._outbox else max(0.0, min(1.0, watched, self._beat_at - time.monotonic()))
 
     def _try(self, now: float) -> bool:
         """Try to connect; whether that is done."""
@@ -206,8 +336,8 @@ class Link:
             _log.debug("Engine %s was not reached: %s", self.engine, error)
         return self.bound is not None
 
-    def _connect(self, until: float) -> Bound | None:
-        ground, reader = self._reader.ground, self._reader
+    def _connect(self, until: float) -> _Bound | None:
+        side, ground = self._side, self._side.ground
         lives = ground.engine(self.engine, max(0.1, until - time.monotonic()))
         if lives is None:
             true = "It is not in the rendezvous."
@@ -216,17 +346,12 @@ class Link:
             self.lose("lost", f"it was replaced by its incarnation {lives.incarnation[:12]}")
             return None
         records = ground.ranks(self.engine, self.incarnation, lives.ranks, until)
-        info = EngineTransferInfo(self.engine, self.incarnation, tuple(record.geometry for record in records))
-        with reader.lock:
-            reader.topology.register_remote_engine(info)
-            reads = Reads(reader.topology, self.engine)
-            targets = reader.topology.handshake_target_ranks(self.engine)
-            readers = {rank: reader.topology.consumers(self.engine, rank) for rank in targets}
+        targets = side.targets(self.engine, self.incarnation, records)
         if self._directory is None:
             # A link that takes this one's place joins before this one has said goodbye.
-            name = f"{reader.engine}.{reader.incarnation}.r{reader.rank}.{secrets.token_hex(4)}"
-            says = {"engine": reader.incarnation, "rank": str(reader.rank)}
-            self._directory = ground.join(reader.endpoint, self.engine, self.incarnation, name, says)
+            name = f"{side.engine}.{side.incarnation}.r{side.rank}.{secrets.token_hex(4)}"
+            says = {"engine": side.incarnation, "rank": str(side.rank)}
+            self._directory = ground.join(side.endpoint, self.engine, self.incarnation, name, says)
             self._directory.live(max(0.1, until - time.monotonic()))
         found = self._directory.connect_all([f"r{rank}" for rank in targets], max(0.1, until - time.monotonic()))
         for rank in targets:
@@ -237,18 +362,7 @@ class Link:
                 true = f"Its rank {rank} is another process than what it said that it holds."
                 raise DeadlineExceeded(f"Engine {self.engine} was to be reached.", true, "Start it anew.")
             self._connected[rank] = peer
-        return self._prepared(info, reads, records, readers)
-
-    def _prepared(
-        self, info: EngineTransferInfo, reads: Reads, records: list[RankRecord], readers: dict[int, int]
-    ) -> Bound:
-        prepare, peers = self._reader.endpoint.prepare, dict(self._connected)
-        routes, boards = {}, {}
-        for rank in reads.producers:
-            routes[rank] = [prepare(peers[rank], local, remote) for local, remote in reads.routes(rank)]
-            words = BlockTable((records[rank].board,), WORD, WORD, max(sum(info.ranks[rank].blocks), 1))
-            boards[rank] = prepare(peers[rank], self._reader.scratch.table, words)
-        return Bound(info, reads, peers, routes, boards, readers)
+        return side.bind(self.engine, self.incarnation, records, dict(self._connected))
 
     def _beat(self, now: float) -> None:
         with self._changed:
@@ -256,11 +370,23 @@ class Link:
         if not held or now < self._beat_at or self.bound is None:
             return
         self._beat_at = now + min(beat for beat, _ in held.values())
-        limit = min(messages.MAX_BYTES, self._reader.endpoint.capabilities.max_notification)
+        limit = min(messages.MAX_BYTES, self._side.endpoint.capabilities.max_notification)
         names = [messages.Held(request, epoch) for request, epoch in held]
         rank = min(self.bound.peers)  # a lease is the whole engine's: one rank passes it on
-        for payload in messages.heartbeats(self._reader.incarnation, self._reader.rank, names, limit):
+        for payload in messages.heartbeats(self._side.incarnation, self._side.rank, names, limit):
             self._deliver(_Message(rank, payload, now))
+
+    def _look_after(self, now: float) -> float:
+        """Tell those that are watched what is due; how long nothing else will be."""
+        with self._changed:
+            due = [one for one in self._watched.values() if one.at <= now]
+            for one in due:
+                one.at, one.pause = now + one.pause, min(2 * one.pause, one.longest)
+            wait = min((one.at - now for one in self._watched.values()), default=1.0)
+        for one in due:
+            for rank in one.ranks:
+                self._deliver(_Message(rank, one.payload, now))
+        return wait
 
     def _flush(self) -> None:
         """Try everything that is to be said, once."""
@@ -278,13 +404,18 @@ class Link:
         """Whether nothing is left to be done about it."""
         if self.bound is None:
             return False
+        peer = self.bound.peers.get(message.rank)
+        if peer is None:  # who is told nothing is not connected, whatever it asked for
+            return True
         try:
-            self._reader.endpoint.notify(self.bound.peers[message.rank], message.payload, _SEND)
+            self._side.endpoint.notify(peer, message.payload, _SEND)
         except Closed:
             raise
         except TensorwayError as error:
             _log.debug("Engine %s took no message: %s", self.engine, error)
-            return bool(self.bound.peers[message.rank].lost)
+            if isinstance(error, PeerLost):
+                peer.lost = peer.lost or error.true
+            return bool(peer.lost)
         self.counts["sent"] += 1
         return True
 
@@ -292,4 +423,71 @@ class Link:
         if self._directory is not None:
             self._directory.close()
         for peer in self._connected.values():
-            self._reader.endpoint.disconnect(peer)
+            self._side.endpoint.disconnect(peer)
+
+
+class Links(Generic[_Bound]):
+    """All links of one side: one for each life of an engine, and those that are over and not yet ended."""
+
+    def __init__(self, side: Side[_Bound]) -> None:
+        self._side = side
+        self._links: dict[tuple[str, str], Link[_Bound]] = {}
+        #: Their threads may still have something to say.
+        self._over: list[Link[_Bound]] = []
+        self._told: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Link[_Bound]]:
+        return iter(list(self._links.values()))
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def to(self, engine: str, incarnation: str) -> Link[_Bound]:
+        """To a life of an engine; a new one if the connection broke, and the engine may live."""
+        key = engine, incarnation
+        link = self._links.get(key)
+        if link is not None and link.lost and link.hopeless is None:
+            self._retire(link)
+            link = None
+        if link is None:
+            link = self._links[key] = Link(self._side, *key)
+        return link
+
+    def replaced(self, engine: str, incarnation: str) -> None:
+        """An engine lives this life now; those before it are over."""
+        for link in self:
+            if link.engine == engine and link.incarnation != incarnation:
+                link.lose("lost", f"it was replaced by its incarnation {incarnation[:12]}")
+
+    def tidy(self, used: Collection[Link[_Bound]]) -> None:
+        """Let go of lives that are over, once nobody waits for them."""
+        for key, link in list(self._links.items()):
+            if link.hopeless is not None and link not in used:
+                self._retire(link)
+                del self._links[key]
+        for link in [link for link in self._over if link.ended]:
+            self._over.remove(link)
+            self._told.update(link.counts)
+
+    def told(self) -> Counter[str]:
+        """What became of all messages so far."""
+        return sum((Counter(link.counts) for link in (*self, *self._over)), Counter(self._told))
+
+    def connected(self) -> int:
+        """How many are connected."""
+        return sum(link.bound is not None and not link.lost for link in self)
+
+    def stop(self) -> None:
+        """Let all threads end."""
+        for link in (*self, *self._over):
+            link.stop()
+
+    def close(self, until: float) -> None:
+        """Let them end, and wait until they have."""
+        self.stop()
+        for link in (*self, *self._over):
+            link.close(max(0.0, until - time.monotonic()))
+
+    def _retire(self, link: Link[_Bound]) -> None:
+        link.stop()
+        self._over.append(link)

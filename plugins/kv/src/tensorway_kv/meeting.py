@@ -48,6 +48,8 @@ class RankRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     geometry: RankGeometry
     #: Where its generation board begins.
     board: _Address
+    #: Staging pages, into which others may write; None if it has none.
+    landing: RankGeometry | None = None
 
 
 _Record = TypeVar("_Record")

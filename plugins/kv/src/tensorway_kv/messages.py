@@ -7,7 +7,8 @@ lease is believed only by who granted it (`leases`), because its epoch is known 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Annotated, Final, Literal, get_args
 
 import msgspec
@@ -23,6 +24,8 @@ _HEAD: Final = len(_MAGIC) + 1
 MAX_BYTES: Final = 65_536
 MAX_HELD: Final = 4096
 MAX_GROUPS: Final = 256
+#: Blocks that one registration may name.
+MAX_BLOCKS: Final = 1 << 20
 MAX_RANKS: Final = 65_536
 
 #: Why a message was refused. `foreign`: not ours, or of a version that is not read; `forged`: it names another sender
@@ -30,8 +33,12 @@ MAX_RANKS: Final = 65_536
 Cause = Literal["malformed", "truncated", "foreign", "forged"]
 #: What a consumer's rank says of what it read: the blocks are there; it needed none; it reads no more and does without.
 Outcome = Literal["received", "unneeded", "failed"]
-#: Why an engine does not do what it was asked for.
-RefusalCause = Literal["unknown", "epoch", "expired", "draining", "geometry", "full"]
+#: Why a producer writes nothing, or nothing more. `unknown`, `epoch`, `ended`, `expired`: there is no such lease, or no
+#: more; `tokens`: it has others than are wanted; `aborted`: it gave the request up; `geometry`: what it has cannot be
+#: written there; `deadline`, `failed`: it did not come to an end; `withdrawn`: nobody wants it any more.
+RefusalCause = Literal[
+    "unknown", "epoch", "ended", "expired", "tokens", "aborted", "geometry", "deadline", "failed", "withdrawn"
+]
 
 _Incarnation = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 #: A client may have written it, whatever is in it.
@@ -40,7 +47,18 @@ _Epoch = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
 _Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
 _Readers = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-_Blocks = Annotated[tuple[tuple[_Count, ...], ...], msgspec.Meta(min_length=1, max_length=MAX_GROUPS)]
+_Positive = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+
+
+class Run(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Blocks whose ids are neighbors."""
+
+    first: _Count
+    count: _Positive
+
+
+_Landing = Annotated[tuple[tuple[Run, ...], ...], msgspec.Meta(min_length=1, max_length=MAX_GROUPS)]
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -74,19 +92,32 @@ class Ack(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 
 
 class PushRegistration(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="push"):
-    """A consumer has blocks ready, into which the producer is to write."""
+    """A rank of a consumer has landing memory ready, into which a rank of the producer is to write."""
 
     sender: _Incarnation
+    #: What the consumer is called, so that it can be found; that it lives this life, the rendezvous says.
+    engine: _Incarnation
     rank: _Rank
     request: _Request
     epoch: _Epoch
-    blocks: _Blocks
-    #: The first token that is wanted; those before it the consumer has.
+    #: For each cache group the ids of the blocks, as runs of neighbors.
+    landing: _Landing
+    #: The tokens that are wanted: from `first` to before `stop`.
     first: _Count
+    stop: _Count
+    #: After so many seconds nobody waits for them any more.
+    seconds: _Seconds
+
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """The ids, one by one."""
+        return tuple(
+            tuple(one for run in runs for one in range(run.first, run.first + run.count)) for runs in self.landing
+        )
 
 
 class Pushed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="pushed"):
-    """A rank of the producer has written all that it had to, to the rank that is told."""
+    """A rank of the producer has written all that it had to, to the rank that is told, and will write no more."""
 
     sender: _Incarnation
     rank: _Rank
@@ -94,28 +125,27 @@ class Pushed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     epoch: _Epoch
 
 
-class Drain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="drain"):
-    """Ask nothing new of this engine; what is under way may finish."""
+class Withdraw(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="withdraw"):
+    """A rank of a consumer wants no more of what it registered for; it is to be told when nothing is written."""
 
     sender: _Incarnation
-
-
-class Goodbye(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="goodbye"):
-    """This engine ends now."""
-
-    sender: _Incarnation
+    engine: _Incarnation
+    rank: _Rank
+    request: _Request
+    epoch: _Epoch
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="refusal"):
-    """What was asked for this request will not happen."""
+    """A rank of the producer writes nothing, or nothing more, of this request to the rank that is told."""
 
     sender: _Incarnation
+    rank: _Rank
     request: _Request
     epoch: _Epoch
     cause: RefusalCause
 
 
-Message = Heartbeat | Ack | PushRegistration | Pushed | Drain | Goodbye | Refusal
+Message = Heartbeat | Ack | PushRegistration | Pushed | Withdraw | Refusal
 
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
 _DECODE: Final = msgspec.msgpack.Decoder(Message).decode
@@ -124,6 +154,20 @@ _DECODE: Final = msgspec.msgpack.Decoder(Message).decode
 def encode(message: Message, version: int = VERSION) -> bytes:
     """A message as the payload of a notification."""
     return _MAGIC + bytes((version,)) + _ENCODE(message)
+
+
+def runs(ids: Sequence[Sequence[int]]) -> tuple[tuple[Run, ...], ...]:
+    """Ids of each group as runs of neighbors, in their order."""
+    made: list[tuple[Run, ...]] = []
+    for group in ids:
+        found: list[list[int]] = []
+        for one in group:
+            if found and one == sum(found[-1]):
+                found[-1][1] += 1
+            else:
+                found.append([one, 1])
+        made.append(tuple(Run(first, count) for first, count in found))
+    return tuple(made)
 
 
 def heartbeats(sender: str, rank: int, held: Iterable[Held], limit: int = MAX_BYTES) -> Iterator[bytes]:
@@ -173,7 +217,15 @@ def _read(payload: object) -> Message | Cause:
         message: Message = _DECODE(memoryview(payload)[_HEAD:])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         return "truncated" if "truncated" in str(error) else "malformed"
-    if isinstance(message, PushRegistration) and any(len(set(ids)) != len(ids) for ids in message.blocks):
-        # Two blocks would be written into one.
+    if isinstance(message, PushRegistration) and not _lands(message):
         return "malformed"
     return message
+
+
+def _lands(message: PushRegistration) -> bool:
+    """Whether it names no block twice, into which two would be written, and no more blocks than there can be."""
+    for runs in message.landing:
+        in_order = sorted((run.first, run.first + run.count) for run in runs)
+        if any(stop > begin for (_, stop), (begin, _) in pairwise(in_order)):
+            return False
+    return sum(run.count for runs in message.landing for run in runs) <= MAX_BLOCKS and message.first < message.stop

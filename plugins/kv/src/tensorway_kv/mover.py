@@ -1,6 +1,6 @@
-"""The mover of `handover`: beside one rank's memory, it writes words, fetches blocks, and passes on what it hears.
+"""The mover of `handover`: beside one rank's memory, it writes words, fetches and sends blocks, and says what it hears.
 
-May import the core and this package's meeting, links, pulls and orders. It decides nothing: what is kept and until when
+May import the core and this package. It decides nothing: what is kept and until when
 the planner says, and what other engines' ranks tell it goes to the planner as it came, after it was seen that they are
 who they say.
 """
@@ -8,34 +8,28 @@ who they say.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from typing import Final
+from collections import deque
 
 import tensorway
-from tensorway._logging import logger
 from tensorway.errors import Closed, DeadlineExceeded, LayoutInvalid, Unsupported
 from tensorway.kv import METRICS, Capabilities, KVContext, RankGeometry, Result
 from tensorway.metrics import Counters, Sample
 from tensorway.rendezvous import Directory
-from tensorway.transport import Notification, Transport
+from tensorway.transport import Transport
+from tensorway.transport.transfer import pauses
 from tensorway_kv import messages, orders
 from tensorway_kv.board import Board, Scratch
-from tensorway_kv.links import Link, Reader
+from tensorway_kv.ears import Ears
+from tensorway_kv.landings import Landing
+from tensorway_kv.links import Bound, Link, Links, Reader
 from tensorway_kv.meeting import VERSION, Ground, RankRecord
 from tensorway_kv.observed import Observer
 from tensorway_kv.options import HandoverOptions
 from tensorway_kv.pulls import Pull
+from tensorway_kv.serving import Serving
+from tensorway_kv.staging import Staging, copied, staging_of
 from tensorway_kv.topology import TransferTopology
-
-_log = logger("kv")
-#: Messages of strangers that are kept until the directory says who they are, and for how many seconds.
-_STRANGERS: Final = 1024
-_PATIENCE: Final = 5.0
-#: Senders that are remembered after they left the directory.
-_KNOWN: Final = 4096
-#: Messages that one poll passes on.
-_HEARD: Final = 1024
-_FAMILIAR: Final = 0.05
+from tensorway_kv.writing import Writer
 
 
 class HandoverMover:
@@ -48,49 +42,60 @@ class HandoverMover:
         self._observer, self._deadline = Observer(self._counts, context, spans=options.spans), options.deadline
         endpoint = tensorway.create("transport", options.transport, dict(options.transport_options))
         self.endpoint: Transport = endpoint
-        self.capabilities = Capabilities(pull=True, media=self.endpoint.capabilities.media)
+        devices = {plane.device.partition(":")[0] for plane in self._geometry.planes}
+        media = self.endpoint.capabilities.media | (devices if options.stage else set())
+        self.capabilities = Capabilities(pull=True, push=True, layerwise=True, bidirectional=True, media=media)
+        self._layerwise = options.layerwise
         self._ground = Ground(context.rendezvous, options.path, options.presence, context.facts)
         self._own: Directory | None = None
-        self._links: dict[tuple[str, str], Link] = {}
-        self._wants: dict[str, tuple[orders.Want, Link, float]] = {}
+        self._staging: Staging | None = None
+        #: Where others read from, and where fetched blocks arrive, if neither is the pages.
+        self._between: Staging | None = None
+        self._links: Links[Bound] | None = None
+        self._wants: dict[str, tuple[orders.Want, Link[Bound], float]] = {}
         self._pulls: dict[str, Pull] = {}
+        self._landings: dict[tuple[str, str, int], Landing] = {}
+        self._serving: Serving | None = None
         #: What had ended already when it was submitted.
         self._early: list[Result] = []
-        #: Links that are over; their threads may still have something to say.
-        self._over: list[Link] = []
-        self._told: Counter[str] = Counter()
-        self._messages = messages.Reader()
-        self._strangers: deque[tuple[float, Notification]] = deque()
-        self._senders: dict[str, tuple[str, int]] = {}
-        self._familiar_at = 0.0
         self._replaced: deque[tuple[str, str]] = deque()
         self._closed = False
         try:
-            self._open(context, until)
+            self._open(context, options, until)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, context: KVContext, until: float) -> None:
+    def _open(self, context: KVContext, options: HandoverOptions, until: float) -> None:
         capabilities = self.endpoint.capabilities
         if "read" not in capabilities.operations or not capabilities.notify:
             asked = f"KV blocks were to be handed over by transport {self.endpoint.name}."
             raise Unsupported(asked, "It cannot read, or cannot notify.", "Take another.")
-        self._board, scratch = Board(self._geometry.blocks), Scratch()
-        regions = {(one.address, one.nbytes): one for one in (plane.region for plane in self._geometry.planes)}
-        self.endpoint.register(*regions.values(), self._board.region, scratch.region)
+        self._staging = staging_of(options, context, capabilities.media)
+        self._between = self._staging if options.stage else None
+        told = self._geometry if self._between is None else self._between.geometry
+        self._board, scratch = Board(told.blocks), Scratch()
+        pages = [plane.region for plane in told.planes] if self._between is None else []
+        regions = {(one.address, one.nbytes): one for one in pages}
+        landing = self._staging.regions if self._staging is not None else ()
+        self.endpoint.register(*regions.values(), self._board.region, scratch.region, *landing)
         engine = self._ground.wait_engine(context.engine, _left(until, context))
         #: This life of the engine; the planner chose it.
         self.incarnation = engine.incarnation
         me = {"engine": self.incarnation, "rank": str(context.rank)}
         self._own = self._ground.join(self.endpoint, context.engine, self.incarnation, f"r{context.rank}", me)
         self._own.live(_left(until, context))
-        record = RankRecord(VERSION, self.endpoint.incarnation, self._geometry, self._board.region.address)
+        board, staged = self._board.region.address, self._staging.geometry if self._staging is not None else None
+        record = RankRecord(VERSION, self.endpoint.incarnation, told, board, staged)
         key = self._ground.rank_key(context.engine, self.incarnation, context.rank)
         self._ground.tell(key, record, _left(until, context))
         records = self._ground.ranks(context.engine, self.incarnation, context.ranks, until)
-        topology = TransferTopology([record.geometry for record in records], context.rank)
-        self._reader = Reader(self._ground, self.endpoint, topology, scratch, (context.engine, self.incarnation))
+        ranks, who = [record.geometry for record in records], (context.engine, self.incarnation)
+        self._reader = Reader(self._ground, self.endpoint, TransferTopology(ranks, context.rank), scratch, who)
+        self._links = Links(self._reader)
+        writer = Writer(self._ground, self.endpoint, ranks, who, context.rank)
+        self._serving = Serving(writer, self._board, self._counts)
+        self._ears = Ears(self.endpoint, self._own)
         self._ground.follow(lambda name, life: self._replaced.append((name, life)))
 
     # -- what the planner says
@@ -101,17 +106,19 @@ class HandoverMover:
         what = orders.decode(plan, self.incarnation)
         for mark in what.marks:
             self._board.write(mark)
+        self._early += [copied(self._between, copy) for copy in what.copies]
         now = time.monotonic()
         for want in what.wants:
-            link = self._link(want)
+            link = self._to(want)
             link.hold(want)
             self._wants[want.request] = (want, link, now + want.seconds)
         for fetch in what.fetches:
-            self._unwant(fetch.want.request)
-            if fetch.want.request not in self._pulls:
-                self._pulls[fetch.want.request] = Pull(fetch, self._link(fetch.want), self._reader)
+            self._fetch(fetch)
+        for order in what.awaits:
+            self._await(order)
         for request in what.cancels:
             self.cancel(request)
+        self._serve.submit(what)
         self._early += self._advance(now)
 
     def cancel(self, request: str) -> None:
@@ -119,22 +126,44 @@ class HandoverMover:
         self._unwant(request)
         if (pull := self._pulls.get(request)) is not None:
             pull.cancel()
+        for landing in self._landings.values():
+            if landing.fetch.want.request == request:
+                landing.cancel()
 
     def poll(self) -> list[Result]:
         """What has ended, and what was heard."""
         self._check()
         now = time.monotonic()
         while self._replaced:
-            name, life = self._replaced.popleft()
-            for link in self._links.values():
-                if link.engine == name and link.incarnation != life:
-                    link.lose("lost", f"it was replaced by its incarnation {life[:12]}")
+            life = self._replaced.popleft()
+            self._known.replaced(*life)
+            self._serve.links.replaced(*life)
         for request in [request for request, (_, _, end) in self._wants.items() if end <= now]:
             self._unwant(request)
-        results = [*self._early, *self._advance(now), *self._heard(now)]
+        heard = self._heard(now)  # first, because it may be what somebody waits for
+        results = [*self._early, *self._advance(now), *heard]
         self._early.clear()
         self._tidy()
         return results
+
+    def before_layer(self, layer: int, deadline: float) -> None:
+        """Wait until the layer's pages of all that is being fetched have arrived, or nobody waits for them."""
+        self._check()
+        until, waits = time.monotonic() + deadline, pauses()
+        while missing := [request for request, pull in self._pulls.items() if not pull.has(layer)]:
+            self._early += self._advance(time.monotonic())
+            if time.monotonic() >= until:
+                raise DeadlineExceeded(
+                    f"Layer {layer} was to be computed.",
+                    f"Its pages have not arrived within {deadline:g} s of: {', '.join(missing[:8])}.",
+                    "Leave these requests out of the step; the mover says what becomes of them.",
+                )
+            time.sleep(next(waits))
+
+    def after_layer(self, layer: int) -> None:
+        """Send a layer of what this step computes to whoever has asked for it."""
+        self._check()
+        self._serve.after_layer(layer)
 
     def flush(self, deadline: float) -> None:
         """Wait until no page of what failed is written to any more."""
@@ -151,15 +180,16 @@ class HandoverMover:
 
     def statistics(self) -> list[Sample]:
         """What became of fetches, how long their phases took, and what was not believed."""
-        counts, links = self._counts, list(self._links.values())
-        for cause, count in self._messages.refused.items():
+        counts, reading, writing = self._counts, self._known, self._serve.links
+        for cause, count in self._ears.refused.items():
             counts.set("kv_messages_refused_total", count, cause=cause)
-        told = sum((Counter(link.counts) for link in (*links, *self._over)), Counter(self._told))
+        told = reading.told() + writing.told()
         for what in ("sent", "again", "given_up"):
             counts.set("kv_messages_total", told[what], what=what)
-        counts.set("kv_links", len(links), state="known")
-        counts.set("kv_links", sum(link.bound is not None and not link.lost for link in links), state="connected")
+        counts.set("kv_links", len(reading) + len(writing), state="known")
+        counts.set("kv_links", reading.connected() + writing.connected(), state="connected")
         counts.set("kv_requests_waiting", len(self._pulls), direction="pull")
+        counts.set("kv_requests_waiting", len(self._landings), direction="push")
         return counts.samples()
 
     def close(self, deadline: float = 5.0) -> None:
@@ -168,17 +198,50 @@ class HandoverMover:
             return
         self._closed = True
         until = time.monotonic() + deadline
-        links = [*self._links.values(), *self._over]
-        for link in links:
-            link.stop()
-        for link in links:
-            link.close(max(0.0, until - time.monotonic()))
+        if self._links is not None:
+            self._links.stop()
+        if self._serving is not None:
+            self._serving.links.close(until)
+        if self._links is not None:
+            self._links.close(until)
         if self._own is not None:
             self._own.close()
         self._ground.close(max(0.1, until - time.monotonic()))
         self.endpoint.close(max(0.1, until - time.monotonic()))
 
     # -- inside
+
+    @property
+    def _known(self) -> Links[Bound]:
+        assert self._links is not None
+        return self._links
+
+    @property
+    def _serve(self) -> Serving:
+        assert self._serving is not None
+        return self._serving
+
+    def _fetch(self, fetch: orders.Fetch) -> None:
+        self._unwant(fetch.want.request)
+        if fetch.want.request not in self._pulls:
+            self._pulls[fetch.want.request] = Pull(
+                fetch, self._to(fetch.want), self._reader, layerwise=self._layerwise, staging=self._between
+            )
+
+    def _await(self, order: orders.Await) -> None:
+        assert self._staging is not None, "a planner without staging memory asks for none to be written to"
+        self._unwant(order.fetch.want.request)
+        landing = Landing(order, self._to(order.fetch.want), self._reader, self._staging)
+        if landing.fits():
+            self._landings[landing.key] = landing
+            return
+        want = order.fetch.want
+        self._early.append(Result(want.request, "cleared", proof=str(want.epoch).encode()))
+        if any(order.fetch.their_blocks) and self._between is None:
+            self._fetch(order.fetch)  # the ranks do as each must; the producer counts them alike
+            return
+        landing.fail("refused", "what is to be asked for is longer than what the transport carries; stage less at once")
+        self._early += [result for result in landing.advance(time.monotonic(), landing.link) if result.cause]
 
     def _advance(self, now: float) -> list[Result]:
         results = []
@@ -187,18 +250,19 @@ class HandoverMover:
             if result is not None:
                 del self._pulls[request]
                 results.append(result)
-                self._observer.ended(pull.ended(result, self._deadline))
+                self._observer.ended(pull.seen(result, self._deadline))
+        for key, landing in list(self._landings.items()):
+            for result in landing.advance(now, self._to(landing.fetch.want) if landing.ended else landing.link):
+                results.append(result)
+                if result.what == "received":
+                    self._observer.ended(landing.seen(result, self._deadline))
+            if landing.clear:
+                del self._landings[key]
+        self._serve.advance(now)
         return results
 
-    def _link(self, want: orders.Want) -> Link:
-        key = (want.engine, want.incarnation)
-        link = self._links.get(key)
-        if link is not None and link.lost and link.hopeless is None:
-            self._retire(link)  # the connection broke, and the engine may live
-            link = None
-        if link is None:
-            link = self._links[key] = Link(self._reader, *key)
-        return link
+    def _to(self, want: orders.Want) -> Link[Bound]:
+        return self._known.to(want.engine, want.incarnation)
 
     def _unwant(self, request: str) -> None:
         found = self._wants.pop(request, None)
@@ -206,69 +270,22 @@ class HandoverMover:
             found[1].drop(found[0])
 
     def _tidy(self) -> None:
-        """Let go of lives that are over, once nobody waits for them."""
-        used = {pull.link for pull in self._pulls.values()}
-        for key, link in list(self._links.items()):
-            if link.hopeless is not None and link not in used:
-                self._retire(link)
-                del self._links[key]
-        for link in [link for link in self._over if link.ended]:
-            self._over.remove(link)
-            self._told.update(link.counts)
-
-    def _retire(self, link: Link) -> None:
-        link.stop()
-        self._over.append(link)
+        self._known.tidy(
+            {*(pull.link for pull in self._pulls.values()), *(one.link for one in self._landings.values())}
+        )
+        self._serve.tidy()
 
     def _heard(self, now: float) -> list[Result]:
-        if now >= self._familiar_at:
-            self._familiar_at = now + _FAMILIAR
-            self._meet()
-        waiting = [*self._strangers, *((now, note) for note in self.endpoint.notifications())]
-        self._strangers.clear()
-        results: list[Result] = []
-        for since, note in waiting:
-            sender = self._senders.get(note.incarnation)
-            if len(results) >= _HEARD or (sender is None and now - since < _PATIENCE):
-                self._strangers.append((since, note))
-                continue
-            message = self._messages.decode(note.payload)
-            if message is not None and sender is not None and self._is(message, sender):
-                request = getattr(message, "request", "")
-                results.append(Result(request, "heard", proof=note.payload))
-            elif sender is None:
-                self._messages.refused["foreign"] += 1
-        while len(self._strangers) > _STRANGERS:
-            self._strangers.popleft()
-            self._messages.refused["foreign"] += 1
+        """What is for the planner; what a push says is for who awaits it."""
+        results = []
+        for message, payload in self._ears.listen(now):
+            if isinstance(message, messages.Pushed | messages.Refusal):
+                landing = self._landings.get((message.sender, message.request, message.epoch))
+                if landing is not None:
+                    landing.heard(message)
+            else:
+                results.append(Result(getattr(message, "request", ""), "heard", proof=payload))
         return results
-
-    def _is(self, message: messages.Message, sender: tuple[str, int]) -> bool:
-        """Whether it comes from who it says that it is from, life and rank."""
-        if self._messages.checked(message, sender[0]) is None:
-            return False
-        if getattr(message, "rank", sender[1]) != sender[1]:
-            self._messages.refused["forged"] += 1
-            return False
-        return True
-
-    def _meet(self) -> None:
-        """Who is in our directory, by their endpoints: whose words may be believed."""
-        if self._own is None:
-            return
-        try:
-            members = self._own.members().values()
-        except Closed as error:  # another process took our place; the planner that is with it will not hear us
-            _log.debug("%s", error)
-            return
-        for member in members:
-            life, rank = (member.facts.get(name) for name in ("engine", "rank"))
-            if life is None or rank is None or not isinstance(life.value, str) or not str(rank.value).isdecimal():
-                continue
-            self._senders.pop(member.incarnation, None)
-            self._senders[member.incarnation] = (life.value, int(str(rank.value)))
-        while len(self._senders) > _KNOWN:
-            del self._senders[next(iter(self._senders))]
 
     def _check(self) -> None:
         if self._closed:

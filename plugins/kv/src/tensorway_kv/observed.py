@@ -14,7 +14,7 @@ from typing import Any, Final
 import attrs
 
 from tensorway.errors import BackendUnavailable
-from tensorway.kv import KVContext
+from tensorway.kv import KVContext, Result
 from tensorway.metrics import Counters
 from tensorway.transport import State, Transfer
 
@@ -26,19 +26,16 @@ PHASES: Final = ("queued", "handshake", "posted", "done")
 class Ended:
     """A request as one rank moved it."""
 
-    request: str
     #: `pull` or `push`, and the other engine.
     direction: str
     peer: str
-    #: Empty if it succeeded; and for people.
-    cause: str
-    why: str
+    result: Result
     #: Seconds that it waited for a step, which the planner has counted, and of its other phases that have ended.
     queued: float
     seconds: Mapping[str, float]
     #: Since it was submitted, until now.
     took: float
-    #: Bytes that have arrived, and pieces that the transport was given.
+    #: Bytes that have arrived, and pieces that the transport was given here.
     nbytes: int = 0
     pieces: int = 0
 
@@ -62,11 +59,12 @@ class Observer:
     def ended(self, one: Ended) -> None:
         """A request has ended."""
         labels = {"direction": one.direction, "peer": one.peer}
-        self._counts.add("kv_transfers_total", **labels, cause=one.cause or "none")
+        self._counts.add("kv_transfers_total", **labels, cause=one.result.cause or "none")
         for phase, seconds in one.seconds.items():
             self._counts.took("kv_phase_seconds", seconds, **labels, phase=phase)
-        if one.pieces:
+        if one.nbytes:
             self._counts.add("kv_bytes_total", one.nbytes, **labels)
+        if one.pieces:
             self._counts.add("kv_pieces_total", one.pieces, **labels)
         if self._spans is not None:
             self._spans.ended(one)
@@ -98,10 +96,10 @@ class Spans:
         begin = end - int((one.queued + one.took) * 1e9)
         about = {
             **self._about,
-            "tensorway.request": one.request,
+            "tensorway.request": one.result.request,
             "tensorway.peer": one.peer,
             "tensorway.direction": one.direction,
-            "tensorway.cause": one.cause or "none",
+            "tensorway.cause": one.result.cause or "none",
             "tensorway.bytes": one.nbytes,
         }
         root = self._trace.NonRecordingSpan(self._trace.INVALID_SPAN_CONTEXT)
@@ -117,6 +115,7 @@ class Spans:
             child = self._tracer.start_span(f"kv.{phase}", inside, start_time=at)
             at += int(seconds * 1e9)
             child.end(min(at, end))
-        if one.cause:
-            span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, one.why or one.cause))
+        if one.result.cause:
+            why = one.result.why or one.result.cause
+            span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, why))
         span.end(end)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import attrs
 
 
@@ -20,6 +22,16 @@ class HandoverOptions:
     deadline: float = attrs.field(default=30.0, validator=[attrs.validators.ge(0.01), attrs.validators.le(3600.0)])
     #: Seconds after which the rendezvous misses an engine that died.
     presence: float = attrs.field(default=10.0, validator=[attrs.validators.ge(0.5), attrs.validators.le(3600.0)])
+    #: Whether blocks are read layer by layer, for an engine that computes with the first while the others arrive.
+    layerwise: bool = False
+    #: What a consumer does with a ticket that allows both: read the blocks, or let the producer write them.
+    prefer: Literal["pull", "push"] = attrs.field(default="pull", validator=attrs.validators.in_(("pull", "push")))
+    #: Blocks of each cache group, in memory of the host, that are set aside for what others write, or for `stage`.
+    staging_blocks: int = attrs.field(default=0, validator=[attrs.validators.ge(0), attrs.validators.le(1 << 20)])
+    #: Whether pages are where the transport does not reach: blocks go through staging memory in both directions.
+    stage: bool = False
+    #: Fewer missing tokens than that are computed rather than fetched.
+    min_tokens: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     #: What tickets are sealed with; empty for the deployment's secret, `TENSORWAY_SECRET`.
     secret: str = attrs.field(default="", repr=False)
     #: Whether each request that was moved is told to OpenTelemetry.

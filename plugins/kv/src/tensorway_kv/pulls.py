@@ -2,7 +2,8 @@
 
 May import the core and this package's links, boards and mathematics. `advance` never waits and never raises for what a
 peer or a transfer does. Data is read first and the words beside it afterwards, so that a word which still holds says
-that the data was whole; only then is anything reported as received.
+that the data was whole; only then is anything reported as received. Where data may come later than the ticket, the
+words are read before it, too: then a word that is not written yet says that there is nothing to read.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tensorway_kv.links import Bound, Link, Reader
 from tensorway_kv.observed import Ended, moved
 from tensorway_kv.orders import Fetch
 from tensorway_kv.reads import Held
+from tensorway_kv.staging import Staging
 
 #: Seconds between two looks at words that were not written yet, from the first to the longest.
 _LOOK_AGAIN: Final = (1e-3, 0.05)
@@ -58,19 +60,34 @@ class _Look:
 class Pull:
     """A fetch that is under way."""
 
-    def __init__(self, fetch: Fetch, link: Link, reader: Reader) -> None:
+    def __init__(
+        self,
+        fetch: Fetch,
+        link: Link[Bound],
+        reader: Reader,
+        *,
+        layerwise: bool = False,
+        staging: Staging | None = None,
+    ) -> None:
+        """`layerwise`: read one layer after the other, so that `has` is true of the first before the last is here.
+
+        `staging`: where what is fetched arrives, if that is not in the pages.
+        """
         self.fetch, self.link, self._reader = fetch, link, reader
+        self._layerwise, self._staging = layerwise, staging
         self._begun = time.monotonic()
         self._until = self._begun + fetch.want.seconds
         #: Seconds that each phase took, of those that have ended.
         self.seconds: dict[Phase, float] = {}
         self._bound: Bound | None = None
         self._transfers: list[Transfer] = []
+        #: The same by layer, if layers are read one by one.
+        self._of_layer: dict[int, list[Transfer]] = {}
         self._looks: list[_Words] = []
         self._look: _Look | None = None
         self._look_at, self._pause = 0.0, _LOOK_AGAIN[0]
         self._failure: tuple[str, str] | None = None
-        self._arrived = False
+        self._posted = self._arrived = False
         self._good = fetch.start
         link.hold(fetch.want)
 
@@ -83,6 +100,15 @@ class Pull:
     def failing(self) -> bool:
         """Whether it has failed, and only waits for its pages to be safe."""
         return self._failure is not None
+
+    def has(self, layer: int) -> bool:
+        """Whether its pages of that layer have arrived, or are not waited for: nothing was missing, or it failed."""
+        if self.failing or self.fetch.start >= self.fetch.stop:
+            return True
+        if self.fetch.pages is not None or not self._posted:
+            return False  # what arrives in staging memory is in the pages only when all of it is
+        transfers = self._of_layer.get(layer, []) if self._layerwise else self._transfers
+        return self._arrived or all(transfer.poll() is State.DONE for transfer in transfers)
 
     def cancel(self) -> None:
         """Give it up."""
@@ -103,6 +129,7 @@ class Pull:
                 if problem is not None:
                     self.fail(*problem)
                 elif self._step(now):
+                    self._copy_out(self.fetch.stop)
                     return self._end("")
             except TensorwayError as error:
                 cause = next((cause for kind, cause in _CAUSES if isinstance(error, kind)), "failed")
@@ -115,15 +142,11 @@ class Pull:
 
     def _problem(self, now: float) -> tuple[str, str] | None:
         """Why it cannot go on, if it cannot."""
-        if self.link.hopeless is not None:
-            return self.link.hopeless
-        if self.link.lost:
-            return "lost", self.link.lost
-        if now < self._until:
-            return None
-        if self._bound is None:
-            return "handshake", f"it was not reached in time. The last try ended so: {self.link.trouble}"
-        late = "what it keeps had not all been marked" if self._arrived else "its blocks had not all arrived"
+        problem = self.link.problem(now, self._until)
+        if problem is not None or now < self._until:
+            return problem
+        reading = self._posted and not self._arrived
+        late = "its blocks had not all arrived" if reading else "what it keeps had not all been marked"
         return "deadline", f"{late} within {self.fetch.want.seconds:g} s"
 
     def _step(self, now: float) -> bool:
@@ -132,10 +155,15 @@ class Pull:
             if self.link.bound is None:
                 return False
             self._bound = self.link.bound
-            # What was submitted in this very step began after `now` was read.
-            self.seconds["handshake"] = max(0.0, now - self._begun)
+            self.seconds["handshake"] = now - self._begun
+            if self.fetch.later and self.fetch.start < self.fetch.stop:
+                self._looks = list(self._words(self._bound))
+        if not self._posted:
+            if not self._look_on(self._bound, now):
+                return False
+            begun, self._posted = time.monotonic(), True
             self._post(self._bound, now)
-            self.seconds["posted"] = time.monotonic() - now
+            self.seconds["posted"] = time.monotonic() - begun
             return not self._transfers  # nothing was missing
         if not self._arrived:
             states = [transfer.poll() for transfer in self._transfers]
@@ -148,12 +176,21 @@ class Pull:
         return self._look_on(self._bound, now)
 
     def _post(self, bound: Bound, now: float) -> None:
-        fetch = self.fetch
-        if fetch.start >= fetch.stop:
+        if self.fetch.start >= self.fetch.stop:
             return
+        if not self._layerwise:
+            self._read(bound, now)
+            return
+        for layer in bound.reads.layers:
+            before = len(self._transfers)
+            self._read(bound.layer(layer, self._reader.endpoint), now)
+            self._of_layer[layer] = self._transfers[before:]
+
+    def _read(self, bound: Bound, now: float) -> None:
+        fetch = self.fetch
         plan = bound.reads.plan(
-            self._held(fetch.blocks, fetch.stop, self._reader.topology.ranks[0].groups),
-            self._held(fetch.their_blocks, fetch.tokens, bound.info.ranks[0].groups),
+            Held.ending(fetch.blocks, fetch.stop, self._reader.topology.ranks[0].groups),
+            Held.ending(fetch.their_blocks, fetch.tokens, bound.info.ranks[0].groups),
             fetch.start,
             fetch.stop,
             states=fetch.stop == fetch.tokens,
@@ -164,15 +201,6 @@ class Pull:
                 ids = [array("q", side.astype("q").tobytes()) for side in (batch.local, batch.remote)]
                 route = bound.routes[producer][batch.route]
                 self._transfers.append(self._reader.endpoint.read(route, *ids, deadline=left))
-
-    @staticmethod
-    def _held(blocks: Sequence[Sequence[int]], tokens: int, groups: Sequence[object]) -> Held:
-        """Lists that are shorter than the tokens are of the last blocks, as those of a sliding window."""
-        first = [
-            max(0, -(-tokens // each) - len(ids)) if (each := getattr(group, "block_tokens", 0)) else 0
-            for ids, group in zip(blocks, groups, strict=False)
-        ]
-        return Held(blocks, first)
 
     # -- words
 
@@ -240,7 +268,9 @@ class Pull:
         self._look = None
         verdicts = [verdict(word, self.fetch.want.epoch) for word in found]
         if "late" in verdicts:
-            self._good = self._prefix(look.words, verdicts.index("late"), bound)
+            good = self._prefix(look.words, verdicts.index("late"), bound) if self._arrived else self.fetch.start
+            self._copy_out(good)
+            self._good = good
             self.fail("stale", "it had given the blocks away before they were read, or while they were")
         elif "early" in verdicts:
             self._look_at, self._pause = now + self._pause, min(2 * self._pause, _LOOK_AGAIN[1])
@@ -265,28 +295,25 @@ class Pull:
 
     # -- the end
 
-    def ended(self, result: Result, deadline: float) -> Ended:
+    def seen(self, result: Result, deadline: float) -> Ended:
         """What is told of it; `deadline`: of a whole request, of which the planner has taken off what it waited."""
-        return Ended(
-            result.request,
-            "pull",
-            self.link.engine,
-            result.cause,
-            result.why,
-            max(0.0, deadline - self.fetch.want.seconds),
-            {str(phase): seconds for phase, seconds in self.seconds.items()},
-            time.monotonic() - self._begun,
-            *moved(self._transfers),
-        )
+        waited, took = max(0.0, deadline - self.fetch.want.seconds), time.monotonic() - self._begun
+        seconds = {str(phase): each for phase, each in self.seconds.items()}
+        return Ended("pull", self.link.engine, result, waited, seconds, took, *moved(self._transfers))
+
+    def _copy_out(self, stop: int) -> None:
+        """What was found to be whole goes from staging memory to the pages, if that is where it was read to."""
+        fetch, staging = self.fetch, self._staging
+        if fetch.pages is None or staging is None or fetch.start >= stop:
+            return
+        groups = staging.geometry.groups
+        staged, pages = (Held.ending(ids, fetch.stop, groups) for ids in (fetch.blocks, fetch.pages))
+        staging.copy_out(staged, pages, fetch.start, stop, states=stop == fetch.tokens)
 
     def _end(self, cause: str, why: str = "") -> Result:
         fetch, want = self.fetch, self.fetch.want
-        self.link.drop(want)
         outcome: messages.Outcome = "failed" if cause else ("received" if self._transfers else "unneeded")
-        for rank, readers in (self.link.bound.readers if self.link.bound is not None else {}).items():
-            me = self._reader
-            ack = messages.Ack(me.incarnation, me.rank, want.theirs, want.epoch, rank, readers, outcome)
-            self.link.send(rank, messages.encode(ack))
+        self._reader.acknowledge(self.link, want, outcome)
         if not cause:
             self.seconds["done"] = time.monotonic() - self._begun - sum(self.seconds.values())
             return Result(want.request, "received", tokens=fetch.stop)

@@ -6,16 +6,18 @@ is made; a request costs a few array operations for each table, and no step of P
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
 import attrs
 import numpy as np
 
 from tensorway.errors import MemoryInvalid
+from tensorway.kv import Group
 from tensorway_kv.intersect import Meeting, Numbers
 from tensorway_kv.routes import Kind, Routes, Tables, Track
-from tensorway_kv.sources import by_pages
+from tensorway_kv.sources import Piece, by_pages
 from tensorway_kv.topology import TransferTopology
 
 
@@ -29,6 +31,12 @@ class Held:
 
     blocks: Sequence[Sequence[int] | Numbers]
     first: Sequence[int] = ()
+
+    @classmethod
+    def ending(cls, blocks: Sequence[Sequence[int]], tokens: int, groups: Sequence[Group]) -> Held:
+        """Lists that are shorter than so many tokens need are of their last blocks, as those of a sliding window."""
+        counts = [-(-tokens // group.block_tokens) if group.block_tokens else 0 for group in groups]
+        return cls(blocks, [max(0, count - len(ids)) for ids, count in zip(blocks, counts, strict=False)])
 
     def lists(self, whose: str) -> list[tuple[Numbers, int]]:
         """For each group its ids, a copy, and which block the first of them is."""
@@ -50,15 +58,39 @@ class Batch:
 class Reads:
     """How one rank reads from one engine; made once, used for all requests."""
 
-    def __init__(self, topology: TransferTopology, engine: str) -> None:
-        remote = topology.remote(engine)
-        self.engine, self.incarnation = engine, remote.info.incarnation
-        self._groups = topology.ranks[topology.rank].groups
-        own = topology.ranks[topology.rank]
-        self._routes = {
-            producer: Routes(by_pages(own, remote.info.ranks[producer], taken), own, remote.info.ranks[producer])
-            for producer, taken in remote.sources.items()
+    def __init__(self, topology: TransferTopology, engine: str, producers: Collection[int] | None = None) -> None:
+        """`producers`: of what ranks; all by default."""
+        self._remote, self._own = topology.remote(engine), topology.ranks[topology.rank]
+        if producers is not None:
+            sources = {rank: taken for rank, taken in self._remote.sources.items() if rank in producers}
+            self._remote = attrs.evolve(self._remote, sources=sources)
+        self.engine, self.incarnation = engine, self._remote.info.incarnation
+        self._groups = self._own.groups
+        self._alone: dict[int, Reads] = {}
+        self._routes = self._to_read(lambda piece: True)
+
+    def _to_read(self, wanted: Callable[[Piece], bool]) -> dict[int, Routes]:
+        """Routes to the ranks that have something of what is wanted."""
+        chosen = {producer: list(filter(wanted, taken)) for producer, taken in self._remote.sources.items()}
+        ranks = self._remote.info.ranks
+        return {
+            producer: Routes(by_pages(self._own, ranks[producer], taken), self._own, ranks[producer])
+            for producer, taken in chosen.items()
+            if taken
         }
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that this rank has, in their order."""
+        return tuple(sorted({part.layer for plane in self._own.planes for part in plane.parts}))
+
+    def layer(self, number: int) -> Reads:
+        """The same of one layer alone: more tables and more pieces, for who sends or awaits layers one by one."""
+        if number not in self._alone:
+            alone = copy.copy(self)
+            alone._alone, alone._routes = {}, self._to_read(lambda piece: piece.own.part.layer == number)
+            self._alone[number] = alone
+        return self._alone[number]
 
     @property
     def producers(self) -> tuple[int, ...]:
@@ -69,21 +101,27 @@ class Reads:
         """The tables of all routes to a producer rank, whatever is requested."""
         return tuple(self._routes[producer].tables)
 
-    def plan(self, own: Held, theirs: Held, start: int, stop: int, *, states: bool = True) -> dict[int, list[Batch]]:
+    def plan(
+        self, own: Held, theirs: Held, start: int, stop: int, *, states: bool = True, clip: bool = False
+    ) -> dict[int, list[Batch]]:
         """Read the tokens from `start` to before `stop`, exactly these, and, with `states`, states of the sequence.
 
         Of groups with a sliding window it is the window's last tokens. Whole blocks make fewer pieces than cut ones:
-        who does not mind what lies behind the last token gives the end of its block for `stop`.
+        who does not mind what lies behind the last token gives the end of its block for `stop`. With `clip`, tokens
+        before those of a list that begins later are passed over, as long as there are any.
         """
         mine, its = own.lists("the reader"), theirs.lists("the producer")
         return {
             producer: _merged(
-                [row for kind in routes.kinds for row in self._of_kind(kind, mine, its, start, stop, states)]
+                [row for kind in routes.kinds for row in self._of_kind(kind, mine, its, start, stop, states, clip)]
             )
             for producer, routes in self._routes.items()
         }
 
-    def _of_kind(self, kind: Kind, own: _Lists, theirs: _Lists, start: int, stop: int, states: bool) -> Sequence[Batch]:
+    def _of_kind(
+        self, kind: Kind, own: _Lists, theirs: _Lists, start: int, stop: int, states: bool, clip: bool
+    ) -> Sequence[Batch]:
+        meeting = kind.meeting
         ids, first = _of_group(own, kind.own_group, "the reader")
         their_ids, their_first = _of_group(theirs, kind.their_group, "the producer")
         if kind.state:
@@ -91,7 +129,12 @@ class Reads:
             ids, first, their_ids, their_first = ids[-1:], 0, their_ids[-1:], 0
         elif window := self._groups[kind.own_group].window:
             start = max(start, stop - window)
-        meeting = kind.meeting
+        if clip:
+            begins = (
+                first * (meeting.period // meeting.own_blocks),
+                their_first * (meeting.period // meeting.their_blocks),
+            )
+            start = max(start, *begins)
         begin, end = _segments(meeting, start, stop)
         if begin >= end:
             return []

@@ -70,6 +70,10 @@ class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     expires: _Time
     #: See `tenant_of`: tickets of one tenant are of no use to another.
     tenant: _Digest = ""
+    #: Whether its blocks are still to be computed: they cannot be read, and are pushed to who registers for them.
+    push_only: bool = False
+    #: Whether its blocks may be filled after this was issued: not before the words beside them say so.
+    later: bool = False
     #: Of the tokens, if the producer knows one: KV of one prompt is not taken for that of another.
     content: _Digest = ""
 

@@ -263,6 +263,13 @@ def forgets_that_it_is_closed(side: Any) -> Any:
 
 def results_of_nobody_raise(side: Any) -> Any:
     """It takes for granted that a result is of a request that it knows."""
+    known: dict[str, str] = {}
+
+    def then(_: None, rank: int, results: list[Result]) -> None:
+        for one in results:
+            if one.request.startswith("nobody"):
+                raise KeyError(known.get(one.request, one.request))
+
     if isinstance(side, HandoverPlanner):
-        _after(side, "on_results", lambda _, rank, results: [side._wanted[one.request] for one in results])
+        _after(side, "on_results", then)
     return side

@@ -19,7 +19,7 @@ from typing import Any, Final
 from tensorway.errors import TicketInvalid
 from tensorway.testing.mutations import damaged, reworded
 from tensorway_kv import messages, tickets
-from tensorway_kv.messages import Ack, Drain, Goodbye, Heartbeat, Held, Pushed, PushRegistration, Refusal
+from tensorway_kv.messages import Ack, Heartbeat, Held, Pushed, PushRegistration, Refusal, Run, Withdraw
 
 _SECRET: Final = "known to engines, and to no client"
 _NOW: Final = 1_800_000_000.0
@@ -30,11 +30,10 @@ _OTHERS: Final[tuple[Any, ...]] = (None, True, -1, 1.5, 1 << 20_000, "", "\ud800
 SAMPLES: Final[tuple[messages.Message, ...]] = (
     Heartbeat("decode-0.1", 3, tuple(Held(f"request,{number}:é", number + 1) for number in range(40))),
     Ack("decode-0.1", 3, "r-1", 1 << 40, 5, 2, "received"),
-    PushRegistration("decode-0.1", 0, "r-1", 7, (tuple(range(200)), (9, 3, 5)), 48),
+    PushRegistration("decode-0.1", "decode-0", 0, "r-1", 7, ((Run(0, 200), Run(400, 1)), (Run(9, 3),)), 48, 900, 2.5),
     Pushed("prefill-0.1", 65_535, "r" * 512, (1 << 63) - 1),
-    Drain("prefill-0.1"),
-    Goodbye("prefill-0.1"),
-    Refusal("prefill-0.1", "\0\n", 1, "expired"),
+    Withdraw("decode-0.1", "decode-é", 3, "r-1", 7),
+    Refusal("prefill-0.1", 2, "\0\n", 1, "expired"),
 )
 
 TICKET: Final = tickets.Ticket(
