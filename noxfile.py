@@ -30,7 +30,8 @@ LIBRARIES: dict[str, list[str]] = {
     # etcd needs no library, and its server: apt-get install etcd-server.
     "etcd": [],
     "gloo": ["torch"],
-    "kv": [],
+    # Nothing that it moves with: spans are told to it, if they are asked for.
+    "kv": ["opentelemetry-sdk==1.45.2"],
     # The engine alone: what its metadata asks for, it imports for other things. It needs libibverbs1 of the system.
     "mooncake": ["--no-deps", "mooncake-transfer-engine-non-cuda==0.3.13.post1"],
     # The library, and a torch whose gloo stands in for its NCCL: of which there is none in a build for the CPU.

@@ -9,6 +9,7 @@ import pytest
 
 import tensorway
 from tensorway.eplb import ExpertLayout, Group
+from tensorway.kv import CAUSES, METRICS
 from tensorway_eplb.background import Background, State
 from tensorway_eplb.cycle import Cause
 from tensorway_eplb.placement import Placement
@@ -77,3 +78,23 @@ def test_every_counter_that_a_failure_shows_is_one(page, counted):
     named = {name for row in rows for name in re.findall(r"`(\w+_\w+)`", row[1])}
     assert named - counted.keys() <= {"wrong_found", "waiting_layers"}
     assert {"mismatched_rows", "members_lost"} <= named
+
+
+def test_the_words_of_hand_over_are_those_of_the_code(page):
+    rows = page("operations.md").rows(3, "What a connector counts")
+    shown = {name.strip("`"): (kind, re.findall(r"`(\w+)`", labels), what) for name, kind, labels, what, _ in rows}
+    assert {name: (each.kind, [*each.labels], each.help) for name, each in METRICS.items()} == shown
+    assert [*METRICS] == [*shown]
+
+
+def test_alerts_ask_for_what_is_counted(page):
+    text = page("operations.md").sections(3)["What to be woken for"]
+    asked = set(re.findall(r"tensorway_(kv_\w+)", text))
+    assert asked <= set(METRICS) and {"kv_leases_ended_total", "kv_tickets_refused_total"} <= asked
+    stale = re.findall(r'kv_requests_total{cause="(\w+)"}', text)
+    assert stale and set(stale) <= CAUSES
+
+
+def test_every_cause_of_a_request_is_explained_where_it_comes_from(page):
+    rows = page("backends/handover.md").rows(2, "How a request fails")
+    assert {row[0].strip("`") for row in rows} <= CAUSES

@@ -33,7 +33,11 @@ from tensorway.plugins import host
 from tensorway.plugins.slots import Slot
 
 #: Kind -> the suite of what its backends construct. Every offer of every kind has `OfferSuite`.
-_SUITES: Final = {"eplb_communicator": "SessionSuite", "transport": "TransportSuite"}
+_SUITES: Final = {
+    "eplb_communicator": "SessionSuite",
+    "kv_connector": "ConnectorSuite",
+    "transport": "TransportSuite",
+}
 _MARKS: Final = {"passed": ("+", "good"), "failed": ("-", "bad"), "skipped": ("o", "strong")}
 _FILE: Final = "test_conformance.py"
 _SUITE_TEXT: Final = """\

@@ -23,9 +23,10 @@ from tensorway.kv.contract import (
     Step,
 )
 from tensorway.kv.geometry import Group, Part, Plane, RankGeometry, Share
-from tensorway.kv.vocabulary import METRICS
+from tensorway.kv.vocabulary import CAUSES, METRICS
 
 __all__ = [
+    "CAUSES",
     "METRICS",
     "Blocks",
     "Capabilities",

@@ -9,6 +9,15 @@ from typing import Final
 
 from tensorway.metrics import Metric, vocabulary
 
+#: Why a request ended that did not succeed; `Result.cause` is one of them. `handshake`: the engine or the store was not
+#: reached; `failed`, `deadline`: what moves did not work, or not in time; `lost`: this life of the engine is over;
+#: `expired`, `stale`, `missing`: the blocks are not there any more, or were not whole; `short`: only the beginning was;
+#: `refused`: ids or a ticket that were not believed; `incompatible`: the two cannot be read into each other.
+CAUSES: Final = frozenset({
+    "cancelled", "deadline", "expired", "failed", "handshake", "incompatible", "lost", "missing", "refused", "short",
+    "stale",
+})  # fmt: skip
+
 #: `direction` is `pull` (blocks are read), `push` (blocks are written), `save` or `load` (a store that others share);
 #: `peer` is the other engine, or the store; `cause` is `none` for what succeeded.
 METRICS: Final = vocabulary(

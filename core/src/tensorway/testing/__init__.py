@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "ConnectorSuite",
     "Faults",
     "FaultyFabric",
     "OfferSuite",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ConnectorSuite": "connectors",
     "Faults": "faults",
     "FaultyFabric": "faults",
     "OfferSuite": "offers",
@@ -47,6 +49,7 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from tensorway.testing.connectors import ConnectorSuite
     from tensorway.testing.elsewhere import probe_elsewhere
     from tensorway.testing.faults import Faults, FaultyFabric
     from tensorway.testing.offers import OfferSuite

@@ -16,6 +16,7 @@ from tensorway.rendezvous.directory import SILENT
 from tensorway_kv import messages
 from tensorway_kv.bound import Bound
 from tensorway_kv.links import Link, Reader
+from tensorway_kv.observed import Ended
 from tensorway_kv.orders import Await
 from tensorway_kv.pulls import Phase
 from tensorway_kv.reads import Held
@@ -47,6 +48,7 @@ class Landing:
         self._lost_at: dict[int, float] = {}
         self._failure: tuple[str, str] | None = None
         self._told: Link[Bound] | None = None
+        self._nbytes = 0
         #: Whether the request has ended, and whether nobody writes here any more.
         self.ended = self.clear = False
         link.hold(self.fetch.want)
@@ -152,7 +154,7 @@ class Landing:
     def _arrived(self, now: float) -> Result:
         """All is in landing memory, and nobody writes there: copy it to where it belongs."""
         fetch, groups = self.fetch, self._reader.topology.ranks[0].groups
-        self._staging.copy_out(
+        self._nbytes = self._staging.copy_out(
             Held.ending(self.order.landing, fetch.stop, groups),
             Held.ending(fetch.blocks, fetch.stop, groups),
             fetch.start,
@@ -162,6 +164,12 @@ class Landing:
         self._reader.acknowledge(self.link, fetch.want, "received")
         self.seconds["done"] = time.monotonic() - self._begun - sum(self.seconds.values())
         return Result(fetch.want.request, "received", tokens=fetch.stop)
+
+    def seen(self, result: Result, deadline: float) -> Ended:
+        """What is told of it, as of a pull; pieces are those of the rank that writes."""
+        waited, took = max(0.0, deadline - self.fetch.want.seconds), time.monotonic() - self._begun
+        seconds = {str(phase): each for phase, each in self.seconds.items()}
+        return Ended("push", self.link.engine, result, waited, seconds, took, self._nbytes)
 
     def _tell(self, link: Link[Bound]) -> None:
         """Tell those who have not answered that nobody wants it; again and again, because they may not have heard."""

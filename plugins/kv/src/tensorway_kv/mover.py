@@ -25,6 +25,7 @@ from tensorway_kv.landings import Landing
 from tensorway_kv.linking import Links
 from tensorway_kv.links import Link, Reader
 from tensorway_kv.meeting import VERSION, Ground, RankRecord
+from tensorway_kv.observed import Observer
 from tensorway_kv.options import HandoverOptions
 from tensorway_kv.pulls import Pull
 from tensorway_kv.serving import Serving
@@ -39,6 +40,8 @@ class HandoverMover:
     def __init__(self, options: HandoverOptions, context: KVContext) -> None:
         until = time.monotonic() + context.deadline
         self._geometry = _geometry(context)
+        self._counts = Counters(METRICS, backend="handover", engine=context.engine, rank=str(context.rank))
+        self._observer, self._deadline = Observer(self._counts, context, spans=options.spans), options.deadline
         endpoint = tensorway.create("transport", options.transport, dict(options.transport_options))
         self.endpoint: Transport = endpoint
         devices = {plane.device.partition(":")[0] for plane in self._geometry.planes}
@@ -57,7 +60,6 @@ class HandoverMover:
         self._serving: Serving | None = None
         #: What had ended already when it was submitted.
         self._early: list[Result] = []
-        self._counts = Counters(METRICS, backend="handover", engine=context.engine, rank=str(context.rank))
         self._replaced: deque[tuple[str, str]] = deque()
         self._closed = False
         try:
@@ -258,22 +260,16 @@ class HandoverMover:
             if result is not None:
                 del self._pulls[request]
                 results.append(result)
-                self._count("pull", pull, result)
+                self._observer.ended(pull.seen(result, self._deadline))
         for key, landing in list(self._landings.items()):
             for result in landing.advance(now, self._to(landing.fetch.want) if landing.ended else landing.link):
                 results.append(result)
                 if result.what == "received":
-                    self._count("push", landing, result)
+                    self._observer.ended(landing.seen(result, self._deadline))
             if landing.clear:
                 del self._landings[key]
         self._serve.advance(now)
         return results
-
-    def _count(self, way: str, ended: Pull | Landing, result: Result) -> None:
-        labels = {"direction": way, "peer": ended.link.engine}
-        self._counts.add("kv_transfers_total", **labels, cause=result.cause or "none")
-        for phase, seconds in ended.seconds.items():
-            self._counts.took("kv_phase_seconds", seconds, **labels, phase=phase)
 
     def _to(self, want: orders.Want) -> Link[Bound]:
         return self._known.to(want.engine, want.incarnation)

@@ -34,3 +34,5 @@ class HandoverOptions:
     min_tokens: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     #: What tickets are sealed with; empty for the deployment's secret, `TENSORWAY_SECRET`.
     secret: str = attrs.field(default="", repr=False)
+    #: Whether each request that was moved is told to OpenTelemetry.
+    spans: bool = False

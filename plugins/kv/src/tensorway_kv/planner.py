@@ -34,6 +34,7 @@ from tensorway_kv.meeting import VERSION, EngineRecord, Ground
 from tensorway_kv.options import HandoverOptions
 from tensorway_kv.orders import Orders
 from tensorway_kv.staging import Pool
+from tensorway_kv.stored import Stored
 from tensorway_kv.wanting import Wanting
 
 
@@ -56,6 +57,7 @@ class HandoverPlanner:
         )  # fmt: skip
         self._keeping, self._wanting = Keeping(self._life), Wanting(self._life)
         self._reader = messages.Reader()
+        self._stored = Stored(geometry)
         self._closed = False
         self._ground = Ground(context.rendezvous, options.path, options.presence, context.facts)
         key = self._ground.engine_key(context.engine)
@@ -84,7 +86,10 @@ class HandoverPlanner:
 
     def finish(self, request: RequestView, blocks: Blocks, tokens: int, *, aborted: bool = False) -> Retention:
         """Keep the blocks if somebody asked for them, under a lease that the ticket names."""
-        return self._keeping.finish(request, blocks, tokens, aborted=aborted or self._closed)
+        retention = self._keeping.finish(request, blocks, tokens, aborted=aborted or self._closed)
+        if retention.keep:
+            self._stored.kept(request, tokens)
+        return retention
 
     def force(self, request: str) -> bool:
         """Take kept blocks back, whoever reads them; whether they were kept."""
@@ -104,6 +109,8 @@ class HandoverPlanner:
         """What ended, and what movers are to do."""
         now = time.monotonic()
         released, said = self._keeping.step(now)
+        for request in released:
+            self._stored.let_go(request)
         received, failed, asked = self._wanting.step(now)
         plan = Orders(
             orders.VERSION, self.incarnation, tuple(said.marks), tuple(asked.wants), tuple(asked.fetches),
@@ -143,8 +150,8 @@ class HandoverPlanner:
             self._keeping.leases.force(str(row["request"]))
 
     def events(self) -> Sequence[Event]:
-        """Nothing is stored beyond a hand-over."""
-        return ()
+        """Blocks of requests that came with hashes, while they are kept."""
+        return self._stored.take()
 
     def statistics(self) -> list[Sample]:
         """What became of tickets, leases and requests."""

@@ -23,6 +23,7 @@ from tensorway_kv.board import starts, verdict
 from tensorway_kv.bound import Bound
 from tensorway_kv.failover import Cause
 from tensorway_kv.links import Link, Reader
+from tensorway_kv.observed import Ended, moved
 from tensorway_kv.orders import Fetch
 from tensorway_kv.reads import Held
 from tensorway_kv.staging import Staging
@@ -294,6 +295,12 @@ class Pull:
         return True
 
     # -- the end
+
+    def seen(self, result: Result, deadline: float) -> Ended:
+        """What is told of it; `deadline`: of a whole request, of which the planner has taken off what it waited."""
+        waited, took = max(0.0, deadline - self.fetch.want.seconds), time.monotonic() - self._begun
+        seconds = {str(phase): each for phase, each in self.seconds.items()}
+        return Ended("pull", self.link.engine, result, waited, seconds, took, *moved(self._transfers))
 
     def _copy_out(self, stop: int) -> None:
         """What was found to be whole goes from staging memory to the pages, if that is where it was read to."""
