@@ -10,7 +10,7 @@ from engines import Shape
 from tensorway.testing.ranks import Ranks
 from tensorway_kv.testing.engine import Deployment, counted, fill, until, verify, wipe
 from tensorway_kv.testing.memory import JUNK
-from tensorway_kv.testing.stores import asking, files_below, load, look, save, verify_prefix
+from tensorway_kv.testing.stores import abort, asking, files_below, load, look, save, verify_prefix
 
 TOKENS = 19
 FULL = 16
@@ -96,12 +96,12 @@ def test_a_prefix_is_found_and_what_follows_it_is_saved_once(store):
 
 
 def test_nothing_is_stored_of_what_was_aborted_or_is_not_to_be_saved(store):
-    producer, consumer = store.pair(save=False)
+    producer, _ = store.pair(save=False)
     producer.each(fill, THEIRS, TOKENS, 1)
     view = asking("one", TOKENS)
     assert not producer.ask("finish", view, THEIRS, TOKENS).keep
     other = store.deployments[0].engine("other", Shape())
-    assert not other.ask("finish", view, THEIRS, TOKENS, True).keep
+    assert not other.planner.call(abort, view, THEIRS)
     assert not other.ask("finish", asking("tiny", 3), [[1]], 3).keep
     assert not other.step()
     assert look(other, view).mode == "nothing"

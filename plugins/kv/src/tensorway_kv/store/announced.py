@@ -6,7 +6,7 @@ May import the core's contract. One thread uses it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from tensorway.kv import Event
@@ -23,15 +23,12 @@ class Announced:
         self._known: OrderedDict[tuple[int, bytes], tuple[bytes, str]] = OrderedDict()
         self._events: list[Event] = []
 
-    def stored(self, names: Sequence[bytes], hashes: Sequence[bytes], salt: str, groups: Collection[int]) -> None:
-        """These blocks are there, of these groups."""
-        for group in groups:
-            fresh = [
-                (name, block) for name, block in zip(names, hashes, strict=True) if (group, name) not in self._known
-            ]
-            self._known.update(((group, name), (block, salt)) for name, block in fresh)
-            if fresh:
-                self._tell("stored", tuple(block for _, block in fresh), group, salt)
+    def stored(self, names: Sequence[bytes], hashes: Sequence[bytes], salt: str, group: int) -> None:
+        """These blocks of a group are there."""
+        fresh = [(name, block) for name, block in zip(names, hashes, strict=True) if (group, name) not in self._known]
+        self._known.update(((group, name), (block, salt)) for name, block in fresh)
+        if fresh:
+            self._tell("stored", tuple(block for _, block in fresh), group, salt)
         while len(self._known) > _MOST:
             self._known.popitem(last=False)
 

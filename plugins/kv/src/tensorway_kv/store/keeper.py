@@ -106,7 +106,7 @@ class Keeper:
             row = {group: catalogue.have(self._blocks, group, name) for group in catalogue.groups}
             look.found.append(row)
             look.names.append(name)
-            if not any(row.values()):
+            if look.useless(row):
                 return
 
     def _done(self, look: Look) -> bool:

@@ -21,6 +21,8 @@ class Look:
     #: What names are made with.
     tenant: bytes
     until: float
+    #: The windows of groups, 0 for those of which every block is needed.
+    windows: Mapping[int, int]
     #: For each block that was looked at its name, and by group the layout that has it, empty for none.
     names: list[bytes] = attrs.field(factory=list)
     found: list[Mapping[int, str]] = attrs.field(factory=list)
@@ -36,21 +38,24 @@ class Look:
         if not self.over:
             self.over_at, self.over = time.monotonic(), True
 
-    def blocks(self, windows: Mapping[int, int], tokens: int, most: int) -> int:
+    def useless(self, row: Mapping[int, str]) -> bool:
+        """Whether no block that follows one which is stored so can be of use."""
+        return any(not layout and not self.windows[group] for group, layout in row.items())
+
+    def blocks(self, tokens: int, most: int) -> int:
         """How many blocks can be loaded, from `first` on and at most so many: those that every group has.
 
         Of a group with a sliding window only the last ones are needed.
         """
         found = self.found[: len(self.names)][:most]
-        full = [group for group, window in windows.items() if not window]
-        count = next((at for at, row in enumerate(found) if not all(row.get(group) for group in full)), len(found))
-        runs = dict.fromkeys((group for group, window in windows.items() if window), 0)
+        count = next((at for at, row in enumerate(found) if self.useless(row)), len(found))
+        runs = dict.fromkeys((group for group in (found[0] if found else ()) if self.windows[group]), 0)
         best = 0
         for at, row in enumerate(found[:count], 1):
             stop = (self.first + at) * tokens
             for group in runs:
-                runs[group] = runs[group] + 1 if row.get(group) else 0
-            needs = {group: at - max(0, (stop - windows[group]) // tokens - self.first) for group in runs}
+                runs[group] = runs[group] + 1 if row[group] else 0
+            needs = {group: at - max(0, (stop - self.windows[group]) // tokens - self.first) for group in runs}
             if all(runs[group] >= need for group, need in needs.items()):
                 best = at
         return best

@@ -64,6 +64,8 @@ class _Saving:
     hashes: tuple[bytes, ...]
     first: int
     names: tuple[bytes, ...]
+    #: For each group with which block its list begins.
+    begins: tuple[int, ...]
     said: dict[int, tuple[int, str]] = attrs.field(factory=dict)
 
 
@@ -131,7 +133,7 @@ class SharedStorePlanner:
         if not hashes:
             return None
         tenant = self._seals.tenant(request.salt, self._epoch)
-        look = Look(request.id, first, hashes, tenant, now + self._options.lookup_deadline)
+        look = Look(request.id, first, hashes, tenant, now + self._options.lookup_deadline, self._windows)
         self._looks[request.id] = look
         while len(self._looks) > _MOST:
             self._looks.popitem(last=False)[1].end()
@@ -150,12 +152,7 @@ class SharedStorePlanner:
     def _stop(self, look: Look, request: RequestView) -> int:
         """Behind the last token that can be had."""
         most = max(0, request.tokens // self._tokens - look.first)
-        return (look.first + look.blocks(self._shared(), self._tokens, most)) * self._tokens
-
-    def _shared(self) -> dict[int, int]:
-        """The windows of the groups of which anything is stored: those that any rank has pages of."""
-        catalogue = self._keeper.catalogue
-        return {group: self._windows[group] for group in (catalogue.groups if catalogue is not None else self._windows)}
+        return (look.first + look.blocks(self._tokens, most)) * self._tokens
 
     # -- loading
 
@@ -202,8 +199,10 @@ class SharedStorePlanner:
         tenant = self._seals.tenant(request.salt, self._epoch)
         names = tuple(self._seals.name(block, tenant) for block in request.hashes[first:count])
         hashes = tuple(request.hashes[first:count])
-        self._saving[request.id] = _Saving(request.salt, tenant, hashes, first, names)
-        self._saves.append(Save(request.id, self._options.deadline, tokens, first, names, _ids(blocks)))
+        ids, held = _ids(blocks), -(-tokens // self._tokens)
+        begins = tuple(max(0, held - len(group)) for group in ids)
+        self._saving[request.id] = _Saving(request.salt, tenant, hashes, first, names, begins)
+        self._saves.append(Save(request.id, self._options.deadline, tokens, first, names, ids))
         return Retention(True)
 
     # -- each step
@@ -257,9 +256,12 @@ class SharedStorePlanner:
         del self._saving[request]
         self._released.append(request)
         self._count("save", causes[0] if causes else "none")
-        whole = max(0, good // self._tokens - saving.first)
-        if saving.tenant == self._seals.tenant(saving.salt, self._epoch):
-            self._announced.stored(saving.names[:whole], saving.hashes[:whole], saving.salt, self._shared())
+        if saving.tenant != self._seals.tenant(saving.salt, self._epoch):
+            return  # saved for weights that are gone
+        whole, catalogue = good // self._tokens - saving.first, self._keeper.catalogue
+        for group in catalogue.groups if catalogue is not None else ():
+            saved = slice(max(0, saving.begins[group] - saving.first), max(0, whole))
+            self._announced.stored(saving.names[saved], saving.hashes[saved], saving.salt, group)
 
     def cancel(self, request: str) -> None:
         """Give up what is loaded or saved for it."""

@@ -9,15 +9,21 @@ import hashlib
 import os
 import resource
 import threading
+import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+import msgspec
 import numpy as np
 
-from tensorway.kv import Match, RequestView
+from tensorway.kv import Copier, KVContext, Match, RankGeometry, RequestView, Result, Retention, Step
+from tensorway.rendezvous import Rendezvous
 from tensorway.testing.ranks import Rank
-from tensorway_kv.testing.engine import Engine, fill, until
-from tensorway_kv.testing.memory import JUNK, Ids, salted
+from tensorway_kv.store.mover import SharedStoreMover
+from tensorway_kv.store.options import SharedStoreOptions
+from tensorway_kv.store.planner import SharedStorePlanner
+from tensorway_kv.testing.engine import PATIENCE, SECRET, Engine, fill, until
+from tensorway_kv.testing.memory import JUNK, Ids, Shaped, memory_of, salted
 
 #: Tokens of a block of the engines that are here.
 BLOCK: Final = 4
@@ -58,7 +64,109 @@ def load(engine: Engine, view: RequestView, blocks: Ids, have: int, tokens: int)
     return engine.failed.pop(view.id)
 
 
+class Alone:
+    """An engine of one rank in this process: planner and mover, one step after the other."""
+
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        shape: Shaped,
+        options: dict[str, Any],
+        device: str = "cpu",
+        copier: Copier | None = None,
+    ) -> None:
+        geometry, self.held = memory_of(shape, 0)
+        planes = (msgspec.structs.replace(plane, device=device) for plane in geometry.planes)
+        geometry = RankGeometry(tuple(planes), geometry.groups, geometry.share)
+        made = SharedStoreOptions(**{"secret": SECRET, **options})
+
+        def context(role: Literal["planner", "mover"]) -> KVContext:
+            return KVContext("alone", rendezvous, role, 1, 0, geometry, {"model": "tiny"}, copier=copier)
+
+        self.planner = SharedStorePlanner(made, context("planner"))
+        try:
+            self.mover = SharedStoreMover(made, context("mover"))
+        except BaseException:
+            self.planner.close()
+            raise
+        self.results: list[Result] = []
+
+    def step(self) -> Step:
+        """One step of the engine; what ended in it."""
+        step = self.planner.plan_step()
+        self.mover.submit(step.plan)
+        said = self.mover.poll()
+        self.results += said
+        self.planner.on_results(0, said)
+        return step
+
+    def ended(self, request: str) -> Step:
+        """Steps until a request has ended in one of them."""
+        last = time.monotonic() + PATIENCE
+        while True:
+            step = self.step()
+            if request in (*step.received, *step.released, *step.failed):
+                return step
+            assert time.monotonic() < last, f"no end of {request}"
+            time.sleep(1e-3)
+
+    def save(self, view: RequestView, blocks: Ids, content: int = 1) -> Result:
+        """Compute a request and end it; what became of saving it."""
+        for _, places, names in self.held.places(blocks, range(view.tokens)):
+            self.held.memory[places] = salted(names, content)
+        assert self.planner.finish(view, blocks, view.tokens).keep
+        self.ended(view.id)
+        return self.results[-1]
+
+    def found(self, view: RequestView, have: int = 0) -> int:
+        """How many tokens are stored of a request."""
+        last = time.monotonic() + PATIENCE
+        while (match := self.planner.lookup(view, have)).mode == "later":
+            assert time.monotonic() < last, "the answer is put off for ever"
+            time.sleep(1e-3)
+        return match.tokens
+
+    def load(self, view: RequestView, blocks: Ids, have: int, tokens: int) -> Result:
+        """Load what was found; what became of it."""
+        self.planner.reserve(view, blocks, have, tokens)
+        self.ended(view.id)
+        return self.results[-1]
+
+    def holds(self, blocks: Ids, start: int, good: int, stop: int, content: int) -> None:
+        """As `verify_prefix`; and forget it all."""
+        _check_prefix(self.held, blocks, start, good, stop, content)
+        self.held.memory[:] = JUNK
+
+    def close(self) -> None:
+        """End it."""
+        self.mover.close()
+        self.planner.close()
+
+
+def _check_prefix(held: Any, blocks: Ids, start: int, good: int, stop: int, content: int) -> None:
+    expected = np.full(len(held.memory), JUNK, np.uint8)
+    for _, places, _ in held.places(blocks, range(start, stop)):
+        expected[places] = held.memory[places]
+    for _, places, names in held.places(blocks, range(start, good)):
+        expected[places] = salted(names, content)
+    np.testing.assert_array_equal(held.memory, expected)
+
+
 # -- in the processes
+
+
+def open_alone(rank: Rank, shape: Shaped, options: dict[str, Any]) -> None:
+    """An engine in this process alone, which so is killed as a whole."""
+    rank.notes["alone"] = Alone(rank.rendezvous(), shape, options)
+
+
+def save_on(rank: Rank, view: RequestView, blocks: Ids, content: int) -> None:
+    """Compute a request, begin to save it, and come back; the test kills this process while it is saved."""
+    alone: Alone = rank.notes["alone"]
+    for _, places, names in alone.held.places(blocks, range(view.tokens)):
+        alone.held.memory[places] = salted(names, content)
+    assert alone.planner.finish(view, blocks, view.tokens).keep
+    alone.step()
 
 
 def verify_prefix(rank: Rank, blocks: Ids, start: int, good: int, stop: int, content: int) -> None:
@@ -66,26 +174,20 @@ def verify_prefix(rank: Rank, blocks: Ids, start: int, good: int, stop: int, con
 
     What lies between the good ones and the end was promised to nobody.
     """
-    held = rank.notes["memory"]
-    expected = np.full(len(held.memory), JUNK, np.uint8)
-    for _, places, names in held.places(blocks, range(start, stop)):
-        expected[places] = held.memory[places]
-    for _, places, names in held.places(blocks, range(start, good)):
-        expected[places] = salted(names, content)
-    np.testing.assert_array_equal(held.memory, expected)
+    _check_prefix(rank.notes["memory"], blocks, start, good, stop, content)
 
 
-def hang(rank: Rank) -> None:
-    """Let the file system not answer from now on, whatever it is asked; `unhang` ends that."""
+def hang(rank: Rank, folder: str) -> None:
+    """Let a folder not answer from now on, whatever threads ask it; the engine's own thread must not ask."""
     event = rank.notes["hanging"] = threading.Event()
-    originals = rank.notes["originals"] = {name: getattr(os, name) for name in ("open", "lstat", "stat", "scandir")}
-    main = threading.main_thread()
+    originals = rank.notes["originals"] = {name: getattr(os, name) for name in ("open", "stat", "scandir")}
 
     def waiting(name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            if threading.current_thread() is not main:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if str(path).startswith(folder):
+                assert threading.current_thread() is not threading.main_thread(), "the engine waits for the disk"
                 event.wait(60)
-            return originals[name](*arguments, **options)
+            return originals[name](path, *arguments, **options)
 
         return call
 
@@ -94,7 +196,7 @@ def hang(rank: Rank) -> None:
 
 
 def unhang(rank: Rank) -> None:
-    """Let the file system answer, also what it was asked before."""
+    """Let it answer, also what it was asked before."""
     for name, original in rank.notes.pop("originals").items():
         setattr(os, name, original)
     rank.notes.pop("hanging").set()
@@ -106,9 +208,10 @@ def no_files_longer_than(rank: Rank, nbytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes if nbytes >= 0 else hard, hard))
 
 
-def save_on(rank: Rank, plan: bytes) -> None:
-    """Begin what a plan says and come back; the test kills this process while it works."""
-    rank.notes["mover"].submit(plan)
+def abort(rank: Rank, view: RequestView, blocks: Ids) -> bool:
+    """End a request that was aborted; whether its blocks are kept."""
+    kept: Retention = rank.notes["planner"].finish(view, blocks, view.tokens, aborted=True)
+    return kept.keep
 
 
 def files_below(folder: str) -> list[Path]:
