@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import time
 
 import pytest
@@ -11,17 +10,18 @@ from engines import Shape
 
 from tensorway.kv import RequestView
 from tensorway.testing.ranks import Ranks
+from tensorway_kv.store.folder import Folder
 from tensorway_kv.testing.engine import Deployment, counted, fill, until, verify, wipe
 from tensorway_kv.testing.stores import (
     asking,
     files_below,
+    fork_saving,
     hang,
+    kill,
     load,
     look,
     no_files_longer_than,
-    open_alone,
     save,
-    save_on,
     unhang,
     verify_prefix,
 )
@@ -54,25 +54,27 @@ def test_readers_see_whole_blocks_or_none_whenever_a_writer_is_killed(deployment
     reader = deployment.engine("reader", WIDE)
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
-    rng, found = random.Random(seed), []
-    with Ranks() as writers:
-        for number in range(ROUNDS):
-            writers.grow(1)
-            writers[0].call(open_alone, WIDE, {"folder": str(tmp_path), "path": f"/killed/{number}"})
-            before = len(blocks_of(tmp_path))
-            writers[0].call(save_on, asking("one", LONG, number), BLOCKS, number)
-            wait = rng.choice((0, rng.randrange(60), rng.randrange(60)))
-            until_ = time.monotonic() + 20
-            while len(blocks_of(tmp_path)) - before < wait and time.monotonic() < until_:
-                time.sleep(rng.random() * 1e-3)
-            writers[0].signal(signal.SIGKILL)
-            view = asking(f"r{number}", LONG, number)
-            tokens = look(reader, view).tokens
-            found.append(tokens)
-            if tokens:
-                assert load(reader, view, BLOCKS, 0, tokens) is None
-            reader.each(verify, BLOCKS, 0, tokens, number)
-            reader.each(wipe)
+    rng, found, saved = random.Random(seed), [], 0
+    folder = Folder(tmp_path / "v1" / "blocks")
+    ranks.grow(deployment.used + 1)
+    parent = ranks[deployment.used]  # which has no engine, and so no threads
+    for number in range(ROUNDS):
+        wanted = rng.randrange(58)
+        options = {"folder": str(tmp_path), "path": f"/killed/{number}", "sync": True}
+        writer = parent.call(fork_saving, WIDE, options, asking(f"w{number}", LONG, number), BLOCKS, number)
+        last = time.monotonic() + 60
+        while sum(1 for _ in folder.list()) - saved < wanted:
+            assert time.monotonic() < last, "nothing is saved"
+            time.sleep(rng.random() * 2e-3)
+        parent.call(kill, writer)
+        saved = sum(1 for _ in folder.list())
+        view = asking(f"r{number}", LONG, number)
+        tokens = look(reader, view).tokens
+        found.append(tokens)
+        if tokens:
+            assert load(reader, view, BLOCKS, 0, tokens) is None
+        reader.each(verify, BLOCKS, 0, tokens, number)
+        reader.each(wipe)
     assert [0] == reader.each(counted, "mover", "kv_blocks_refused_total")
     assert any(0 < tokens < LONG for tokens in found), found
     assert len(files_below(tmp_path / "v1" / "blocks" / "new")) <= ROUNDS

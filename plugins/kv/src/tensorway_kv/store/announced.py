@@ -5,7 +5,7 @@ May import the core's contract. One thread uses it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -13,6 +13,8 @@ from tensorway.kv import Event
 
 #: Blocks that are remembered; of what was told before, nobody hears that it is gone.
 _MOST: Final = 1 << 17
+#: Events that wait for somebody who asks for them.
+_EVENTS: Final = 1 << 12
 
 
 class Announced:
@@ -21,7 +23,7 @@ class Announced:
     def __init__(self, block_tokens: int) -> None:
         self._tokens = block_tokens
         self._known: OrderedDict[tuple[int, bytes], tuple[bytes, str]] = OrderedDict()
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque(maxlen=_EVENTS)
 
     def stored(self, names: Sequence[bytes], hashes: Sequence[bytes], salt: str, group: int) -> None:
         """These blocks of a group are there."""
@@ -45,7 +47,8 @@ class Announced:
 
     def events(self) -> list[Event]:
         """What nobody has been told yet."""
-        out, self._events = self._events, []
+        out = list(self._events)
+        self._events.clear()
         return out
 
     def _tell(self, what: str, hashes: tuple[bytes, ...], group: int, salt: str) -> None:

@@ -32,6 +32,8 @@ _REST: Final = 10
 _LEAVE: Final = 0.9
 #: Seconds after which a file that is still being written is nobody's.
 _ABANDONED: Final = 3600.0
+#: Removed blocks that wait for somebody who asks for events.
+_TOLD: Final = 1 << 17
 _TURN: Final = 0.5
 
 
@@ -54,7 +56,7 @@ class Keeper:
         #: What can be loaded; None until all ranks have said what they hold.
         self.catalogue: Catalogue | None = None
         #: Layout and name of blocks that were removed for the quota.
-        self.removed: deque[tuple[str, bytes]] = deque()
+        self.removed: deque[tuple[str, bytes]] = deque(maxlen=_TOLD)
         #: Bytes in the folder, as far as it is known: without a quota nobody counts.
         self.stored: int | None = None
         self._ended = threading.Event()

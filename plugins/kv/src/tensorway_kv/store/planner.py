@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -96,6 +96,8 @@ class SharedStorePlanner:
         self._received: list[str] = []
         self._released: list[str] = []
         self._failed: dict[str, int] = {}
+        #: What was saved, with how many blocks, and was not told yet; who never asks for events is not waited for.
+        self._saved: deque[tuple[_Saving, int]] = deque(maxlen=_MOST)
         self._announced = Announced(self._tokens)
         self._counts = Counters(METRICS, backend="shared-store", engine=context.engine)
         self._closed = False
@@ -256,12 +258,7 @@ class SharedStorePlanner:
         del self._saving[request]
         self._released.append(request)
         self._count("save", causes[0] if causes else "none")
-        if saving.tenant != self._seals.tenant(saving.salt, self._epoch):
-            return  # saved for weights that are gone
-        whole, catalogue = good // self._tokens - saving.first, self._keeper.catalogue
-        for group in catalogue.groups if catalogue is not None else ():
-            saved = slice(max(0, saving.begins[group] - saving.first), max(0, whole))
-            self._announced.stored(saving.names[saved], saving.hashes[saved], saving.salt, group)
+        self._saved.append((saving, max(0, good // self._tokens - saving.first)))
 
     def cancel(self, request: str) -> None:
         """Give up what is loaded or saved for it."""
@@ -284,12 +281,21 @@ class SharedStorePlanner:
         self._looks.clear()
         self._loaded.clear()
         self._cancels += self._loading
+        self._saved.clear()
         self._announced.cleared()
 
     def events(self) -> Sequence[Event]:
         """What was stored and, of that, removed."""
         catalogue, removed = self._keeper.catalogue, self._keeper.removed
-        groups = {one.layout: one.group for one in catalogue.own} if catalogue is not None else {}
+        if catalogue is None:
+            return self._announced.events()
+        while self._saved:
+            saving, whole = self._saved.popleft()
+            if saving.tenant == self._seals.tenant(saving.salt, self._epoch):  # and not of weights that are gone
+                for group in catalogue.groups:
+                    saved = slice(max(0, saving.begins[group] - saving.first), whole)
+                    self._announced.stored(saving.names[saved], saving.hashes[saved], saving.salt, group)
+        groups = {one.layout: one.group for one in catalogue.own}
         while removed:
             layout, name = removed.popleft()
             if layout in groups:

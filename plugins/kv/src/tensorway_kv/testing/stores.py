@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import signal
 import threading
 import time
 from pathlib import Path
@@ -155,18 +156,37 @@ def _check_prefix(held: Any, blocks: Ids, start: int, good: int, stop: int, cont
 # -- in the processes
 
 
-def open_alone(rank: Rank, shape: Shaped, options: dict[str, Any]) -> None:
-    """An engine in this process alone, which so is killed as a whole."""
-    rank.notes["alone"] = Alone(rank.rendezvous(), shape, options)
+def fork_saving(
+    rank: Rank, shape: Shaped, options: dict[str, Any], view: RequestView, blocks: Ids, content: int
+) -> int:
+    """Let a process of its own compute a request and save it; `kill` ends it.
+
+    It is a fork of one that has found and probed the rendezvous, for that takes longer than saving.
+    """
+    if "warm" not in rank.notes:
+        rank.rendezvous().close()
+        rank.notes["warm"] = True
+    rank.notes.pop("rendezvous", None)
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        alone = Alone(rank.rendezvous(), shape, options)
+        for _, places, names in alone.held.places(blocks, range(view.tokens)):
+            alone.held.memory[places] = salted(names, content)
+        assert alone.planner.finish(view, blocks, view.tokens).keep
+        while True:
+            alone.step()
+            time.sleep(1e-3)
+    finally:
+        os._exit(1)
 
 
-def save_on(rank: Rank, view: RequestView, blocks: Ids, content: int) -> None:
-    """Compute a request, begin to save it, and come back; the test kills this process while it is saved."""
-    alone: Alone = rank.notes["alone"]
-    for _, places, names in alone.held.places(blocks, range(view.tokens)):
-        alone.held.memory[places] = salted(names, content)
-    assert alone.planner.finish(view, blocks, view.tokens).keep
-    alone.step()
+def kill(rank: Rank, pid: int) -> None:
+    """End a process that `fork_saving` began, in the middle of whatever it does."""
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it has ended by itself"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def verify_prefix(rank: Rank, blocks: Ids, start: int, good: int, stop: int, content: int) -> None:
