@@ -118,10 +118,11 @@ def test_tenants_do_not_find_each_other(store):
     assert "red" not in names.removeprefix(str(store.folder))
 
 
-def test_other_facts_or_another_secret_share_nothing(store):
+def test_who_knows_another_secret_finds_nothing(store):
     producer, consumer = store.pair()
     save(producer, asking("one", TOKENS), THEIRS)
     find(consumer, asking("two", TOKENS), FULL)
+    assert 1 == len([path for path in files_below(store.folder) if "layouts" in path.parts])  # of who saves
     stranger = store.deployments[1].engine("stranger", Shape(), secret="another secret")
     assert look(stranger, asking("two", TOKENS)).mode == "nothing"
 

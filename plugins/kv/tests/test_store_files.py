@@ -198,6 +198,8 @@ def test_a_manifest_that_was_changed_is_not_believed(tmp_path):
         path.write_bytes(change(path.read_bytes()))
         with pytest.raises(DescriptionInvalid, match="not what was written"):
             sections.read_manifest(folder, seals, section.layout)
+        sections.write_manifest(folder, seals, section)
+        assert section.manifest == sections.read_manifest(folder, seals, section.layout)
 
 
 # -- what is refused when it is opened
@@ -229,7 +231,7 @@ def test_a_folder_that_does_not_answer_is_waited_for_as_long_as_opening_may_take
     answer = threading.Event()
     monkeypatch.setattr(opening.Path, "is_dir", lambda self: answer.wait(60))
     with pytest.raises(DeadlineExceeded, match="did not answer"):
-        opening.folders(SharedStoreOptions(folder=str(tmp_path)), 0.05)
+        opening.folders(SharedStoreOptions(folder=str(tmp_path)), {}, Seals("secret"), 0.05)
     answer.set()
 
 
@@ -275,9 +277,9 @@ _numbers = itertools.count()
 def alone(service, tmp_path):
     made = []
 
-    def opened(shape=None, device="cpu", copier=None, **options):
+    def opened(shape=None, device="cpu", copier=None, model="tiny", **options):
         options = {"folder": str(tmp_path), "path": f"/alone/{next(_numbers)}", **options}
-        made.append(Alone(service, shape or Shape(), options, device, copier))
+        made.append(Alone(service, shape or Shape(), options, device, copier, model))
         return made[-1]
 
     yield opened
@@ -361,6 +363,12 @@ def test_memory_of_a_device_without_a_copier_is_refused(alone):
 def test_another_block_size_is_not_taken_for_ours(alone):
     assert not alone().save(asking("one", TOKENS), THEIRS).cause
     assert 0 == alone(Shape(page_tokens=8)).found(asking("two", TOKENS))
+
+
+def test_another_model_is_not_taken_for_ours(alone):
+    assert not alone().save(asking("one", TOKENS), THEIRS).cause
+    assert 0 == alone(Shape(order="HND"), model="other").found(asking("two", TOKENS))
+    assert TOKENS == alone(Shape(order="HND")).found(asking("two", TOKENS))
 
 
 def test_what_is_stored_outlives_who_stored_it_and_how_often(alone):

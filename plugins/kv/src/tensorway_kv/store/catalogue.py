@@ -19,6 +19,8 @@ from tensorway_kv.store.sections import Section, read_manifest, register, topolo
 _log = logger("kv")
 #: Layouts that one group is loaded from; more are of configurations that nobody has at once.
 _MOST: Final = 64
+#: Seconds until one that could not be read is read again.
+_AGAIN: Final = 10.0
 #: Seconds for which the list of layouts is good.
 _FRESH: Final = 0.25
 
@@ -38,6 +40,8 @@ class Catalogue:
         }
         self._known = {one.layout for one in own}
         self._looked = 0.0
+        #: When layouts that could not be read are tried again: who wrote one may write it anew.
+        self._again: dict[str, float] = {}
 
     def tell(self, folder: Folder) -> None:
         """Write down what our own files hold, unless it is there."""
@@ -50,8 +54,9 @@ class Catalogue:
         if now - self._looked < _FRESH:
             return
         for entry in folder.list():
-            if entry.key not in self._known and len(entry.key) == 40 and len(self._known) < _MOST * 2:
-                self._learn(folder, entry.key)
+            new = entry.key not in self._known and now >= self._again.get(entry.key, 0.0)
+            if new and len(entry.key) == 40 and len(self._known) + len(self._again) < _MOST * 2:
+                self._learn(folder, entry.key, now)
         self._looked = now
 
     def have(self, blocks: Folder, group: int, name: bytes) -> str:
@@ -61,13 +66,15 @@ class Catalogue:
                 return layout
         return ""
 
-    def _learn(self, folder: Folder, layout: str) -> None:
-        self._known.add(layout)
+    def _learn(self, folder: Folder, layout: str, now: float) -> None:
         try:
             manifest = read_manifest(folder, self._seals, layout)
         except (DescriptionInvalid, LayoutInvalid) as error:
             _log.warning("%s", error)
+            self._again[layout] = now + _AGAIN
             return
+        self._known.add(layout)
+        self._again.pop(layout, None)
         if manifest is None or manifest.facts != self._facts:
             return
         for group, into in self._topologies.items():

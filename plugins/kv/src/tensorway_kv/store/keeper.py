@@ -47,11 +47,22 @@ class Whose:
     facts: Mapping[str, str]
 
 
+@attrs.frozen
+class Kept:
+    """What is to be kept in the folder."""
+
+    #: Whether anything is saved, so that others must know what it is.
+    saves: bool
+    #: Bytes that there may be; 0 for no end.
+    quota: int
+
+
 class Keeper:
     """Both threads, and what they know."""
 
-    def __init__(self, whose: Whose, ground: Ground, seals: Seals, folders: tuple[Folder, Folder], quota: int) -> None:
-        self._whose, self._ground, self._seals, self._quota = whose, ground, seals, quota
+    def __init__(self, whose: Whose, kept: Kept, ground: Ground, seals: Seals, folders: tuple[Folder, Folder]) -> None:
+        self._whose, self._kept, self._ground, self._seals = whose, kept, ground, seals
+        self._trouble = ""
         self._manifests, self._blocks = folders
         #: What can be loaded; None until all ranks have said what they hold.
         self.catalogue: Catalogue | None = None
@@ -117,7 +128,7 @@ class Keeper:
     # -- keeping
 
     def _keep(self) -> None:
-        told, pause = False, 0.0
+        told, pause = not self._kept.saves, 0.0
         while not self._ended.wait(pause):
             begun, pause = time.monotonic(), _TURN
             try:
@@ -132,7 +143,9 @@ class Keeper:
             except TensorwayError as error:  # ranks that have not said what they hold, or a rendezvous that is away
                 _log.debug("%s", error)
             except OSError as error:
-                _log.warning("The shared folder does not do what it should: %s", error)
+                if str(error) != self._trouble:  # once, and not as long as it lasts
+                    _log.warning("A shared folder does not do what it should: %s", error)
+                self._trouble = str(error)
             except Exception:  # without this thread nothing more would be found
                 _log.exception("a shared folder could not be kept")
 
@@ -145,16 +158,16 @@ class Keeper:
     def _sweep(self) -> None:
         self._blocks.tidy(_ABANDONED)
         self._manifests.tidy(_ABANDONED)
-        if not self._quota:
+        if not self._kept.quota:
             return
         found: dict[str, list[Entry]] = defaultdict(list)
         for entry in self._blocks.list():
             found[entry.key].append(entry)
         self.stored = sum(entry.nbytes for entries in found.values() for entry in entries)
-        if self.stored <= self._quota:
+        if self.stored <= self._kept.quota:
             return
         for key in sorted(found, key=lambda key: max(entry.used for entry in found[key])):
-            if self.stored <= self._quota * _LEAVE or self._ended.is_set():
+            if self.stored <= self._kept.quota * _LEAVE or self._ended.is_set():
                 break
             self._remove(key, found[key])
             self.stored -= sum(entry.nbytes for entry in found[key])

@@ -42,7 +42,7 @@ class SharedStoreMover:
         self._options, self._tokens = options, geometry.groups[0].block_tokens
         self.capabilities = Capabilities(pull=False, by_content=True, media=frozenset({"cpu"}))
         self._seals = Seals(options.secret or settings.secret())
-        self._manifests, self._blocks = folders(options, context.deadline)
+        self._manifests, self._blocks = folders(options, context.facts, self._seals, context.deadline)
         self._counts = Counters(METRICS, backend="shared-store", engine=context.engine, rank=str(context.rank))
         self._pool, self._jobs = Pool(options.threads, "tensorway-kv-store"), dict[tuple[Direction, str], Job]()
         self._layouts: dict[tuple[int, str], Layout] = {}

@@ -31,7 +31,7 @@ from tensorway.metrics import Counters, Sample
 from tensorway_kv.meeting import VERSION, EngineRecord, Ground
 from tensorway_kv.store import orders
 from tensorway_kv.store.announced import Announced
-from tensorway_kv.store.keeper import Keeper, Whose
+from tensorway_kv.store.keeper import Keeper, Kept, Whose
 from tensorway_kv.store.looks import Look, layouts_of
 from tensorway_kv.store.opening import folders
 from tensorway_kv.store.options import SharedStoreOptions
@@ -80,7 +80,7 @@ class SharedStorePlanner:
         self._tokens = geometry.groups[0].block_tokens
         self._windows = {group: about.window for group, about in enumerate(geometry.groups)}
         self._seals = Seals(options.secret or settings.secret())
-        where = folders(options, context.deadline)
+        where = folders(options, context.facts, self._seals, context.deadline)
         #: This life of the engine.
         self.incarnation = uuid.uuid4().hex
         #: What the weights are known by: empty for those that the facts name.
@@ -106,7 +106,8 @@ class SharedStorePlanner:
         self._ground.tell(self._ground.engine_key(context.engine), record, context.deadline)
         self._ground.follow()
         whose = Whose(context.engine, self.incarnation, context.ranks, dict(context.facts))
-        self._keeper = Keeper(whose, self._ground, self._seals, where, options.max_bytes)
+        kept = Kept(options.save, options.max_bytes)
+        self._keeper = Keeper(whose, kept, self._ground, self._seals, where)
 
     # -- what is stored
 

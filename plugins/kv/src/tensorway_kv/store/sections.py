@@ -144,8 +144,12 @@ def register(into: TransferTopology, layout: str, manifest: Manifest) -> None:
 
 
 def write_manifest(folder: Folder, seals: Seals, section: Section) -> None:
-    """Say in the folder what files of a section hold, unless that is said."""
-    if not folder.has(section.layout, 0):
+    """Say in the folder what files of a section hold, unless that is said; in place of what is damaged."""
+    try:
+        said = read_manifest(folder, seals, section.layout)
+    except DescriptionInvalid:
+        said = None
+    if said is None:
         mark = section.fingerprint
         folder.put(section.layout, 0, [seals.seal(mark, mark, 0, section.encoded), section.encoded])
 

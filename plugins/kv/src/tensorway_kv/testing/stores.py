@@ -75,6 +75,7 @@ class Alone:
         options: dict[str, Any],
         device: str = "cpu",
         copier: Copier | None = None,
+        model: str = "tiny",
     ) -> None:
         geometry, self.held = memory_of(shape, 0)
         planes = (msgspec.structs.replace(plane, device=device) for plane in geometry.planes)
@@ -82,7 +83,7 @@ class Alone:
         made = SharedStoreOptions(**{"secret": SECRET, **options})
 
         def context(role: Literal["planner", "mover"]) -> KVContext:
-            return KVContext("alone", rendezvous, role, 1, 0, geometry, {"model": "tiny"}, copier=copier)
+            return KVContext("alone", rendezvous, role, 1, 0, geometry, {"model": model}, copier=copier)
 
         self.planner = SharedStorePlanner(made, context("planner"))
         try:
