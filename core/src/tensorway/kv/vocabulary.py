@@ -53,5 +53,6 @@ METRICS: Final = vocabulary(
     Metric("kv_links", "gauge", ("state",), "Lives of other engines: known, and connected."),
     Metric("kv_staging_blocks", "gauge", ("state",), "Blocks of staging memory: free, used, and held back."),
     Metric("kv_fallbacks_total", "counter", ("peer", "cause"), "Requests that went on to another source, and why."),
+    Metric("kv_blocks_refused_total", "counter", ("peer", "cause"), "Blocks of a store that were not believed."),
     Metric("kv_stored_bytes", "gauge", ("peer",), "Bytes that a store holds."),
 )

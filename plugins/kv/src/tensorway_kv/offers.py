@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 from tensorway.types import HookContext, Offer, ProbeResult
 from tensorway_kv.options import HandoverOptions
+from tensorway_kv.store.options import SharedStoreOptions
 
 if TYPE_CHECKING:
     from tensorway.kv import KVContext
     from tensorway_kv.mover import HandoverMover
     from tensorway_kv.planner import HandoverPlanner
+    from tensorway_kv.store.mover import SharedStoreMover
+    from tensorway_kv.store.planner import SharedStorePlanner
 
 
 def handover(ctx: HookContext) -> Offer:
@@ -43,3 +46,30 @@ def construct_handover(options: HandoverOptions, context: KVContext) -> Handover
     from tensorway_kv.mover import HandoverMover
 
     return HandoverMover(options, context)
+
+
+def shared_store(ctx: HookContext) -> Offer:
+    """The connector `shared-store`: engines that cannot reach each other meet in a folder."""
+    return Offer(
+        name="shared-store",
+        kind="kv_connector",
+        summary="Engines that cannot reach each other find blocks by their content in a folder that all see.",
+        probe=probe,
+        probe_in="host",
+        factory=construct_shared_store,
+        options=SharedStoreOptions,
+        devices={"cpu", "cuda", "rocm", "xpu"},
+        # Below `handover`, which needs nobody: whoever has a folder says where.
+        priority=20,
+    )
+
+
+def construct_shared_store(options: SharedStoreOptions, context: KVContext) -> SharedStorePlanner | SharedStoreMover:
+    """The side that the context's role says."""
+    if context.role == "planner":
+        from tensorway_kv.store.planner import SharedStorePlanner
+
+        return SharedStorePlanner(options, context)
+    from tensorway_kv.store.mover import SharedStoreMover
+
+    return SharedStoreMover(options, context)

@@ -17,8 +17,9 @@ import numpy as np
 from tensorway.kv import KVContext, RequestView, Result
 from tensorway.metrics import total
 from tensorway.testing.ranks import Rank, RankProcess, Ranks
-from tensorway_kv.offers import construct_handover
+from tensorway_kv.offers import construct_handover, construct_shared_store
 from tensorway_kv.options import HandoverOptions
+from tensorway_kv.store.options import SharedStoreOptions
 from tensorway_kv.testing.memory import JUNK, Ids, Shaped, memory_of, salted
 
 SECRET: Final = "a secret of the tests"
@@ -28,22 +29,31 @@ SPOILED: Final = JUNK ^ 0xFF
 
 Options = dict[str, Any]
 _ANY: Final[Mapping[str, str]] = {}
+#: How a connector is made, and the options that every test has for it.
+CONNECTORS: Final[dict[str, tuple[Callable[..., Any], type, Options]]] = {
+    "handover": (construct_handover, HandoverOptions, {"transport": "local", "secret": SECRET, "presence": 3.0}),
+    "shared-store": (construct_shared_store, SharedStoreOptions, {"secret": SECRET, "presence": 3.0}),
+}
 
 # -- in the processes
 
 
-def open_planner(rank: Rank, engine: str, shape: Shaped, options: Options) -> None:
+def open_planner(rank: Rank, engine: str, shape: Shaped, options: Options, connector: str = "handover") -> None:
     """Begin a life of an engine."""
     geometry = memory_of(shape, 0)[0]
     context = KVContext(engine, rank.rendezvous(), "planner", shape.tp, 0, geometry, {"model": "tiny"})
-    rank.notes["planner"] = construct_handover(HandoverOptions(**options), context)
+    construct, kind, _ = CONNECTORS[connector]
+    rank.notes["planner"] = construct(kind(**options), context)
 
 
-def open_mover(rank: Rank, engine: str, shape: Shaped, number: int, options: Options) -> None:
+def open_mover(
+    rank: Rank, engine: str, shape: Shaped, number: int, options: Options, connector: str = "handover"
+) -> None:
     """Hold memory, and say so."""
     geometry, rank.notes["memory"] = memory_of(shape, number)
     context = KVContext(engine, rank.rendezvous(), "mover", shape.tp, number, geometry, {"model": "tiny"})
-    rank.notes["mover"] = construct_handover(HandoverOptions(**options), context)
+    construct, kind, _ = CONNECTORS[connector]
+    rank.notes["mover"] = construct(kind(**options), context)
 
 
 def ask(rank: Rank, name: str, *arguments: Any, **options: Any) -> Any:
@@ -136,6 +146,7 @@ class Engine:
     ranks: Ranks
     indices: list[int]
     options: Options
+    connector: str = "handover"
     released: list[str] = attrs.field(factory=list)
     received: list[str] = attrs.field(factory=list)
     failed: dict[str, int] = attrs.field(factory=dict)
@@ -155,10 +166,11 @@ class Engine:
 
     def open(self, opening: Callable[..., None] = open_mover) -> Engine:
         """Begin its life."""
-        options = {"transport": "local", "secret": SECRET, "presence": 3.0, **self.options}
-        self.planner.call(open_planner, self.name, self.shape, options)
+        options = {**CONNECTORS[self.connector][2], **self.options}
+        which = () if self.connector == "handover" else (self.connector,)
+        self.planner.call(open_planner, self.name, self.shape, options, *which)
         for number, mover in enumerate(self.movers):
-            mover.start(opening, self.name, self.shape, number, options)
+            mover.start(opening, self.name, self.shape, number, options, *which)
         for mover in self.movers:
             mover.result()
         return self
@@ -232,8 +244,8 @@ _numbers = itertools.count()
 class Deployment:
     """Engines over one set of processes, which tests share; each deployment has a path of its own."""
 
-    def __init__(self, ranks: Ranks, **options: Any) -> None:
-        self.ranks, self.used = ranks, 0
+    def __init__(self, ranks: Ranks, connector: str = "handover", **options: Any) -> None:
+        self.ranks, self.used, self.connector = ranks, 0, connector
         self.options: Options = {"path": f"/kv/{next(_numbers)}", **options}
         self.engines: list[Engine] = []
 
@@ -243,14 +255,14 @@ class Deployment:
         self.ranks.grow(self.used + count)
         indices = list(range(self.used, self.used + count))
         self.used += count
-        made = Engine(name, shape, self.ranks, indices, {**self.options, **options})
+        made = Engine(name, shape, self.ranks, indices, {**self.options, **options}, self.connector)
         self.engines.append(made)
         return made.open(opening)
 
     def again(self, engine: Engine) -> Engine:
         """The next life of an engine whose processes have all been killed, in their place."""
         self.ranks.grow(self.used)
-        made = Engine(engine.name, engine.shape, self.ranks, engine.indices, engine.options)
+        made = Engine(engine.name, engine.shape, self.ranks, engine.indices, engine.options, engine.connector)
         self.engines[self.engines.index(engine)] = made
         return made.open()
 
