@@ -6,6 +6,7 @@ of use: nobody calls it any more, and the log says so once.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Generic, TypeVar
@@ -72,11 +73,12 @@ class Child(Generic[_Side]):
         """Something has ended as it should: what it raised before does not count."""
         self._faults = 0
 
-    def take_out(self, why: str) -> None:
-        """Use it no more."""
+    def take_out(self, why: str, *, told: bool = False) -> None:
+        """Use it no more. `told`: the other side has said so, and why."""
         if not self.out:
             self.out = True
-            _log.error("The connector %s (%s) is out of use: %s.", self.name, self.options.backend, why)
+            level = logging.INFO if told else logging.ERROR
+            _log.log(level, "The connector %s (%s) is out of use: %s.", self.name, self.options.backend, why)
 
     def fault(self, what: str, error: Exception) -> None:
         """It has raised."""

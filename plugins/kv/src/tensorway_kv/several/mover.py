@@ -80,7 +80,7 @@ class SeveralMover:
             if not child.out and not child.does(child.side.submit, orders.plans.get(child.name, b"")):
                 child.take_out("it did not carry out a plan")
         for name in orders.ends:
-            self._by_name[name].take_out("the planner says so")
+            self._by_name[name].take_out("the planner says so", told=True)
         self._close_those_out()
 
     def cancel(self, request: str) -> None:

@@ -181,7 +181,7 @@ class SeveralPlanner:
         if child is None or not 0 <= rank < self._ranks:
             self._refuse(1)
             return
-        child.take_out(f"it is closed on rank {rank}: {result.why}")
+        child.take_out(f"rank {rank} has closed it", told=True)
         self._end(child)
         left = self._ending[name]
         if rank in left:
