@@ -118,7 +118,7 @@ class Loads:
         #: Who was told that a request is over and may still say so, and until when that is waited for.
         self._leaving: dict[tuple[str, str], float] = {}
         self._begun: list[Begun] = []
-        self._received: list[str] = []
+        self._received: dict[str, None] = {}
         self._failed: dict[str, int] = {}
 
     @property
@@ -133,8 +133,8 @@ class Loads:
 
     def take(self) -> tuple[list[str], dict[str, int], tuple[Begun, ...]]:
         """What ended and what began since the last call."""
-        out = self._received, self._failed, tuple(self._begun)
-        self._received, self._failed, self._begun = [], {}, []
+        out = list(self._received), self._failed, tuple(self._begun)
+        self._received, self._failed, self._begun = {}, {}, []
         return out
 
     # -- what the engine asks
@@ -142,7 +142,7 @@ class Loads:
     def lookup(self, request: RequestView, have: int, now: float) -> Match:
         """What the first child that has anything has; who does not know yet is waited for no longer than is said."""
         load = self._find(request, now)
-        if load.chain is not None:
+        if load is None:
             return _NOTHING
         for source in load.sources:
             match = self._ask(source, have)
@@ -158,7 +158,7 @@ class Loads:
     def reserve(self, request: RequestView, blocks: Blocks, have: int, tokens: int, now: float) -> None:
         """Load `tokens` beyond `have`; for none, say only that nothing is needed."""
         load = self._find(request, now)
-        if load.chain is not None:
+        if load is None:
             return
         if min(have, tokens) < 0:
             self._forget(load)
@@ -251,9 +251,12 @@ class Loads:
 
     # -- inside: one request
 
-    def _find(self, request: RequestView, now: float) -> Load:
+    def _find(self, request: RequestView, now: float) -> Load | None:
+        """A request that is not reserved yet; None for one that is, also if what became of it is still to be said."""
         load = self._known.get(request.id)
-        if load is not None and (load.chain is not None or load.view.ticket == request.ticket):
+        if request.id in self._received or request.id in self._failed or (load is not None and load.chain is not None):
+            return None
+        if load is not None and load.view.ticket == request.ticket:
             return load
         if load is not None:
             self._forget(load)
@@ -391,7 +394,7 @@ class Loads:
         assert chain is not None
         self._known.pop(request, None)
         if chain.finished:
-            self._received.append(request)
+            self._received[request] = None
         else:
             self._failed[request] = load.good
         for source in load.sources:
