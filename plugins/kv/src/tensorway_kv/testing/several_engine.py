@@ -5,13 +5,16 @@ May import the core, its `testing` and this dist. Functions with a `Rank` first 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 import tensorway
 from tensorway.kv import KVContext
 from tensorway.testing.ranks import Rank
-from tensorway_kv.testing.engine import Engine, Options
-from tensorway_kv.testing.memory import Shaped, memory_of
+from tensorway_kv.testing.engine import Deployment, Engine, Options
+from tensorway_kv.testing.memory import JUNK, Ids, Shaped, memory_of, salted
 
 
 def open_several_planner(rank: Rank, engine: str, shape: Shaped, options: Options) -> None:
@@ -39,3 +42,30 @@ class SeveralEngine(Engine):
         for mover in self.movers:
             mover.result()
         return self
+
+
+class SeveralDeployment(Deployment):
+    """A deployment in which engines may have several connectors."""
+
+    def several(self, name: str, shape: Shaped, children: list[Options], **options: Any) -> SeveralEngine:
+        """One more engine, with these children."""
+        count = 1 + shape.tp
+        self.ranks.grow(self.used + count)
+        indices = list(range(self.used, self.used + count))
+        self.used += count
+        given = {"path": self.options["path"], "children": children, **options}
+        made = SeveralEngine(name, shape, self.ranks, indices, given)
+        self.engines.append(made)
+        made.open()
+        return made
+
+
+def verify_parts(rank: Rank, blocks: Ids, parts: Sequence[tuple[int, int, int]]) -> int:
+    """See that these tokens are there, each part of another request, and nothing else was written; how many bytes."""
+    held = rank.notes["memory"]
+    expected = np.full(len(held.memory), JUNK, np.uint8)
+    for start, stop, salt in parts:
+        for _, places, names in held.places(blocks, range(start, stop)):
+            expected[places] = salted(names, salt)
+    np.testing.assert_array_equal(held.memory, expected)
+    return int((expected != JUNK).sum())
