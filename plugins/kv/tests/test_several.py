@@ -455,6 +455,32 @@ def test_layers_go_to_those_that_stream(bench):
     assert made.planner.capabilities.layerwise and made.movers[0].capabilities.layerwise
 
 
+@pytest.mark.parametrize("when", ["under-way", "ended-unknown", "not"])
+def test_what_was_computed_with_layers_of_one_that_failed_is_not_called_received(bench, when):
+    made = bench({"a": Script(fails=1.0, steps=1 if when == "ended-unknown" else 2), "b": Script(tokens=99)}, seed=4)
+    view = made.view(a=TOKENS)
+    made.reserve(view)
+    step = made.planner.plan_step()
+    made.movers[0].submit(step.plan)
+    if when == "under-way":
+        made.movers[0].before_layer(0, 1.0)
+    said = made.movers[0].poll()
+    if when == "ended-unknown":
+        made.movers[0].before_layer(0, 1.0)
+    made.planner.on_results(0, said)
+    good = made.ends()
+    assert made.whole(view) and ["a", "b"] == [child for child, *_ in made.world.fetched]
+    assert good == (None if when == "not" else TOKENS)
+
+
+def test_layers_of_one_that_did_not_fail_are_what_they_are(bench):
+    made = bench({"a": Script(steps=3)})
+    made.reserve(made.view(a=TOKENS))
+    made.step()
+    made.movers[0].before_layer(0, 1.0)
+    assert made.ends() is None
+
+
 # -- what they raise
 
 
@@ -562,11 +588,11 @@ def test_what_a_stranger_says_is_refused(bench):
     lies = [
         Result("one", "received", source="nobody"),
         Result("", "heard"),
-        Result("", "heard", proof=plans.encode(plans.Ended(9, "a"))),
-        Result("", "heard", proof=plans.encode(plans.Ended(1, "nobody"))),
+        Result("", "heard", proof=plans.encode(plans.Said(9, "ended", "a"))),
+        Result("", "heard", proof=plans.encode(plans.Said(1, "ended", "nobody"))),
     ]
     made.planner.on_results(0, lies)
-    made.planner.on_results(1, [Result("", "heard", proof=plans.encode(plans.Ended(1, "a")))])
+    made.planner.on_results(1, [Result("", "heard", proof=plans.encode(plans.Said(1, "ended", "a")))])
     assert 5 == made.total("kv_results_refused_total")
     assert made.world.calls["a", "on_results"] == 0 == len(made.world.closed)
 

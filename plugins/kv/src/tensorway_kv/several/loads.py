@@ -90,6 +90,9 @@ class Load:
     #: Nobody else is to be tried: it was given up, or what could be looked up is forgotten.
     over: bool = False
     cancelled: bool = False
+    #: How many were given the blocks, and whether the engine computed with some layers before all were here.
+    gives: int = 0
+    computed: bool = False
     #: When the child was last told to give it up.
     told_at: float = -math.inf
     #: The fewest tokens that a child has left good, below those that it began with.
@@ -229,6 +232,12 @@ class Loads:
         if load is not None and not load.cause:
             load.cause = cause
 
+    def computed(self, request: str) -> None:
+        """The engine computes with layers as they come, and what a source that failed has left is none."""
+        load = self._known.get(request)
+        if load is not None:
+            load.computed = True
+
     def lost(self, child: Child[Planner], now: float) -> None:
         """A child has ended on all ranks: nothing of it touches a page any more."""
         for key in [key for key in self._given if key[0] == child.name]:
@@ -353,6 +362,7 @@ class Loads:
         chain.rewind(start)
         load.current, load.start, load.stop, load.cause = source, start, stop, ""
         load.told_at, source.given = -math.inf, True
+        load.gives += 1
         self._given[source.key] = load
         self._begun.append(Begun(load.view.id, *source.key))
         return True
@@ -393,9 +403,9 @@ class Loads:
         chain, request = load.chain, load.view.id
         assert chain is not None
         self._known.pop(request, None)
-        if chain.finished:
+        if chain.finished and not (load.computed and load.gives > 1):
             self._received[request] = None
-        else:
+        else:  # all tokens may be good now, and what the engine computed with those of the first source is not
             self._failed[request] = load.good
         for source in load.sources:
             if chain.finished and source.holds and not source.broken:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import attrs
 
@@ -57,6 +57,11 @@ class SeveralMover:
         #: What children have been given blocks for: by request, each child and what it calls the request.
         self._begun: dict[str, set[tuple[str, str]]] = {}
         self._requests: dict[tuple[str, str], str] = {}
+        #: Requests that ended since the last plan, of which the planner has not decided yet; those that the engine
+        #: computes with layer by layer, and of these what the planner has not been told.
+        self._undecided: set[str] = set()
+        self._computed: set[str] = set()
+        self._untold: list[str] = []
         self._closings: dict[str, _Closing] = {}
         self._closed = False
 
@@ -73,6 +78,8 @@ class SeveralMover:
         if strangers := {*orders.plans, *orders.ends, *(one.child for one in orders.begun)} - set(self._by_name):
             asked, true = "A step's plan was given to a mover.", f"It names child {min(strangers)}, which is not here."
             raise DescriptionInvalid(asked, true, "Give the planner and all movers the same children.")
+        self._computed &= self._begun.keys()
+        self._undecided.clear()
         for one in orders.begun:
             self._requests[one.child, one.inner] = one.request
             self._begun.setdefault(one.request, set()).add((one.child, one.inner))
@@ -92,7 +99,8 @@ class SeveralMover:
     def poll(self) -> list[Result]:
         """What has ended, with the name of the child that says it; and which children are closed."""
         self._check()
-        found: list[Result] = []
+        found = [self._says("computed", request) for request in self._untold]
+        self._untold = []
         for child in self._children:
             for result in child.listed(child.side.poll):
                 if result.what == "received":
@@ -104,8 +112,7 @@ class SeveralMover:
                 closing.said = True
                 for key in [key for key in self._requests if key[0] == name]:
                     self._over(*key)
-                proof = plans.encode(plans.Ended(plans.VERSION, name))
-                found.append(Result("", "heard", why="it was out of use", proof=proof))
+                found.append(self._says("ended", name))
         return found
 
     def flush(self, deadline: float) -> None:
@@ -124,6 +131,9 @@ class SeveralMover:
     def before_layer(self, layer: int, deadline: float) -> None:
         """Wait for the children that stream; raises `DeadlineExceeded` if one is late."""
         self._check()
+        computed = (self._begun.keys() | self._undecided) - self._computed
+        self._computed |= computed
+        self._untold += computed
         if late := self._wait("before_layer", deadline, layer):
             asked, true = f"Layer {layer} was to be there.", f"It is not: {'; '.join(late)}."
             raise DeadlineExceeded(asked, true, "Compute its requests anew.")
@@ -179,9 +189,14 @@ class SeveralMover:
     def _over(self, child: str, inner: str) -> None:
         request = self._requests.pop((child, inner), None)
         if request is not None:
+            self._undecided.add(request)
             self._begun[request].discard((child, inner))
             if not self._begun[request]:
                 del self._begun[request]
+
+    @staticmethod
+    def _says(what: Literal["ended", "computed"], name: str) -> Result:
+        return Result("", "heard", proof=plans.encode(plans.Said(plans.VERSION, what, name)))
 
     def _close_those_out(self) -> None:
         for child in self._children:

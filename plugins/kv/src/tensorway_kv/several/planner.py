@@ -149,7 +149,7 @@ class SeveralPlanner:
         by_child: dict[str, list[Result]] = {}
         for result in results:
             if not result.source:
-                self._ended(rank, result)
+                self._heard(rank, result)
                 continue
             name, own = parted(result.source)
             if name not in self._by_name:
@@ -170,25 +170,31 @@ class SeveralPlanner:
         if not untold or child.out:
             self._untold.pop(child.name, None)
 
-    def _ended(self, rank: int, result: Result) -> None:
-        """A rank says that a child is closed there; when all have, nobody touches its requests' pages any more."""
+    def _heard(self, rank: int, result: Result) -> None:
+        """What a mover says for itself."""
         try:
-            name = plans.decode_ended(result.proof).child
+            said = plans.decode_said(result.proof)
         except DescriptionInvalid as error:
             _log.warning("%s", error)
-            name = ""
-        child = self._by_name.get(name)
-        if child is None or not 0 <= rank < self._ranks:
             self._refuse(1)
             return
+        if said.what == "computed":
+            self._loads.computed(said.name)
+        elif said.name in self._by_name and 0 <= rank < self._ranks:
+            self._ended(rank, self._by_name[said.name])
+        else:
+            self._refuse(1)
+
+    def _ended(self, rank: int, child: Child[Planner]) -> None:
+        """A child is closed on a rank; when it is on all, nobody touches its requests' pages any more."""
         child.take_out(f"rank {rank} has closed it", told=True)
         self._end(child)
-        left = self._ending[name]
+        left = self._ending[child.name]
         if rank in left:
             left.remove(rank)
             if not left:
                 self._loads.lost(child, time.monotonic())
-                self._keeps.lost(name)
+                self._keeps.lost(child.name)
 
     def _end(self, child: Child[Planner]) -> None:
         """Let all ranks close a child that is out of use."""

@@ -1,4 +1,4 @@
-"""What the planner of `several` tells its movers in `Step.plan`, and what they tell it of a child that has ended.
+"""What the planner of `several` tells its movers in `Step.plan`, and what they tell it that no child says.
 
 May import the core's errors and msgspec. Both sides are one engine, but processes of their own: so it has a version,
 and is read as carefully as what comes from elsewhere.
@@ -6,7 +6,7 @@ and is read as carefully as what comes from elsewhere.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
@@ -39,22 +39,26 @@ class Orders(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
         return bool(self.plans or self.begun or self.ends)
 
 
-class Ended(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A child is closed beside this rank's memory: nothing of it touches a page any more."""
+class Said(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a mover says for itself."""
 
     version: int
-    child: _Name
+    #: `ended`: a child is closed beside this rank's memory, and nothing of it touches a page any more. `computed`: the
+    #: engine has begun to compute with a request's layers before all of it was here.
+    what: Literal["ended", "computed"]
+    #: Of the child, or of the request.
+    name: str
 
 
-_Read = TypeVar("_Read", Orders, Ended)
+_Read = TypeVar("_Read", Orders, Said)
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
 _ORDERS: Final = msgspec.msgpack.Decoder(Orders)
-_ENDED: Final = msgspec.msgpack.Decoder(Ended)
+_SAID: Final = msgspec.msgpack.Decoder(Said)
 
 
-def encode(what: Orders | Ended) -> bytes:
+def encode(what: Orders | Said) -> bytes:
     """As `Step.plan` or `Result.proof` carries it; nothing for nothing."""
-    return _ENCODE(what) if isinstance(what, Ended) or what else b""
+    return _ENCODE(what) if isinstance(what, Said) or what else b""
 
 
 def decode(plan: bytes) -> Orders:
@@ -62,9 +66,9 @@ def decode(plan: bytes) -> Orders:
     return _read(plan, _ORDERS, "A step's plan was given to a mover.") if plan else Orders(VERSION)
 
 
-def decode_ended(proof: bytes) -> Ended:
-    """Which child has ended; raises `DescriptionInvalid`."""
-    return _read(proof, _ENDED, "A mover said that a child has ended.")
+def decode_said(proof: bytes) -> Said:
+    """What a mover says for itself; raises `DescriptionInvalid`."""
+    return _read(proof, _SAID, "A mover of several connectors said something for itself.")
 
 
 def _read(data: bytes, decoder: msgspec.msgpack.Decoder[_Read], asked: str) -> _Read:
