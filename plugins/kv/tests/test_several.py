@@ -352,6 +352,20 @@ def test_who_keeps_blocks_is_told_when_all_has_ended_well(bench):
     assert (["one"], {}) == (made.received, made.failed) and not made.planner.busy()
 
 
+def test_who_was_told_that_a_request_is_over_is_not_mistaken_for_who_loads_it_again(bench):
+    made = bench({"a": Script(aligned=True, steps=5), "b": Script()})
+    made.reserve(made.view(a=0, b=TOKENS))
+    made.until(lambda: made.received)
+    assert [("a", "one")] == made.world.told, "and it is still to say so"
+    made.planner.reserve(made.view(a=TOKENS), BLOCKS, 0, TOKENS)
+    made.step()
+    assert (["one"], {"one": 0}) == (made.received, made.failed)
+    made.failed.clear()
+    made.planner.reserve(made.view(a=TOKENS), BLOCKS, 0, TOKENS)
+    made.until(lambda: made.received == ["one", "one"])
+    assert ["b", "a"] == [child for child, *_ in made.world.fetched]
+
+
 def test_an_engine_that_lacks_nothing_lets_all_of_them_know(bench):
     made = bench({"a": Script(), "b": Script()})
     view = made.view(a=TOKENS, b=TOKENS)

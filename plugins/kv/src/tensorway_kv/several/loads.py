@@ -212,7 +212,6 @@ class Loads:
         chain, attempt, source = _under_way(load)
         child.well()
         self._peers.reached(source.peer or source.name, "")
-        load.lowest = None
         if chain.done(attempt, load.stop, now) is not None:
             self._fell_back(source, "short")
         self._go(load, now)
@@ -389,7 +388,7 @@ class Loads:
         chain, attempt, source = _under_way(load)
         if tokens < load.start:
             load.lowest = max(0, tokens if load.lowest is None else min(load.lowest, tokens))
-        chain.next(attempt, cause, max(load.start, min(tokens, load.stop)), now)
+        chain.next(attempt, cause, min(tokens, load.stop), now)
         if chain.attempt is not None and not load.over:
             self._fell_back(source, cause)
         load.cause = cause
