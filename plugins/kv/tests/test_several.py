@@ -458,6 +458,14 @@ def test_what_is_kept_can_be_taken_back_and_who_raised_keeps_nothing(bench):
     assert (1, 0) == (made.world.calls["a", "cancel"], made.world.calls["b", "cancel"])
 
 
+def test_what_was_looked_up_for_a_request_that_has_ended_is_needed_by_nobody(bench):
+    made = bench({"a": Script(), "b": Script(keeps=1.0)}, children={"a": {}, "b": {"load": False}})
+    view = made.view(a=TOKENS)
+    assert made.planner.lookup(view, 0).tokens
+    assert {"b"} == set(made.planner.finish(view, BLOCKS, TOKENS).ticket["children"])
+    assert (1, 0) == (made.world.calls["a", "cancel"], made.world.calls["b", "cancel"])
+
+
 def test_layers_go_to_those_that_stream(bench):
     made = bench({"a": Script(keeps=1.0), "b": Script()})
     assert {"a"} == set(made.planner.promise(made.view(), TOKENS)["children"])
@@ -512,6 +520,36 @@ def test_what_a_child_raises_is_its_own_failure(bench, method, caplog):
     before = made.world.calls["a", "plan_step"]
     made.step()
     assert before == made.world.calls["a", "plan_step"]
+
+
+def test_one_that_raised_over_a_request_is_not_asked_for_it_again(bench):
+    made = bench({"a": Script(raises={"lookup": 1.0})}, children={"a": {"tries": 9}}, faults=99)
+    view = made.view(a=TOKENS)
+    assert 0 == made.planner.lookup(view, 0).tokens
+    made.reserve(view)
+    assert (0, 1) == (made.ends(moves=0.5), made.world.calls["a", "lookup"])
+
+
+def test_who_raised_when_it_was_told_to_give_up_is_told_again(bench):
+    made = bench(
+        {"a": Script(hangs=1.0, raises={"cancel": 1.0})}, children={"a": {"deadline": 3600.0}}, deadline=3600.0
+    )
+    made.reserve(made.view(a=TOKENS))
+    made.step()
+    made.planner.cancel("one")
+    made.world.scripts["a"].raises = {}
+    assert made.ends(moves=0.3) is not None
+    assert 2 == made.world.calls["a", "cancel"]
+
+
+def test_a_mover_that_did_not_carry_out_a_plan_is_out_of_use_at_once(bench):
+    made = bench({"a": Script(hangs=1.0), "b": Script(tokens=99)}, ranks=2, faults=99)
+    view = made.view(a=TOKENS)
+    made.reserve(view)
+    made.step()
+    made.world.scripts["a"].raises = {"mover.submit": 1.0}
+    assert made.ends() is None and made.whole(view)
+    assert {("a", "mover", 0), ("a", "mover", 1)} <= made.world.closed
 
 
 def test_what_was_good_between_forgives_what_was_raised_before(bench):
@@ -572,6 +610,8 @@ def test_results_events_and_values_say_whose_they_are(bench):
     assert ["a", "b"] == [one.source for one in made.planner.events()]
     assert {"a", "b"} == {dict(one.labels)["child"] for one in made.planner.statistics() if one.metric == "kv_leases"}
     assert 1 == made.total("kv_requests_total", cause="none", backend="several")
+    assert 1 == made.total("kv_fallbacks_total", peer="a/peer-a")
+    assert 0 == metrics.total(made.movers[0].statistics(), "kv_requests_waiting") == made.total("kv_requests_waiting")
 
 
 def test_several_may_hold_several(bench):
