@@ -530,6 +530,14 @@ def test_one_that_raised_over_a_request_is_not_asked_for_it_again(bench):
     assert (0, 1) == (made.ends(moves=0.5), made.world.calls["a", "lookup"])
 
 
+def test_an_answer_that_is_none_is_a_failure_of_who_gave_it(bench):
+    made = bench({"a": Script(), "b": Script(tokens=99)}, faults=2)
+    for answer in (None, 7):
+        made.planner._children[0].side.lookup = lambda *_, answer=answer: answer
+        assert {"b/peer-b": TOKENS} == dict(made.planner.lookup(made.view(repr(answer)), 0).sources)
+    made.until(lambda: ("a", "mover", 0) in made.world.closed)
+
+
 def test_who_raised_when_it_was_told_to_give_up_is_told_again(bench):
     made = bench(
         {"a": Script(hangs=1.0, raises={"cancel": 1.0})}, children={"a": {"deadline": 3600.0}}, deadline=3600.0
