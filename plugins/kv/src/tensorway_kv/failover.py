@@ -42,6 +42,13 @@ class Source:
     deadline: float = 10.0
     #: Seconds that a request rather waits for it than go to the next.
     patience: float = 1.0
+    #: The peer whose troubles it shares with other requests' sources; nothing for one that has its own name.
+    peer: str = ""
+
+    @property
+    def host(self) -> str:
+        """Who is behind it, as `Peers` knows it."""
+        return self.peer or self.name
 
 
 @attrs.frozen
@@ -113,7 +120,7 @@ class Chain:
         self._tries: dict[tuple[str, str], int] = {}
         self._ready: dict[tuple[str, str], float] = {}
         self._useless: set[tuple[str, str]] = set()
-        #: Tokens from the first on that are good, whoever they came from. Never fewer than before.
+        #: Tokens from the first on that are good, whoever they came from. Fewer than before only after `rewind`.
         self.good = have
         #: What failed so far, and how: a source's name, its life, the cause.
         self.failures: list[tuple[str, str, Cause]] = []
@@ -142,7 +149,7 @@ class Chain:
         if cause not in _AGAIN:
             self._useless.add(key)
         elif cause == "handshake" and source.kind == "peer":
-            self._peers.failed(*key, attempt.begin, now)
+            self._peers.failed(source.host, source.incarnation, attempt.begin, now)
         else:
             # What went wrong with this request's blocks holds nobody else back.
             self._ready[key] = now + self._peers.pause(self._tries[key])
@@ -151,6 +158,10 @@ class Chain:
     def done(self, attempt: Attempt, good: int, now: float) -> Attempt | None:
         """The attempt has ended well; None if that was all, else where the rest is to come from."""
         return self.next(attempt, "short", good, now) if good < attempt.end else self._complete(attempt)
+
+    def rewind(self, good: int) -> None:
+        """What is behind these tokens is going to be written anew, and is not good until that has ended well."""
+        self.good = min(self.good, good)
 
     def renewed(self, name: str, incarnation: str) -> None:
         """A source has another life, which may be tried as if it were new. The attempt that is under way goes on."""
@@ -187,5 +198,5 @@ class Chain:
             return now
         begin = max(now, self._ready.get(key, now))
         if source.kind == "peer":
-            begin = max(begin, self._peers.ready_at(*key))
+            begin = max(begin, self._peers.ready_at(source.host, source.incarnation))
         return begin if begin < self._ends else _FOREVER

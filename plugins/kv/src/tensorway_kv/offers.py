@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 from tensorway.types import HookContext, Offer, ProbeResult
 from tensorway_kv.options import HandoverOptions
+from tensorway_kv.several.options import SeveralOptions
 from tensorway_kv.store.options import SharedStoreOptions
 
 if TYPE_CHECKING:
     from tensorway.kv import KVContext
     from tensorway_kv.mover import HandoverMover
     from tensorway_kv.planner import HandoverPlanner
+    from tensorway_kv.several.mover import SeveralMover
+    from tensorway_kv.several.planner import SeveralPlanner
     from tensorway_kv.store.mover import SharedStoreMover
     from tensorway_kv.store.planner import SharedStorePlanner
 
@@ -73,3 +76,30 @@ def construct_shared_store(options: SharedStoreOptions, context: KVContext) -> S
     from tensorway_kv.store.mover import SharedStoreMover
 
     return SharedStoreMover(options, context)
+
+
+def several(ctx: HookContext) -> Offer:
+    """The connector `several`: others, in an order. `auto` takes it last, and it says that it needs its children."""
+    return Offer(
+        name="several",
+        kind="kv_connector",
+        summary="Other connectors in an order: when one fails, the next goes on where the good tokens end.",
+        probe=probe,
+        probe_in="host",
+        factory=construct_several,
+        options=SeveralOptions,
+        devices={"cpu", "cuda", "rocm", "xpu"},
+        capabilities={"pull"},
+        priority=0,
+    )
+
+
+def construct_several(options: SeveralOptions, context: KVContext) -> SeveralPlanner | SeveralMover:
+    """The side that the context's role says, with that side of each child."""
+    if context.role == "planner":
+        from tensorway_kv.several.planner import SeveralPlanner
+
+        return SeveralPlanner(options, context)
+    from tensorway_kv.several.mover import SeveralMover
+
+    return SeveralMover(options, context)
