@@ -6,8 +6,9 @@ it computes the same bits whichever way a token is computed, so that `the same t
 
 from __future__ import annotations
 
-from tensorway_kv.reference.engine import Engine, EngineOptions
+from tensorway_kv.reference.engine import Engine
 from tensorway_kv.reference.model import Model, ModelShape
+from tensorway_kv.reference.rank import EngineOptions
 from tensorway_kv.reference.requests import Outcome, Request
 from tensorway_kv.reference.serve import ServedEngine, Site
 

@@ -68,7 +68,8 @@ def _view(buffer: memoryview, plane: Plane, part: Part) -> Array:
     """One component of a layer: page, token, head, number."""
     shape = (plane.pages, part.tokens, part.heads, part.width // _ITEM)
     strides = (plane.stride, part.token_stride, part.head_stride, _ITEM)
-    return np.ndarray(shape, np.float32, buffer, part.offset, strides)
+    found: Array = np.ndarray(shape, np.float32, buffer, part.offset, strides)
+    return found
 
 
 def names_of(tokens: Sequence[int], page_tokens: int, salt: str = "") -> list[bytes]:
@@ -82,7 +83,7 @@ def names_of(tokens: Sequence[int], page_tokens: int, salt: str = "") -> list[by
 
 
 class BlockPool:
-    """All block ids of an engine. A block that nobody uses is free; it may be known by its content until it is taken."""
+    """All block ids of an engine. One that nobody uses is free, and may be known by its content until it is taken."""
 
     def __init__(self, blocks: int) -> None:
         if blocks < 1:

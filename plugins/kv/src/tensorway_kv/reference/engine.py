@@ -1,4 +1,4 @@
-"""The reference engine's scheduler: admits requests, computes steps, and calls a connector exactly as the contract says.
+"""The reference engine's scheduler: admits requests, computes steps, and calls a connector as the contract says.
 
 May import the core and this package's model, cache, ranks and requests. One thread uses it, and it never waits but for
 its ranks. In each step: requests get blocks (`lookup`, `reserve`), tokens are chosen to be computed, the planner says
@@ -37,10 +37,8 @@ def alone(shape: ModelShape, options: EngineOptions | None = None) -> Engine:
 class Engine:
     """Requests in, outcomes out, a step at a time."""
 
-    def __init__(
-        self, shape: ModelShape, options: EngineOptions, ranks: Ranks, planner: Planner | None = None
-    ) -> None:
-        self._options, self._ranks, self._planner = options, ranks, planner
+    def __init__(self, shape: ModelShape, options: EngineOptions, ranks: Ranks, planner: Planner | None = None) -> None:
+        self._options, self.ranks, self._planner = options, ranks, planner
         self._model, self.pool = Model(shape), BlockPool(options.blocks)
         layerwise = options.layerwise and planner is not None and planner.capabilities.layerwise
         self._layerwise: Any = planner if layerwise else None
@@ -109,7 +107,7 @@ class Engine:
     def statistics(self) -> list[Sample]:
         """What planner and movers have counted."""
         own = list(self._planner.statistics()) if self._planner is not None else []
-        return own + self._ranks.statistics()
+        return own + self.ranks.statistics()
 
     def _check(self, request: Request) -> None:
         asked, least = f"Request {request.id!r} was to be computed.", len(request.tokens) + request.count
@@ -135,9 +133,9 @@ class Engine:
                 if one.promised is not None:
                     self._layerwise.computes(one.view, [one.blocks], first, stop)
         plan = self._plan()
-        self._ranks.begin(Work(plan, work.rows, any(one.phase == "unsure" for one, _, _ in rows)))
+        self.ranks.begin(Work(plan, work.rows, any(one.phase == "unsure" for one, _, _ in rows)))
         hidden = self._computed(rows)
-        self._heard(self._ranks.end())
+        self._heard(self.ranks.end())
         self._advance(rows, hidden)
         return bool(rows)
 
@@ -165,7 +163,7 @@ class Engine:
             return None
         hidden = np.concatenate([self._model.embedded(one.tokens[first:stop]) for one, first, stop in rows])
         for layer in range(self._model.shape.layers):
-            heads = self._ranks.attend(layer, hidden.astype(np.float32))
+            heads = self.ranks.attend(layer, hidden.astype(np.float32))
             hidden = self._model.mixed(layer, hidden, np.concatenate(heads, axis=1).astype(np.float64))
         return hidden
 

@@ -29,6 +29,9 @@ _FAINTEST: Final = -16.0
 _SHARPNESS: Final = 1.5
 #: 2**f for f from 0 to 1, near enough: what counts is that all compute the same.
 _POWER: Final = (0.0790, 0.2249, 0.6961, 1.0)
+#: Numbers that attention works on at once.
+_AT_ONCE: Final = 1 << 15
+_ROWS: Final = 16
 #: Longer sequences would need more bits than a sum has.
 MAX_TOKENS: Final = 4096
 
@@ -69,6 +72,14 @@ def normed(values: Array) -> Array:
     return settled(values / np.sqrt(mean + 1e-3))
 
 
+def times(rows: Array, matrix: Array) -> Array:
+    """The product, a few rows at a time: with more of them a library starts threads, and then waits for those."""
+    if len(rows) <= _ROWS:
+        found: Array = rows @ matrix
+        return found
+    return np.concatenate([rows[at : at + _ROWS] @ matrix for at in range(0, len(rows), _ROWS)])
+
+
 class Model:
     """All weights. `Shard` has what one rank's attention needs of them."""
 
@@ -88,9 +99,9 @@ class Model:
 
     def mixed(self, layer: int, hidden: Array, heads: Array) -> Array:
         """The layer behind its attention, whose heads of all ranks are given."""
-        hidden = settled(hidden + heads.reshape(len(hidden), -1) @ self._mix[layer])
-        inner = np.maximum(settled(normed(hidden) @ self._up[layer]), 0.0)
-        return settled(hidden + inner @ self._down[layer])
+        hidden = settled(hidden + times(heads.reshape(len(hidden), -1), self._mix[layer]))
+        inner = np.maximum(settled(times(normed(hidden), self._up[layer])), 0.0)
+        return settled(hidden + times(inner, self._down[layer]))
 
     def chosen(self, hidden: Array) -> int:
         """The token that follows the one whose last hidden row this is: the likeliest, of equals the first."""
@@ -143,20 +154,25 @@ class Shard:
         """Queries, keys and values of these tokens: rows by head."""
         rows, wide = normed(hidden), self.shape.head_width
         queries, keys, values = (
-            settled(rows @ one).reshape(len(rows), -1, wide) for one in self._projections[layer]
+            settled(times(rows, one)).reshape(len(rows), -1, wide) for one in self._projections[layer]
         )
         return queries, keys, values
 
     def attended(self, queries: Array, keys: Array, values: Array, first: int) -> Array:
         """What each head sees: of queries from position `first` on, and keys and values from position 0 on."""
-        asks = queries.transpose(1, 0, 2)
         keys, values = (one.astype(np.float64).transpose(1, 0, 2)[self._reads] for one in (keys, values))
-        distance = (first + np.arange(len(queries)))[:, None] - np.arange(keys.shape[1])[None, :]
-        scores = asks @ keys.transpose(0, 2, 1) * _SHARPNESS
-        scores = np.where(distance >= 0, scores - self._slopes[:, None, None] * distance, -np.inf)
-        shares = _powers(scores - scores.max(-1, keepdims=True))
-        found = settled(shares @ values / shares.sum(-1, keepdims=True))
-        return found.transpose(1, 0, 2)
+        asks, positions = queries.transpose(1, 0, 2), np.arange(keys.shape[1])
+        # A few rows at a time: what lies between stays in the processor's caches, and a sum is a sum in any order.
+        rows = max(1, _AT_ONCE // (len(keys) * len(positions)))
+        seen = []
+        for at in range(0, len(queries), rows):
+            distance = (first + np.arange(at, min(at + rows, len(queries))))[:, None] - positions
+            scores = asks[:, at : at + rows] @ keys.transpose(0, 2, 1) * _SHARPNESS
+            scores = np.where(distance >= 0, scores - self._slopes[:, None, None] * distance, -np.inf)
+            shares = _powers(scores - scores.max(-1, keepdims=True))
+            seen.append(settled(shares @ values / shares.sum(-1, keepdims=True)))
+        found: Array = np.concatenate(seen, axis=1).transpose(1, 0, 2)
+        return found
 
 
 def weights(seed: int, name: str, rows: int, columns: int) -> Array:

@@ -86,7 +86,7 @@ class Worker:
     """One rank."""
 
     def __init__(self, shard: Shard, pages: Pages, mover: Mover | None, options: EngineOptions) -> None:
-        self._shard, self._pages, self.mover, self._patience = shard, pages, mover, options.patience
+        self._shard, self.pages, self.mover, self._patience = shard, pages, mover, options.patience
         layerwise = options.layerwise and mover is not None and mover.capabilities.layerwise
         self._layerwise: Any = mover if layerwise else None
         self._work = Work()
@@ -109,8 +109,8 @@ class Worker:
         for row in self._work.rows:
             own = slice(at, at + row.stop - row.first)
             at = own.stop
-            self._pages.write(layer, row.blocks, row.first, keys[own], values[own])
-            seen.append(self._shard.attended(queries[own], *self._pages.read(layer, row.blocks, row.stop), row.first))
+            self.pages.write(layer, row.blocks, row.first, keys[own], values[own])
+            seen.append(self._shard.attended(queries[own], *self.pages.read(layer, row.blocks, row.stop), row.first))
         if self._layerwise is not None:
             self._layerwise.after_layer(layer)
         return np.concatenate(seen).astype(np.float32)
@@ -169,9 +169,7 @@ class Connection:
         ))  # fmt: skip
         return found
 
-    def mover(
-        self, rendezvous: Rendezvous, shape: ModelShape, ranks: int, rank: int, geometry: RankGeometry
-    ) -> Mover:
+    def mover(self, rendezvous: Rendezvous, shape: ModelShape, ranks: int, rank: int, geometry: RankGeometry) -> Mover:
         """The side of one rank."""
         found: Mover = self._made(KVContext(
             self.engine, rendezvous, "mover", ranks, rank, geometry, shape.facts, self.deadline

@@ -18,10 +18,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TooLate
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Final
 
 import attrs
-import numpy as np
 from numpy.typing import NDArray
 
 import tensorway
@@ -36,8 +35,6 @@ from tensorway_kv.reference.rank import IDLE, Connection, EngineOptions, Work, W
 from tensorway_kv.reference.requests import Outcome, Request
 
 Array = NDArray[Any]
-_Given = ParamSpec("_Given")
-_Answer = TypeVar("_Answer")
 
 #: Seconds that a rank may take for a part of a step, and an engine for a question.
 _ANSWER: Final = 60.0
@@ -69,7 +66,7 @@ class _Plan:
 
 def open_pages(rank: Rank, plan: _Plan, number: int) -> RankGeometry:
     """Have memory; what is where."""
-    shard, pages = rank.notes["parts"] = parts_of(plan.shape, plan.options, number)
+    _, pages = rank.notes["parts"] = parts_of(plan.shape, plan.options, number)
     return pages.geometry
 
 
@@ -206,15 +203,13 @@ class _Served:
     rendezvous: Rendezvous
 
 
-def _answering(
-    function: Callable[Concatenate[Rank, _Given], _Answer],
-) -> Callable[Concatenate[Rank, _Given], tuple[_Answer | None, TensorwayError | None]]:
+def _answering(function: Callable[..., Any]) -> Callable[..., tuple[Any, TensorwayError | None]]:
     """What is asked of the engine, with its errors as values: the other side raises them as they are."""
 
     @functools.wraps(function)
-    def answered(rank: Rank, *given: _Given.args, **named: _Given.kwargs) -> Any:
+    def answered(rank: Rank, *given: Any) -> tuple[Any, TensorwayError | None]:
         try:
-            return function(rank, *given, **named), None
+            return function(rank, *given), None
         except TensorwayError as error:
             return None, error
 
@@ -301,12 +296,20 @@ class ServedEngine:
         self.name, self.shape, self.options = plan.connection.engine, plan.shape, plan.options
         self._numbers = itertools.count(1)
         self._process = RankProcess("")
+        self._ranks: list[int] = []
         self._closed = False
-        try:
-            self._ranks: list[int] = self._ask(open_engine, plan)
-        except BaseException:
-            self._process.close()
-            raise
+        #: Several engines of a site open at once; who asks one of them something waits for it.
+        self._opened = False
+        self._process.start(open_engine, plan)
+
+    def ready(self, seconds: float = _ANSWER) -> ServedEngine:
+        """Wait until it has opened; the second call does nothing."""
+        if not self._opened:
+            ranks, error = self._process.result(seconds)
+            if error is not None:
+                raise error
+            self._ranks, self._opened = ranks, True
+        return self
 
     def submit(self, request: Request) -> Mapping[str, Any] | None:
         """Begin a request; `wait` says what became of it. A ticket if its blocks are promised already."""
@@ -366,6 +369,7 @@ class ServedEngine:
 
     def signal(self, number: int) -> None:
         """Send all its processes a signal, those of ranks first."""
+        self.ready()
         for pid in self._ranks:
             try:
                 os.kill(pid, number)
@@ -379,7 +383,7 @@ class ServedEngine:
             return
         self._closed = True
         try:
-            if self._process.at_rest:
+            if self._opened and self._process.at_rest:
                 self._ask(close_engine, deadline, seconds=4 * deadline)
         except (RankFailed, TensorwayError):
             self.signal(signal.SIGKILL)  # one of its processes is gone, or stands still
@@ -387,6 +391,7 @@ class ServedEngine:
             self._process.close()
 
     def _ask(self, function: Callable[..., Any], *given: Any, seconds: float = _ANSWER) -> Any:
+        self.ready()
         answer, error = self._process.call(function, *given, seconds=seconds + _MARGIN)
         if error is not None:
             raise error
@@ -410,7 +415,7 @@ class Site:
         connector: str = "handover",
         **connector_options: Any,
     ) -> ServedEngine:
-        """Open an engine; it hands over by the connector of this name, with these options."""
+        """Begin to open an engine; it hands over by the connector of this name, with these options."""
         given = {"secret": self._secret, **connector_options} if connector == "handover" else connector_options
         plan = _Plan(
             shape or ModelShape(), options or EngineOptions(), Connection(name, connector, given),
@@ -430,5 +435,3 @@ class Site:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
