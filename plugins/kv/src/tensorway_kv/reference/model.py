@@ -25,8 +25,10 @@ _LIMIT: Final = 128.0
 #: Weights of tokens are on a grid of their own; smaller ones are nothing.
 _SHARES: Final = 16384.0
 _FAINTEST: Final = -16.0
-#: Of attention: each head looks at a few tokens, near or far, so that no byte of a prompt is without effect for long.
-_SHARPNESS: Final = 1.5
+#: Of attention: each head sees all tokens a little, so that no byte of a prompt is without effect.
+_SHARPNESS: Final = 0.25
+#: Logits are taken modulo one of this: a token follows from all bits of what is seen, not from its largest part.
+_FOLDS: Final = 16.0
 #: 2**f for f from 0 to 1, near enough: what counts is that all compute the same.
 _POWER: Final = (0.0790, 0.2249, 0.6961, 1.0)
 #: Numbers that attention works on at once.
@@ -104,8 +106,11 @@ class Model:
         return settled(hidden + times(inner, self._down[layer]))
 
     def chosen(self, hidden: Array) -> int:
-        """The token that follows the one whose last hidden row this is: the likeliest, of equals the first."""
-        return int(np.argmax(normed(hidden) @ self._out))
+        """The token that follows the one whose last hidden row this is: that of the largest logit, of equals the first.
+
+        Logits are folded, so that what differs a little somewhere says other tokens: it is a model to test with.
+        """
+        return int(np.argmax((normed(hidden) @ self._out * _FOLDS) % 1.0))
 
     def continued(self, tokens: Sequence[int], count: int) -> tuple[int, ...]:
         """So many tokens that follow, computed anew for each from the first: no cache, no page, no chunk."""
