@@ -10,7 +10,7 @@ import time
 import pytest
 from engines import TRANSPORTS
 
-from tensorway.errors import OptionsInvalid
+from tensorway.errors import BackendNotFound, OptionsInvalid
 from tensorway.metrics import total
 from tensorway_kv.reference import EngineOptions, Model, ModelShape, Request, Site
 
@@ -237,9 +237,18 @@ def test_what_is_asked_wrongly_is_said_as_it_is(decode):
     assert MODEL.continued((1, 2), 1) == decode.wait("twice", SECONDS).tokens
 
 
-def test_a_connector_that_is_not_there_is_said(site):
-    one = site.engine("nobody", SHAPE, connector="courier")
-    with pytest.raises(Exception, match="'courier'"):
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"connector": "courier"}, BackendNotFound),
+        ({"transport": "carrier"}, BackendNotFound),
+        ({"leese": 1}, OptionsInvalid),
+    ],
+    ids=["connector", "transport", "option"],
+)
+def test_an_engine_that_cannot_open_says_why(site, options, error):
+    one = site.engine("nobody", SHAPE, **options)
+    with pytest.raises(error):
         one.ready()
     one.close()
     site.engines.remove(one)

@@ -61,15 +61,38 @@ class _Plan:
         return found
 
 
+def _answering(function: Callable[..., Any]) -> Callable[..., tuple[Any, TensorwayError | None]]:
+    """What is asked of the engine, with its errors as values: the other side raises them as they are."""
+
+    @functools.wraps(function)
+    def answered(rank: Rank, *given: Any) -> tuple[Any, TensorwayError | None]:
+        try:
+            return function(rank, *given), None
+        except TensorwayError as error:
+            return None, error
+
+    return answered
+
+
+def _said(answer: tuple[Any, TensorwayError | None]) -> Any:
+    """The answer, or the error that was one."""
+    value, error = answer
+    if error is not None:
+        raise error
+    return value
+
+
 # -- in the process of a rank
 
 
+@_answering
 def open_pages(rank: Rank, plan: _Plan, number: int) -> RankGeometry:
     """Have memory; what is where."""
     _, pages = rank.notes["parts"] = parts_of(plan.shape, plan.options, number)
     return pages.geometry
 
 
+@_answering
 def open_mover(rank: Rank, plan: _Plan, number: int) -> None:
     """Join the engine whose planner is there."""
     shard, pages = rank.notes.pop("parts")
@@ -203,19 +226,6 @@ class _Served:
     rendezvous: Rendezvous
 
 
-def _answering(function: Callable[..., Any]) -> Callable[..., tuple[Any, TensorwayError | None]]:
-    """What is asked of the engine, with its errors as values: the other side raises them as they are."""
-
-    @functools.wraps(function)
-    def answered(rank: Rank, *given: Any) -> tuple[Any, TensorwayError | None]:
-        try:
-            return function(rank, *given), None
-        except TensorwayError as error:
-            return None, error
-
-    return answered
-
-
 @_answering
 def open_engine(rank: Rank, plan: _Plan) -> list[int]:
     """Begin a life of an engine; the processes of its ranks."""
@@ -223,14 +233,14 @@ def open_engine(rank: Rank, plan: _Plan) -> list[int]:
     rank.notes["processes"] = processes
     for number, process in enumerate(processes):
         process.start(open_pages, plan, number)
-    geometries = [process.result(_ANSWER) for process in processes]
+    geometries = [_said(process.result(_ANSWER)) for process in processes]
     rendezvous = plan.rendezvous()
     # The planner names this life; movers join the one that they find.
     planner = plan.connection.planner(rendezvous, plan.shape, plan.options.tp, geometries[0])
     for number, process in enumerate(processes):
         process.start(open_mover, plan, number)
-    for process in processes:
-        process.result(_ANSWER)
+    for answer in [process.result(_ANSWER) for process in processes]:
+        _said(answer)
     ranks = ProcessRanks(processes)
     engine = Engine(plan.shape, plan.options, ranks, planner)
     rank.notes["served"] = _Served(_Loop(engine), planner, ranks, rendezvous)
@@ -305,10 +315,8 @@ class ServedEngine:
     def ready(self, seconds: float = _ANSWER) -> ServedEngine:
         """Wait until it has opened; the second call does nothing."""
         if not self._opened:
-            ranks, error = self._process.result(seconds)
-            if error is not None:
-                raise error
-            self._ranks, self._opened = ranks, True
+            self._ranks = _said(self._process.result(seconds))
+            self._opened = True
         return self
 
     def submit(self, request: Request) -> Mapping[str, Any] | None:
@@ -392,10 +400,7 @@ class ServedEngine:
 
     def _ask(self, function: Callable[..., Any], *given: Any, seconds: float = _ANSWER) -> Any:
         self.ready()
-        answer, error = self._process.call(function, *given, seconds=seconds + _MARGIN)
-        if error is not None:
-            raise error
-        return answer
+        return _said(self._process.call(function, *given, seconds=seconds + _MARGIN))
 
 
 class Site:
