@@ -230,7 +230,8 @@ def test_only_what_is_not_here_is_asked_for():
     engine.submit(Request("one", TOKENS))
     engine.run(SECONDS)
     assert ("reserve", "one", 12, 10) in log
-    assert (12, 0, 10) == (lambda one: (one.cached, one.handed, one.failed))(engine.take("one"))
+    outcome = engine.take("one")
+    assert (12, 0, 10) == (outcome.cached, outcome.handed, outcome.failed)
 
 
 def test_of_whom_nothing_is_known_yet_is_asked_again_and_others_go_first():
