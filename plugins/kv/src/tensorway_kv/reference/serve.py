@@ -170,7 +170,11 @@ class _Loop:
         """What becomes of a request."""
         answer: Future[Outcome] = Future()
         self.ask(lambda engine: self._awaited.update({request: answer}))
-        found: Outcome = self._result(answer, f"Request {request} was to end.", seconds)
+        try:
+            found: Outcome = self._result(answer, f"Request {request} was to end.", seconds)
+        except DeadlineExceeded:
+            self.ask(lambda engine: self._awaited.pop(request, None))  # who asks again is told
+            raise
         return found
 
     def stop(self, seconds: float) -> None:
