@@ -307,9 +307,10 @@ def test_a_producer_promises_says_what_it_computes_and_sends_each_layer():
     assert [] == only(log, "before")
 
 
-def test_a_consumer_computes_while_layers_arrive_and_believes_it_when_it_is_told_to():
+@pytest.mark.parametrize("mode", ["now", "background"])
+def test_a_consumer_computes_while_layers_arrive_and_believes_it_when_it_is_told_to(mode):
     engine, planner, log = engine_of()
-    planner.match = lambda have: Match(20, "now")
+    planner.match = lambda have: Match(20, mode)
     engine.submit(Request("one", TOKENS, 3))
     engine.ranks.workers[0].mover.arrives = lambda layer: put(engine, planner, layer, 20)
     engine.step()

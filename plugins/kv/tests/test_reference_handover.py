@@ -10,8 +10,9 @@ import time
 import pytest
 from engines import TRANSPORTS
 
-from tensorway.errors import BackendNotFound, OptionsInvalid
+from tensorway.errors import BackendNotFound, DeadlineExceeded, OptionsInvalid
 from tensorway.metrics import total
+from tensorway_kv.planner import HandoverPlanner
 from tensorway_kv.reference import EngineOptions, Model, ModelShape, Request, Site
 
 SHAPE = ModelShape(layers=2)
@@ -125,6 +126,20 @@ def test_many_at_once_and_nothing_is_left(prefill, decode):
     assert all(outcome.handed and not outcome.failed for outcome in outcomes.values())
 
 
+@pytest.mark.skipif(not HandoverPlanner.capabilities.layerwise, reason="the connector sends no layers")
+@pytest.mark.parametrize("awaits", [False, True], ids=["whole", "layer-by-layer"])
+def test_layers_are_sent_while_they_are_computed(engine, awaits):
+    producer = engine("prefill", tp=2, chunk=16, layerwise=True)
+    consumer = engine("decode", layerwise=awaits, page_tokens=12)
+    for number, tokens in enumerate((prompt(30), prompt(90, 2), prompt(91, 3))):
+        ticket = producer.submit(Request(f"q{number}", tokens, hand_over=True))
+        consumer.submit(Request(f"q{number}", tokens, 6, ticket))
+        outcome = consumer.wait(f"q{number}", SECONDS)
+        assert (MODEL.continued(tokens, 6), len(tokens)) == (outcome.tokens, outcome.handed)
+        assert outcome.tokens[:1] == producer.wait(f"q{number}", SECONDS).tokens
+    at_rest(producer, consumer)
+
+
 # -- what is here already
 
 
@@ -228,6 +243,13 @@ def test_a_request_that_is_given_up_while_it_is_handed_over_leaves_nothing(engin
 
 
 # -- an engine
+
+
+def test_who_waits_too_short_is_told_so_and_may_ask_again(decode):
+    decode.submit(Request("slow", prompt(400, 150), 20))
+    with pytest.raises(DeadlineExceeded, match="slow was to end"):
+        decode.wait("slow", 0.001)
+    assert 20 == len(decode.wait("slow", SECONDS).tokens)
 
 
 def test_what_is_asked_wrongly_is_said_as_it_is(decode):

@@ -187,7 +187,7 @@ class Engine:
             one.blocks, one.named, one.computed = hits + fresh, len(hits), have
             one.phase = "computing"
             if not one.reserved:
-                self._reserve(one, have, tokens, mode)
+                self._reserve(one, have, tokens)
 
     def _looked_up(self, one: Running, have: int) -> tuple[int, str]:
         """How many tokens can be had beyond those that are here; of a request that was asked for once, none."""
@@ -198,7 +198,7 @@ class Engine:
             return 0, "nothing"
         return match.tokens, match.mode
 
-    def _reserve(self, one: Running, have: int, tokens: int, mode: str) -> None:
+    def _reserve(self, one: Running, have: int, tokens: int) -> None:
         one.reserved, one.cached = True, have
         if self._planner is None:
             return
@@ -207,7 +207,7 @@ class Engine:
         if tokens:
             one.mark("reserved")
             one.expected = have + tokens
-            one.phase = "unsure" if mode == "now" and self._layerwise is not None else "handed"
+            one.phase = "unsure" if self._layerwise is not None else "handed"
             if one.phase == "unsure":
                 one.go_on_from(one.expected)
 

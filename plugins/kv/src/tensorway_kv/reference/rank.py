@@ -37,7 +37,7 @@ class EngineOptions:
     order: Order = "NHD"
     #: Tokens that one step computes, of all requests together.
     chunk: int = 128
-    #: Whether layers are sent, or awaited, while they are computed: if the connector can.
+    #: Whether layers are sent, and awaited, while they are computed, if the connector can; else whole requests.
     layerwise: bool = False
     #: Seconds that a connector may say `later`, and that one layer may be awaited.
     patience: float = 10.0
