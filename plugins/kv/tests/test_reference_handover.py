@@ -19,6 +19,7 @@ SHAPE = ModelShape(layers=2)
 MODEL = Model(SHAPE)
 #: Within which a request ends, whatever happens to it; its hand-over ends within `LIMITS`.
 SECONDS = 60.0
+NOTHING = {}
 LIMITS = {"deadline": 3.0, "presence": 2.0, "lease": 5.0}
 
 
@@ -37,8 +38,9 @@ def engine(site):
     """Opens engines that end with the test."""
     made = []
 
-    def opened(name, transport="local", **options):
-        made.append(site.engine(name, SHAPE, EngineOptions(**options), transport=transport, **LIMITS))
+    def opened(name, transport="local", connector=NOTHING, **options):
+        given = {"transport": transport, **LIMITS, **connector}
+        made.append(site.engine(name, SHAPE, EngineOptions(**options), **given))
         return made[-1]
 
     yield opened
@@ -130,7 +132,8 @@ def test_many_at_once_and_nothing_is_left(prefill, decode):
 @pytest.mark.parametrize("awaits", [False, True], ids=["whole", "layer-by-layer"])
 def test_layers_are_sent_while_they_are_computed(engine, awaits):
     producer = engine("prefill", tp=2, chunk=16, layerwise=True)
-    consumer = engine("decode", layerwise=awaits, page_tokens=12)
+    # What others write lands in staging memory first.
+    consumer = engine("decode", connector={"staging_blocks": 16}, layerwise=awaits, page_tokens=12)
     for number, tokens in enumerate((prompt(30), prompt(90, 2), prompt(91, 3))):
         ticket = producer.submit(Request(f"q{number}", tokens, hand_over=True))
         consumer.submit(Request(f"q{number}", tokens, 6, ticket))
