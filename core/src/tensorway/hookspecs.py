@@ -27,6 +27,8 @@ API_GROUP: Final = "tensorway.api"
 #: `GROUP_PREFIX + COMMAND` is the group of commands for the command line. They are no hook: `tensorway.cli.commands`
 #: runs them.
 COMMAND: Final = "command"
+#: The same for what a movement's dist adds to `tensorway demo`: `tensorway.cli.demo` runs it.
+DEMO: Final = "demo"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

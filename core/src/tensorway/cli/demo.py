@@ -1,19 +1,23 @@
 """`tensorway demo`: the main job on this machine with what is installed, step by step.
 
-Room `cli`. Today it discovers, probes, selects, and moves blocks between two processes; a movement joins it when its
-room is built.
+Room `cli`. It discovers, probes, selects, and moves blocks between two processes. What a movement shows is its dist's:
+the entry-point group is `tensorway.demo`, and the value refers to a `Demonstration`.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
+import attrs
+
 from tensorway import hookspecs
-from tensorway.cli import exits
+from tensorway.cli import brought, exits
 from tensorway.cli.backends import show_winner
 from tensorway.cli.output import Output
+from tensorway.errors import BackendNotFound, BackendUnavailable, PluginDefect, Unsupported
 from tensorway.plugins import host, report
 
 _BLOCK: Final = 64 << 10
@@ -21,15 +25,33 @@ _COUNT: Final = 256
 _ROUNDS: Final = 20
 
 
+@attrs.frozen
+class HandedOver:
+    """What was handed over from one engine to another, and how long each way took, in seconds."""
+
+    connector: str
+    tokens: int
+    blocks: int
+    nbytes: int
+    #: Whether the tokens that follow are those of an engine that computed everything itself.
+    same: bool
+    seconds: float
+    recomputing: float
+
+
+#: What an entry point `handover` refers to: a function of the `Output`, for progress, and of the transport's name.
+Demonstration = Callable[[Output, str], HandedOver]
+
+
 def run(out: Output) -> int:
     """Discover, probe, select, move; print each step while it happens."""
     started = time.monotonic()
-    out.progress("1/4 discover: reading the metadata of what is installed, importing nothing")
+    out.progress("1/5 discover: reading the metadata of what is installed, importing nothing")
     the_host = host()
     slots = the_host.slots()
     dists = sorted({slot.declaration.dist for slot in slots})
     out.text(f"{len(slots)} backends from {len(dists)} dists: {', '.join(dists)}", indent=4)
-    out.progress("2/4 probe: asking each backend whether it works here")
+    out.progress("2/5 probe: asking each backend whether it works here")
     for kind in hookspecs.HOOKS:
         the_host.probe_all(kind)
         for slot in the_host.slots(kind):
@@ -37,17 +59,19 @@ def run(out: Output) -> int:
             mark = "+" if result and result.usable else "-"
             reason = slot.record.reason if slot.record else (result.reason if result else "")
             out.text(f"{mark} {kind} {slot.declaration.name}: {reason}", indent=4, hang=2)
-    out.progress("3/4 select: what `auto` chooses for each kind")
+    out.progress("3/5 select: what `auto` chooses for each kind")
     rows = report.choices(the_host)
     for row in rows:
         show_winner(out, row)
     chosen = {row["request"]["kind"]: row["winner"]["name"] for row in rows if row["winner"]}
     moved = _move(out, chosen["transport"]) if "transport" in chosen else None
+    handed_over = _hand_over(out, chosen["transport"]) if "transport" in chosen else None
     seconds = round(time.monotonic() - started, 2)
-    fields = {"backends": len(slots), "choices": rows, "chosen": chosen, "moved": moved, "seconds": seconds}
-    out.json("tensorway.demo/1", fields)
+    fields = {"backends": len(slots), "choices": rows, "chosen": chosen, "moved": moved, "handed_over": handed_over}
+    out.json("tensorway.demo/1", {**fields, "seconds": seconds})
     out.text(f"Done in {seconds} s. Reasons: tensorway why KIND. Remedies: tensorway doctor.")
-    return exits.OK if moved is None or moved["verified"] else exits.BROKEN
+    right = (moved is None or moved["verified"]) and (handed_over is None or handed_over["same_tokens"])
+    return exits.OK if right else exits.BROKEN
 
 
 def _move(out: Output, name: str) -> dict[str, Any]:
@@ -56,7 +80,7 @@ def _move(out: Output, name: str) -> dict[str, Any]:
     from tensorway.transport import BlockTable
 
     nbytes = _BLOCK * _COUNT
-    out.progress(f"4/4 move: {_COUNT} blocks of 64 KiB from another process, over {name}")
+    out.progress(f"4/5 move: {_COUNT} blocks of 64 KiB from another process, over {name}")
     peer = PeerProcess(name)
     try:
         peer.register(nbytes, seed=1)
@@ -83,6 +107,42 @@ def _move(out: Output, name: str) -> dict[str, Any]:
             }
     finally:
         peer.close()
+
+
+def _hand_over(out: Output, transport: str) -> dict[str, Any] | None:
+    """Prefill in one engine and decode in another, if a dist is here that shows it."""
+    asked = "A hand-over was to be shown."
+    try:
+        row = brought.declared(host().demos, "handover", asked, extra="kv")
+    except (BackendNotFound, BackendUnavailable) as error:
+        out.progress(f"5/5 hand over: nothing here does it. {error.to_do}")
+        return None
+    out.progress(f"5/5 hand over: prefill in one engine, decode in another, over {transport}")
+    try:
+        seen = brought.called(row, asked, out, out, transport)
+    except Unsupported as error:
+        out.text(f"{error.asked} {error.true}", indent=4)
+        return None
+    if not isinstance(seen, HandedOver):
+        true = f"{row.dist} {row.version} brings it, and it returned no HandedOver."
+        raise PluginDefect(asked, true, "Report this to the plugin's author.")
+    recompute, copy = seen.seconds / seen.recomputing, seen.seconds / _memmove(seen.nbytes)
+    out.text(
+        f"{seen.tokens} tokens of a prompt in {seen.blocks} blocks, {seen.nbytes / (1 << 20):.2f} MiB: the tokens that "
+        f"follow are {'the same' if seen.same else 'NOT THE SAME'} as without a hand-over, which took {recompute:.2f} "
+        f"x the time of computing the prompt, and {copy:.0f} x that of a memmove",
+        indent=4,
+    )
+    return {
+        "connector": seen.connector,
+        "transport": transport,
+        "prompt_tokens": seen.tokens,
+        "blocks": seen.blocks,
+        "bytes": seen.nbytes,
+        "same_tokens": seen.same,
+        "recompute_ratio": round(recompute, 3),
+        "memmove_ratio": round(copy, 1),
+    }
 
 
 def _memmove(nbytes: int) -> float:

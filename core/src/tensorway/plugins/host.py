@@ -53,6 +53,7 @@ class Host:
         self.complaints: tuple[Complaint, ...] = found.complaints
         #: What dists bring for the command line, which loads it itself.
         self.commands: tuple[Declaration, ...] = found.commands
+        self.demos: tuple[Declaration, ...] = found.demos
         self.context = HookContext(api=hookspecs.API, core_version=tensorway.__version__)
         self._slots: dict[tuple[str, str], Slot] = {}
         self._lock = threading.RLock()
@@ -233,7 +234,7 @@ class Host:
         return load_offer
 
     def left_out(self, row: Declaration) -> str:
-        """Why TENSORWAY_PLUGINS leaves a backend or a command out; empty if it does not."""
+        """Why TENSORWAY_PLUGINS leaves a backend, a command or a demo's part out; empty if it does not."""
         if any(_selects(item, row) for item in self.settings.deny):
             return "TENSORWAY_PLUGINS leaves it out (denied)"
         allow = self.settings.allow
@@ -242,7 +243,7 @@ class Host:
         return ""
 
     def _apply_lists(self) -> None:
-        rows = [*(slot.declaration for slot in self._slots.values()), *self.commands]
+        rows = [*(slot.declaration for slot in self._slots.values()), *self.commands, *self.demos]
         for item in self.settings.allow:
             if not any(_selects(item, row) for row in rows):
                 names = sorted({row.name for row in rows})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from tensorway.hookspecs import API_GROUP, COMMAND, GROUP_PREFIX, HOOKS
+from tensorway.hookspecs import API_GROUP, COMMAND, DEMO, GROUP_PREFIX, HOOKS
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 #: What a backend may be called; anything else could carry a terminal's escape codes into a report.
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _REFERENCE: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+#: What is no backend, in the order of `Scan`.
+_FOR_PEOPLE: Final = (COMMAND, DEMO)
 #: More backends than this from one dist is a mistake or an attack; the rest is counted, not kept.
 MAX_PER_DIST: Final = 256
 #: An `entry_points.txt` above this is not parsed.
@@ -30,7 +32,7 @@ MAX_BYTES: Final = 4 << 20
 
 @attrs.frozen
 class Declaration:
-    """One entry point: `dist` says that it offers backend `name` of `kind`, or a command of that name."""
+    """One entry point: `dist` says that it offers backend `name` of `kind`, or brings a command or a demo's part."""
 
     kind: str
     name: str
@@ -67,6 +69,8 @@ class Scan:
     complaints: tuple[Complaint, ...]
     #: Commands for the command line; `kind` is `COMMAND`.
     commands: tuple[Declaration, ...] = ()
+    #: Parts of the demo; `kind` is `DEMO`.
+    demos: tuple[Declaration, ...] = ()
 
 
 def scan(distributions: Callable[[], Iterable[Distribution]] | None = None) -> Scan:
@@ -86,15 +90,15 @@ def scan(distributions: Callable[[], Iterable[Distribution]] | None = None) -> S
             complaints.append(_twice(identity, found[identity.name][0]))
             continue
         found[identity.name] = (identity.location, list(_declarations(identity, tuple(_entries(text)), complaints)))
-    order = {kind: index for index, kind in enumerate((*HOOKS, COMMAND))}
+    order = {kind: index for index, kind in enumerate((*HOOKS, *_FOR_PEOPLE))}
     declarations = sorted(
         (declaration for _, rows in found.values() for declaration in rows),
         key=lambda row: (order[row.kind], row.name, row.dist),
     )
     return Scan(
-        tuple(row for row in declarations if row.kind != COMMAND),
+        tuple(row for row in declarations if row.kind not in _FOR_PEOPLE),
         tuple(sorted(complaints, key=lambda row: (row.dist, row.code, row.reason))),
-        tuple(row for row in declarations if row.kind == COMMAND),
+        *(tuple(row for row in declarations if row.kind == kind) for kind in _FOR_PEOPLE),
     )
 
 
@@ -216,7 +220,7 @@ def _declarations(
 
 def _problem(kind: str, entry_point: _Entry, seen: dict[tuple[str, str], str]) -> tuple[str, str, str] | None:
     """What is wrong with one entry point: code, reason, remedy."""
-    if kind not in HOOKS and kind != COMMAND:
+    if kind not in HOOKS and kind not in _FOR_PEOPLE:
         reason = f"it offers a {printable(kind)!r}, and this core has no such hook"
         return "unknown-hook", reason, "Upgrade tensorway, or report this to the plugin's author."
     if not _NAME.fullmatch(entry_point.name):
