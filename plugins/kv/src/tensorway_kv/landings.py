@@ -136,8 +136,10 @@ class Landing:
         me, want = self._reader, self.fetch.want
         held = messages.Held(want.theirs, want.epoch)
         beat = messages.encode(messages.Heartbeat(me.incarnation, me.rank, (held,)))
-        self.link.watch(self, self._owed, beat, _WATCH)
-        payload = self._registration(max(1e-3, self._until - now))
+        left = max(1e-3, self._until - now)
+        # What says that the lease is wanted ends with the request, also if its engine hangs and looks at nothing.
+        self.link.watch(self, self._owed, beat, _WATCH, left)
+        payload = self._registration(left)
         for rank in self._asked:
             self.link.send(rank, payload)
         self.seconds["posted"] = time.monotonic() - now
