@@ -184,3 +184,14 @@ def test_steps_of_a_promise_are_said_only_when_somebody_is_to_have_them():
     keeping.computes("r", BLOCKS, 4, 9)
     (send,) = keeping.step(time.monotonic())[1].sends
     assert (4, 9, 0, (epoch,)) == (send.first, send.stop, send.word, send.names)
+
+
+def test_who_waits_for_a_promise_that_another_has_given_up_is_told():
+    keeping = Keeping(life("prefill"))
+    epoch = promised(keeping)
+    for sender in ("decode.1", "other.1"):
+        keeping.heard(registration(epoch, sender=sender), 0, time.monotonic())
+    keeping.step(time.monotonic())
+    keeping.heard(messages.Ack("decode.1", 0, "r", epoch, 0, 1, "failed"), 0, time.monotonic())
+    said = keeping.step(time.monotonic())[1]
+    assert {"decode.1", "other.1"} == {one.incarnation for one in said.refusals}
