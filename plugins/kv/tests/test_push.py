@@ -339,3 +339,16 @@ def test_what_a_stranger_says_was_pushed_is_not_believed(deployment):
     assert ([], {}) == (consumer.received, consumer.failed)
     until(lambda: consumer.received, consumer, producer)
     consumer.each(verify, OURS, 0, TOKENS, 1)
+
+
+def test_a_life_has_one_name_and_is_answered_under_no_other(deployment):
+    producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape())
+    ticket = producer.finish("one", THEIRS, TOKENS)
+    assert consumer.ask("lookup", RequestView("here", TOKENS, ticket), 0).tokens
+    until(lambda: all(consumer.each(counted, "mover", "kv_links", {"state": "connected"})), consumer)
+    (mine,) = consumer.each(life)
+    for number, name in enumerate(["decode", *(f"nobody-{n}" for n in range(5))]):
+        consumer.each(say, "prefill", 0, messages.Withdraw(mine, name, 0, f"w{number}", 1))
+        until(lambda number=number: any(one.request == f"w{number}" for one in producer.heard), producer, consumer)
+        producer.step()
+    assert [1] == producer.each(counted, "mover", "kv_links", {"state": "known"})
