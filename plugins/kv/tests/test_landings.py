@@ -40,7 +40,7 @@ class Side:
     def send(self, rank, payload):
         self.sent.append((rank, messages.Reader().decode(payload)))
 
-    def watch(self, key, ranks, payload, longest):
+    def watch(self, key, ranks, payload, longest, seconds):
         self.watched.append((set(ranks), type(messages.Reader().decode(payload)) if payload else None))
 
     def acknowledge(self, link, want, outcome):

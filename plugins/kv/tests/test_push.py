@@ -269,6 +269,16 @@ def test_a_consumer_that_is_killed_costs_its_producer_a_lease(ranks, transport):
     deployment.close()
 
 
+def test_an_engine_that_stands_still_keeps_no_blocks_beyond_its_deadline(ranks, transport):
+    deployment = Deployment(ranks, transport=transport, lease=1.0, deadline=1.0, prefer="push", staging_blocks=STAGING)
+    producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape())
+    ticket = producer.finish("one", THEIRS, TOKENS)
+    begun(producer, consumer, ticket)  # and nobody ever asks what became of it, as if another rank had died
+    until(lambda: producer.released, producer, seconds=20.0)
+    assert 1 == producer.planner.call(counted, "planner", "kv_leases_ended_total", {"cause": "expired"})
+    deployment.close()
+
+
 # -- messages
 
 
