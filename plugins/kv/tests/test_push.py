@@ -195,7 +195,8 @@ def failed_with(consumer, *causes, request="here", engines=()):
     assert all("prefill" in one.why for one in failures)
 
 
-def test_a_lease_that_ends_while_it_is_written_from_is_never_reported_as_good(deployment):
+@pytest.mark.parametrize("words_only", [True, False])
+def test_a_lease_that_ends_while_it_is_written_from_is_never_reported_as_good(deployment, words_only):
     producer, consumer = deployment.engine("prefill", Shape(2)), deployment.engine("decode", Shape())
     ticket = producer.finish("one", THEIRS, TOKENS)
     begun(producer, consumer, ticket)
@@ -204,7 +205,7 @@ def test_a_lease_that_ends_while_it_is_written_from_is_never_reported_as_good(de
     producer.ask("force", "one")
     plan, _ = producer._decide()
     assert ["one"] == producer.released
-    producer.each(begin_pushes, plan)
+    producer.each(begin_pushes, plan, words_only)
     producer.each(spoil, THEIRS)
     failed_with(consumer, "stale", engines=(producer,))
     consumer.each(verify, OURS, 0, 0, 1)

@@ -22,7 +22,8 @@ from tensorway_kv.board import Board, Scratch
 from tensorway_kv.bound import Bound
 from tensorway_kv.ears import Ears
 from tensorway_kv.landings import Landing
-from tensorway_kv.links import Link, Links, Reader
+from tensorway_kv.linking import Links
+from tensorway_kv.links import Link, Reader
 from tensorway_kv.meeting import VERSION, Ground, RankRecord
 from tensorway_kv.options import HandoverOptions
 from tensorway_kv.pulls import Pull

@@ -168,7 +168,8 @@ class Campaign:
 
     def _work(self, aborts: bool = False) -> None:
         """A step of the producer, which computes some of what it promised; the last step of a request ends it."""
-        one, producer = self._to_compute[0], self.producer
+        # The first has the tokens that others share: it is never the one that is given up, unless it is alone.
+        one, producer = self._to_compute[-1 if aborts else 0], self.producer
         view = RequestView(one.theirs, one.tokens)
         if one.computed < one.tokens and not aborts:
             first, stop = one.computed, self.rng.randint(one.computed + 1, one.tokens)
@@ -176,7 +177,7 @@ class Campaign:
             self._step(producer, (one.their_blocks, first, stop, one.number))
             one.computed = stop
             return
-        self._to_compute.pop(0)
+        self._to_compute.remove(one)
         if not aborts:
             self.requests.compute(producer, one)  # its states
         kept = producer.planner.call(side.finish, view, one.their_lists(), one.tokens, aborts)
@@ -267,7 +268,7 @@ class Campaign:
             self.consumer.ask("cancel", chosen.here)
         elif fault == "aborted":
             if self._to_compute:
-                self._to_compute[0].struck = True
+                self._to_compute[-1].struck = True
                 self._work(aborts=True)
         elif fault == "force":
             chosen.struck = True
