@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tensorway.errors import MemoryInvalid, TransferFailed, Unsupported
 from tensorway.kv import Group, Plane, RankGeometry
 from tensorway_kv.layouts import Cache, Parallel, attention
+from tensorway_kv.orders import Copy, Mark
 from tensorway_kv.reads import Held
+from tensorway_kv.shelf import Copied, Shelf
 from tensorway_kv.staging import Pool, Staging, room
 from tensorway_kv.testing.devices import HostCopier, elsewhere
 from tensorway_kv.testing.memory import JUNK, PAGES, Rank, geometries, memory_of, salted
@@ -72,6 +74,51 @@ def test_a_block_is_never_at_two_places(data):
             ids = [block for one in held for block in one[group]]
             assert len(ids) == len(set(ids)) and set(ids) <= set(range(size))
         assert pool.used == sum(len(ids) for one in held for ids in one)
+
+
+# -- what a producer keeps there
+
+TAKEN = ((0, 1, 2, 3, 4), (0,))
+
+
+@pytest.fixture
+def shelf():
+    pool = Pool([8, 2])
+    made = Shelf(pool, [Group(4), Group(0)])
+    assert TAKEN == made.take(((9, 3, 17, 5, 1, 6, 14), (2, 7)), 19)  # no more than the tokens need
+    made.put(Copy("one", 7, 19, ((9, 3, 17, 5, 1), (7,)), TAKEN), Mark(7, TAKEN), range(2))
+    return made, pool
+
+
+def test_a_lease_that_ends_while_it_is_copied_gives_its_blocks_back_once_and_later(shelf):
+    shelf, pool = shelf
+    assert shelf.busy and shelf.copying("one") and not shelf.copying("two")
+    assert shelf.said(0, 7, "") is None
+    assert shelf.end(7) and not shelf.end(8)
+    assert 6 == pool.used
+    assert Copied("one", None) == shelf.said(1, 7, "")
+    assert 0 == pool.used and not shelf.busy and not shelf.end(7)
+
+
+@pytest.mark.parametrize(
+    ("causes", "mark"), [(("", ""), Mark(7, TAKEN)), (("", "failed"), None), (("failed", ""), None)]
+)
+def test_blocks_are_believed_when_all_ranks_have_copied_them(shelf, causes, mark):
+    shelf, pool = shelf
+    assert [None, Copied("one", mark)] == [shelf.said(rank, 7, cause) for rank, cause in enumerate(causes)]
+    assert 6 == pool.used and not shelf.copying("one")
+    assert shelf.end(7)
+    assert 0 == pool.used
+
+
+@pytest.mark.parametrize(("rank", "epoch"), [(2, 7), (-1, 7), (0, 8)])
+def test_who_has_nothing_to_say_of_a_copy_changes_nothing(shelf, rank, epoch):
+    shelf, _ = shelf
+    shelf.said(1, 7, "")
+    for wrong in ((rank, epoch), (1, 7)):
+        with pytest.raises(KeyError):
+            shelf.said(*wrong, "")
+    assert Copied("one", Mark(7, TAKEN)) == shelf.said(0, 7, "")
 
 
 # -- copies

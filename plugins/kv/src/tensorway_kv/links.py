@@ -46,7 +46,6 @@ _SEND: Final = 1.0
 #: Seconds between two tries to send what the peer did not take, and after which nobody waits for it any more.
 _AGAIN: Final = 0.05
 _LATEST: Final = 3600.0
-_FOREVER: Final = float("inf")
 #: Seconds between the first two times that a rank is told something that it is told again and again.
 _WATCH: Final = 0.5
 
@@ -188,13 +187,11 @@ class Link(Generic[BoundT]):
         with self._changed:
             self._held.pop((want.theirs, want.epoch), None)
 
-    def watch(
-        self, key: object, ranks: Collection[int], payload: bytes, longest: float, seconds: float = _FOREVER
-    ) -> None:
-        """Tell these ranks something again and again, for so long, also when others of them are lost.
+    def watch(self, key: object, ranks: Collection[int], payload: bytes, longest: float, seconds: float) -> None:
+        """Tell these ranks something again and again, also when others of them are lost.
 
         So it is found out that a process has ended before the rendezvous misses it, which could not tell that from one
-        that was stopped. Nothing instead of `ranks` ends it.
+        that was stopped. It ends after so many seconds, also where nobody asks any more, or with no `ranks`.
         """
         with self._changed:
             self._watched.pop(key, None)
@@ -356,8 +353,7 @@ class Link(Generic[BoundT]):
     def _look_after(self, now: float) -> float:
         """Tell those that are watched what is due; how long nothing else will be."""
         with self._changed:
-            for key in [key for key, one in self._watched.items() if one.until <= now]:
-                del self._watched[key]
+            self._watched = {key: one for key, one in self._watched.items() if now < one.until}
             due = [one for one in self._watched.values() if one.at <= now]
             for one in due:
                 one.at, one.pause = now + one.pause, min(2 * one.pause, one.longest)
