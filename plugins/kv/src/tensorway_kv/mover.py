@@ -150,8 +150,9 @@ class HandoverMover:
         """Wait until the layer's pages of all that is being fetched have arrived, or nobody waits for them."""
         self._check()
         until, waits = time.monotonic() + deadline, pauses()
-        while missing := [request for request, pull in self._pulls.items() if not pull.has(layer)]:
-            self._early += self._advance(time.monotonic())
+        while missing := self._without(layer):
+            now = time.monotonic()
+            self._early += [*self._heard(now), *self._advance(now)]  # who pushes says that it has
             if time.monotonic() >= until:
                 raise DeadlineExceeded(
                     f"Layer {layer} was to be computed.",
@@ -220,6 +221,11 @@ class HandoverMover:
     def _serve(self) -> Serving:
         assert self._serving is not None
         return self._serving
+
+    def _without(self, layer: int) -> list[str]:
+        """Requests whose pages of that layer are waited for. What is pushed is in the pages when all of it is."""
+        pulled = [request for request, pull in self._pulls.items() if not pull.has(layer)]
+        return [*pulled, *(one.fetch.want.request for one in self._landings.values() if not one.ended)]
 
     def _fetch(self, fetch: orders.Fetch) -> None:
         self._unwant(fetch.want.request)
