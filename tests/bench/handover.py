@@ -148,7 +148,7 @@ def settle(rank: Rank) -> None:
     planner, mover = rank.notes["sides"]
     while planner.busy():
         turn(planner, mover)
-        time.sleep(1e-3)
+        time.sleep(1e-4)
 
 
 def close_producer(rank: Rank) -> None:
@@ -246,14 +246,62 @@ def staging(ranks: Ranks, size: Size, pairs: int) -> None:
     )
 
 
+def pushes(ranks: Ranks, size: Size, pairs: int) -> None:
+    """Hand-overs by push; beside each, the transport's own write of the same bytes, and a copy of them."""
+    rendezvous = Rank(ranks.rendezvous.address).rendezvous()
+    ranks[0].call(open_producer, size, True, {})
+    buffer, geometry = hold(size, True)
+    options = {"prefer": "push", "staging_blocks": size.blocks}
+    planner, mover = (side(role, "decode", rendezvous, geometry, options) for role in ("planner", "mover"))
+    here, spare, ratios = np.frombuffer(buffer, np.uint8), np.ones(size.nbytes, np.uint8), []
+    try:
+        ids = random.Random(1).sample(range(size.blocks), size.blocks)
+        for number in range(pairs + 1):
+            request = f"push-{number}"
+            ticket = ranks[0].call(keep, request, ids)
+            ranks[0].start(settle)  # it goes on beside us until it has pushed, and is told that it has
+            took = handed_over(planner, mover, f"{request}-here", ticket, ids, 1e-4)
+            assert here.min() == here.max() > 1, "other bytes arrived than were sent"
+            while planner.busy():
+                turn(planner, mover)
+            ranks[0].result()
+            beside = ranks[0].call(write, ids)
+            started = time.perf_counter()
+            np.copyto(spare, here)
+            if number:  # the first connects
+                ratios.append((beside + time.perf_counter() - started) / took)
+    finally:
+        mover.close()
+        planner.close()
+        rendezvous.close()
+        ranks[0].call(close_producer)
+    ratios.sort()
+    print(
+        f"local shm, {size.nbytes >> 20} MiB in {size.layers} layers x {size.blocks} blocks, pushed in random order: "
+        f"{statistics.median(ratios):.2f} of the transport's own write and a copy ({ratios[0]:.2f} to "
+        f"{ratios[-1]:.2f}, {pairs} pairs)"
+    )
+
+
+def write(rank: Rank, ids: list[int]) -> float:
+    """Seconds in which the transport alone writes a request to staging memory."""
+    (link,) = rank.notes["sides"][1]._serving.links
+    held, tokens = Held([ids]), len(ids) * PAGE
+    started = time.perf_counter()
+    until = time.monotonic() + 60
+    for transfer in link.bound.ways[0].write(held, Held([list(range(len(ids)))]), 0, tokens, until, states=True):
+        transfer.wait()
+    return time.perf_counter() - started
+
+
 def steps(rank: Rank, count: int) -> None:
     """So many steps of the producer."""
     for _ in range(count):
         turn(*rank.notes["sides"])
 
 
-def handed_over(planner: Any, mover: Any, request: str, ticket: object, ids: list[int]) -> float:
-    """Seconds from `reserve` to `received`."""
+def handed_over(planner: Any, mover: Any, request: str, ticket: object, ids: list[int], pause: float = 0.0) -> float:
+    """Seconds from `reserve` to `received`; `pause` between steps, in which threads of ours get their turn."""
     tokens = len(ids) * PAGE
     view = RequestView(request, tokens, ticket)
     assert planner.lookup(view, 0).tokens == tokens
@@ -264,6 +312,8 @@ def handed_over(planner: Any, mover: Any, request: str, ticket: object, ids: lis
         assert not step.failed, step
         if step.received:
             return time.perf_counter() - started
+        if pause:
+            time.sleep(pause)
 
 
 def read(mover: Any, ids: list[int]) -> float:
@@ -293,6 +343,7 @@ def main() -> None:
     with Ranks(2) as ranks:
         for shared in (False, True):
             throughput(ranks, Size(16, 128) if short else Size(32, 512), shared, 5 if short else 15)
+        pushes(ranks, Size(16, 128) if short else Size(32, 256), 5 if short else 15)
         staging(ranks, Size(16, 128) if short else Size(32, 256), 5 if short else 15)
 
 

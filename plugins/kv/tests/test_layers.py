@@ -55,9 +55,7 @@ class Prefill:
         """A step that computes some tokens."""
         blocks = self.blocks if blocks is None else blocks
         self.producer.ask("computes", RequestView(request, TOKENS), blocks, start, stop)
-        plan, _ = self.producer._decide()
-        said = self.producer.each(compute, plan, [(blocks, start, stop, salt)], self.spoken)
-        self.producer._said += list(enumerate(said))
+        self.producer.does(compute, [(blocks, start, stop, salt)], self.spoken)
         self.consumer.step()
 
     def finish(self, request="one", tokens=TOKENS, salt=1, blocks=None, **options):

@@ -248,6 +248,24 @@ def test_a_request_whose_producer_is_gone_is_waited_for_until_it_has_failed(rank
     made.close()
 
 
+def test_what_is_pushed_is_waited_for_too(ranks):
+    made = Deployment(ranks, deadline=20.0, prefer="push", staging_blocks=8)
+    producer, consumer = made.engine("prefill", SHAPE), made.engine("decode", SHAPE)
+    ticket = producer.finish("one", THEIRS, TOKENS)
+    producer.step()
+    consumer.ask("reserve", RequestView("here", TOKENS, ticket), OURS, 0, TOKENS)
+    consumer.begin()
+    with pytest.raises(RankFailed, match="Layer 0 was to be computed"):
+        consumer.each(await_layer, 0, 0.1)  # its producer has not heard of it
+    (mover,) = consumer.movers
+    mover.start(await_layer, 0, 30.0)
+    until(lambda: "one" in producer.released, producer)
+    mover.result()
+    consumer.each(verify, OURS, 0, TOKENS, 1)
+    ended(consumer, "here")
+    made.close()
+
+
 def test_who_lacks_nothing_waits_for_nothing(deployment):
     producer, consumer = deployment.engine("prefill", SHAPE), deployment.engine("decode", SHAPE)
     ticket = producer.finish("one", THEIRS, TOKENS)

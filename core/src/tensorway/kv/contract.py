@@ -170,8 +170,9 @@ class Planner(Protocol):
     def reserve(self, request: RequestView, blocks: Blocks, have: int, tokens: int) -> None:
         """The request's blocks are allocated: `tokens` beyond `have` are to come into them. Again changes nothing.
 
-        With no tokens it says that the engine has all it needs: who keeps blocks for the request need not any more. A
-        list that is shorter than its tokens need is of their last blocks, as that of a sliding window is.
+        With no tokens it says that the engine has all it needs: who keeps blocks for the request need not any more. It
+        is received like any other then; one whose ticket is worth nothing is not heard of again. A list that is shorter
+        than its tokens need is of their last blocks, as that of a sliding window is.
         """
         ...
 

@@ -14,7 +14,8 @@ from tensorway.errors import TensorwayError
 from tensorway.kv import Result
 from tensorway.rendezvous.directory import SILENT
 from tensorway_kv import messages
-from tensorway_kv.links import Bound, Link, Reader
+from tensorway_kv.bound import Bound
+from tensorway_kv.links import Link, Reader
 from tensorway_kv.observed import Ended
 from tensorway_kv.orders import Await
 from tensorway_kv.pulls import Phase

@@ -12,8 +12,8 @@ import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 from typing import Final, Generic, Protocol, TypeVar
 
 import attrs
@@ -29,9 +29,10 @@ from tensorway.errors import (
     TensorwayError,
 )
 from tensorway.rendezvous import Directory
-from tensorway.transport import BlockTable, Peer, Route, Transport
+from tensorway.transport import BlockTable, Peer, Transport
 from tensorway_kv import messages
 from tensorway_kv.board import WORD, Scratch
+from tensorway_kv.bound import Bound, routes_of
 from tensorway_kv.failover import Peers
 from tensorway_kv.meeting import Ground, RankRecord
 from tensorway_kv.orders import Want
@@ -47,34 +48,6 @@ _AGAIN: Final = 0.05
 _LATEST: Final = 3600.0
 #: Seconds between the first two times that a rank is told something that it is told again and again.
 _WATCH: Final = 0.5
-
-
-@attrs.frozen(eq=False)
-class Bound:
-    """All that reading from an engine needs, once its ranks are connected."""
-
-    info: EngineTransferInfo
-    reads: Reads
-    peers: dict[int, Peer]
-    routes: dict[int, list[Route]]
-    boards: dict[int, Route]
-    #: For each rank that is told, how many of ours tell it.
-    readers: dict[int, int]
-    _layers: dict[int, Bound] = attrs.field(factory=dict)
-
-    def layer(self, number: int, endpoint: Transport) -> Bound:
-        """The same for one layer alone, whose routes are prepared when it is asked for first."""
-        if number not in self._layers:
-            reads = self.reads.layer(number)
-            self._layers[number] = attrs.evolve(self, reads=reads, routes=_routes(reads, self.peers, endpoint))
-        return self._layers[number]
-
-
-def _routes(reads: Reads, peers: dict[int, Peer], endpoint: Transport) -> dict[int, list[Route]]:
-    return {
-        rank: [endpoint.prepare(peers[rank], local, remote) for local, remote in reads.routes(rank)]
-        for rank in reads.producers
-    }
 
 
 @attrs.define
@@ -103,10 +76,10 @@ class Connected(Protocol):
         """Those that anything is said to, by rank."""
 
 
-_Bound = TypeVar("_Bound", bound=Connected)
+BoundT = TypeVar("BoundT", bound=Connected)
 
 
-class Side(ABC, Generic[_Bound]):
+class Side(ABC, Generic[BoundT]):
     """Our rank, as all of its links of one kind need it: whom it connects to, and what it prepares then."""
 
     def __init__(self, ground: Ground, endpoint: Transport, me: tuple[str, str], rank: int) -> None:
@@ -119,7 +92,7 @@ class Side(ABC, Generic[_Bound]):
         """The ranks of an engine that are to be connected; raises what says that it never can be used."""
 
     @abstractmethod
-    def bind(self, engine: str, incarnation: str, records: Sequence[RankRecord], peers: dict[int, Peer]) -> _Bound:
+    def bind(self, engine: str, incarnation: str, records: Sequence[RankRecord], peers: dict[int, Peer]) -> BoundT:
         """All that is prepared once they are connected."""
 
 
@@ -150,7 +123,7 @@ class Reader(Side[Bound]):
         for rank in reads.producers:
             words = BlockTable((records[rank].board,), WORD, WORD, max(sum(info.ranks[rank].blocks), 1))
             boards[rank] = self.endpoint.prepare(peers[rank], self.scratch.table, words)
-        return Bound(info, reads, peers, _routes(reads, peers, self.endpoint), boards, readers)
+        return Bound(info, reads, peers, routes_of(reads, peers, self.endpoint), boards, readers)
 
     def acknowledge(self, link: Link[Bound], want: Want, outcome: messages.Outcome) -> None:
         """Tell every rank that keeps blocks for us that we need them no more."""
@@ -164,13 +137,13 @@ def _info(engine: str, incarnation: str, records: Sequence[RankRecord]) -> Engin
     return EngineTransferInfo(engine, incarnation, tuple(record.geometry for record in records))
 
 
-class Link(Generic[_Bound]):
+class Link(Generic[BoundT]):
     """One life of another engine."""
 
-    def __init__(self, side: Side[_Bound], engine: str, incarnation: str) -> None:
+    def __init__(self, side: Side[BoundT], engine: str, incarnation: str) -> None:
         self.engine, self.incarnation = engine, incarnation
         #: Set once connected.
-        self.bound: _Bound | None = None
+        self.bound: BoundT | None = None
         #: Why it can never be read from, and in one word; empty while that is not known.
         self.hopeless: tuple[str, str] | None = None
         #: What the last try to connect ended with.
@@ -336,7 +309,7 @@ class Link(Generic[_Bound]):
             _log.debug("Engine %s was not reached: %s", self.engine, error)
         return self.bound is not None
 
-    def _connect(self, until: float) -> _Bound | None:
+    def _connect(self, until: float) -> BoundT | None:
         side, ground = self._side, self._side.ground
         lives = ground.engine(self.engine, max(0.1, until - time.monotonic()))
         if lives is None:
@@ -424,70 +397,3 @@ class Link(Generic[_Bound]):
             self._directory.close()
         for peer in self._connected.values():
             self._side.endpoint.disconnect(peer)
-
-
-class Links(Generic[_Bound]):
-    """All links of one side: one for each life of an engine, and those that are over and not yet ended."""
-
-    def __init__(self, side: Side[_Bound]) -> None:
-        self._side = side
-        self._links: dict[tuple[str, str], Link[_Bound]] = {}
-        #: Their threads may still have something to say.
-        self._over: list[Link[_Bound]] = []
-        self._told: Counter[str] = Counter()
-
-    def __iter__(self) -> Iterator[Link[_Bound]]:
-        return iter(list(self._links.values()))
-
-    def __len__(self) -> int:
-        return len(self._links)
-
-    def to(self, engine: str, incarnation: str) -> Link[_Bound]:
-        """To a life of an engine; a new one if the connection broke, and the engine may live."""
-        key = engine, incarnation
-        link = self._links.get(key)
-        if link is not None and link.lost and link.hopeless is None:
-            self._retire(link)
-            link = None
-        if link is None:
-            link = self._links[key] = Link(self._side, *key)
-        return link
-
-    def replaced(self, engine: str, incarnation: str) -> None:
-        """An engine lives this life now; those before it are over."""
-        for link in self:
-            if link.engine == engine and link.incarnation != incarnation:
-                link.lose("lost", f"it was replaced by its incarnation {incarnation[:12]}")
-
-    def tidy(self, used: Collection[Link[_Bound]]) -> None:
-        """Let go of lives that are over, once nobody waits for them."""
-        for key, link in list(self._links.items()):
-            if link.hopeless is not None and link not in used:
-                self._retire(link)
-                del self._links[key]
-        for link in [link for link in self._over if link.ended]:
-            self._over.remove(link)
-            self._told.update(link.counts)
-
-    def told(self) -> Counter[str]:
-        """What became of all messages so far."""
-        return sum((Counter(link.counts) for link in (*self, *self._over)), Counter(self._told))
-
-    def connected(self) -> int:
-        """How many are connected."""
-        return sum(link.bound is not None and not link.lost for link in self)
-
-    def stop(self) -> None:
-        """Let all threads end."""
-        for link in (*self, *self._over):
-            link.stop()
-
-    def close(self, until: float) -> None:
-        """Let them end, and wait until they have."""
-        self.stop()
-        for link in (*self, *self._over):
-            link.close(max(0.0, until - time.monotonic()))
-
-    def _retire(self, link: Link[_Bound]) -> None:
-        link.stop()
-        self._over.append(link)

@@ -19,9 +19,11 @@ from tensorway.transport import Transport
 from tensorway.transport.transfer import pauses
 from tensorway_kv import messages, orders
 from tensorway_kv.board import Board, Scratch
+from tensorway_kv.bound import Bound
 from tensorway_kv.ears import Ears
 from tensorway_kv.landings import Landing
-from tensorway_kv.links import Bound, Link, Links, Reader
+from tensorway_kv.linking import Links
+from tensorway_kv.links import Link, Reader
 from tensorway_kv.meeting import VERSION, Ground, RankRecord
 from tensorway_kv.observed import Observer
 from tensorway_kv.options import HandoverOptions
@@ -140,8 +142,7 @@ class HandoverMover:
             self._serve.links.replaced(*life)
         for request in [request for request, (_, _, end) in self._wants.items() if end <= now]:
             self._unwant(request)
-        heard = self._heard(now)  # first, because it may be what somebody waits for
-        results = [*self._early, *self._advance(now), *heard]
+        results = [*self._early, *self._go_on(now)]
         self._early.clear()
         self._tidy()
         return results
@@ -150,9 +151,8 @@ class HandoverMover:
         """Wait until the layer's pages of all that is being fetched have arrived, or nobody waits for them."""
         self._check()
         until, waits = time.monotonic() + deadline, pauses()
-        while missing := self._without(layer):
-            now = time.monotonic()
-            self._early += [*self._heard(now), *self._advance(now)]  # who pushes says that it has
+        while missing := self._missing(layer):
+            self._early += self._go_on(time.monotonic())
             if time.monotonic() >= until:
                 raise DeadlineExceeded(
                     f"Layer {layer} was to be computed.",
@@ -212,6 +212,15 @@ class HandoverMover:
 
     # -- inside
 
+    def _go_on(self, now: float) -> list[Result]:
+        heard = self._heard(now)  # first, because it may be what somebody waits for
+        return [*self._advance(now), *heard]
+
+    def _missing(self, layer: int) -> list[str]:
+        """Requests of which a layer's pages may still come: what is pushed is there all at once."""
+        pushed = [landing.fetch.want.request for landing in self._landings.values() if not landing.ended]
+        return [request for request, pull in self._pulls.items() if not pull.has(layer)] + pushed
+
     @property
     def _known(self) -> Links[Bound]:
         assert self._links is not None
@@ -221,11 +230,6 @@ class HandoverMover:
     def _serve(self) -> Serving:
         assert self._serving is not None
         return self._serving
-
-    def _without(self, layer: int) -> list[str]:
-        """Requests whose pages of that layer are waited for. What is pushed is in the pages when all of it is."""
-        pulled = [request for request, pull in self._pulls.items() if not pull.has(layer)]
-        return [*pulled, *(one.fetch.want.request for one in self._landings.values() if not one.ended)]
 
     def _fetch(self, fetch: orders.Fetch) -> None:
         self._unwant(fetch.want.request)

@@ -20,8 +20,9 @@ from tensorway.kv import Result
 from tensorway.transport import State, Transfer
 from tensorway_kv import messages
 from tensorway_kv.board import starts, verdict
+from tensorway_kv.bound import Bound
 from tensorway_kv.failover import Cause
-from tensorway_kv.links import Bound, Link, Reader
+from tensorway_kv.links import Link, Reader
 from tensorway_kv.observed import Ended, moved
 from tensorway_kv.orders import Fetch
 from tensorway_kv.reads import Held

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from tensorway.metrics import Counters
 from tensorway_kv.board import Board
-from tensorway_kv.links import Links
+from tensorway_kv.linking import Links
 from tensorway_kv.orders import Orders, Refuse
 from tensorway_kv.pushes import Push, refusal
 from tensorway_kv.writing import Writer, Written

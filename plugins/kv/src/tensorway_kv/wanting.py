@@ -128,11 +128,9 @@ class Wanting:
         if not wanted.reserved:
             wanted.silent = True
             self._unneeded(request, wanted)
-        elif request in self._waiting and wanted.way == "push":
-            self._give_up(request, wanted, "cancelled")
         else:
-            if request in self._waiting:
-                wanted.stop = wanted.start  # it needs no room any more to be told that it is given up
+            if request in self._waiting:  # it needs no room any more to be told that it is given up
+                wanted.way, wanted.stop = "pull", wanted.start
             self._asked.cancels.append(request)
 
     def _reserve(self, request: str, wanted: _Wanted) -> None:

@@ -27,6 +27,7 @@ from tensorway.kv import RequestView
 from tensorway.testing.ranks import Ranks
 from tensorway_kv.testing import engine as side
 from tensorway_kv.testing.engine import Deployment, Engine
+from tensorway_kv.testing.pushing import compute
 from tensorway_kv.testing.requests import Requests, Wanted, check
 from tensorway_kv.testing.shapes import pair
 
@@ -44,6 +45,7 @@ FAULTS: Final[dict[str, tuple[set[str], int]]] = {
     "none": (set(), 8),
     "cancel": ({"cancelled"}, 5),
     "force": ({"stale"}, 10),
+    "aborted": ({"refused", "stale"}, 3),
     "forged ticket": (set(), 2),
     "replayed ticket": (set(), 2),
     "late request": ({"stale"}, 1),
@@ -75,6 +77,9 @@ class Campaign:
         self.faults: Counter[str] = Counter()
         self.slowest = 0.0
         self._pairs = 0
+        self._promises = False
+        #: Promised, and not yet ended.
+        self._to_compute: list[Wanted] = []
 
     def close(self) -> None:
         """End all processes."""
@@ -89,7 +94,12 @@ class Campaign:
     def _pair(self, handovers: int) -> None:
         own, theirs = pair(self.rng)
         self._pairs += 1
-        deployment = Deployment(self.ranks, **{**self.options, "path": f"/campaign-{self.seed}/{self._pairs}"})
+        # Engines that push have room for all of a round, or for hardly one request.
+        room, prefer = self.rng.choice(((0, "pull"), (64, "pull"), (64, "push"), (64, "push"), (12, "push")))
+        how = {"staging_blocks": room, "prefer": prefer, **self.options}
+        # What goes through staging memory both ways is not sent while it is computed.
+        self._promises = how["staging_blocks"] >= 64 and not how.get("stage")
+        deployment = Deployment(self.ranks, **{**how, "path": f"/campaign-{self.seed}/{self._pairs}"})
         try:
             self.deployment = deployment
             self.producer = deployment.engine("prefill", theirs)
@@ -110,12 +120,18 @@ class Campaign:
     def _round(self) -> None:
         rng = self.rng
         fault = rng.choices(list(FAULTS), [often for _, often in FAULTS.values()])[0]
+        if fault == "aborted" and not self._promises:
+            fault = "none"
         self.faults[fault] += 1
         wanted = self.requests.several(rng.randint(1, 4))
         try:
+            promised = self._promises and fault != "late request" and rng.random() < 0.5
             for one in wanted:
-                self.requests.compute(self.producer, one)
-                one.ticket = self.producer.keep(one.theirs, one.their_lists(), one.tokens)
+                if promised or fault == "aborted":
+                    self._promise(one)
+                else:
+                    self.requests.compute(self.producer, one)
+                    one.ticket = self.producer.keep(one.theirs, one.their_lists(), one.tokens)
             if fault == "late request":
                 self._until_kept_no_more(wanted)
             elif rng.random() < 0.7:
@@ -129,14 +145,45 @@ class Campaign:
             raise
         self.counts["requests"] += len(wanted)
 
-    def _step(self, engine: Engine) -> None:
+    def _step(self, engine: Engine, *chunks: tuple[Any, int, int, int]) -> None:
         """One step; what the producer lets go of is used for something else at once, as an engine would."""
         known = len(engine.released)
-        engine.step()
+        if chunks:
+            engine.does(compute, chunks, self.rng.random() < 0.9)
+        else:
+            engine.step()
         if engine is self.producer:
             for request in engine.released[known:]:
-                if (blocks := self.requests.let_go(request)) is not None:
-                    engine.each(side.spoil, blocks)
+                self._let_be(engine, request)
+
+    def _let_be(self, engine: Engine, request: str) -> None:
+        if (blocks := self.requests.let_go(request)) is not None:
+            engine.each(side.spoil, blocks)
+
+    def _promise(self, one: Wanted) -> None:
+        one.ticket = self.producer.ask("promise", RequestView(one.theirs, one.tokens), one.tokens)
+        assert one.ticket is not None
+        one.promised, one.computed = True, one.shared  # what it shares is computed when its turn comes
+        self._to_compute.append(one)
+
+    def _work(self, aborts: bool = False) -> None:
+        """A step of the producer, which computes some of what it promised; the last step of a request ends it."""
+        # The first has the tokens that others share: it is never the one that is given up, unless it is alone.
+        one, producer = self._to_compute[-1 if aborts else 0], self.producer
+        view = RequestView(one.theirs, one.tokens)
+        if one.computed < one.tokens and not aborts:
+            first, stop = one.computed, self.rng.randint(one.computed + 1, one.tokens)
+            producer.ask("computes", view, one.their_blocks, first, stop)
+            self._step(producer, (one.their_blocks, first, stop, one.number))
+            one.computed = stop
+            return
+        self._to_compute.remove(one)
+        if not aborts:
+            self.requests.compute(producer, one)  # its states
+        kept = producer.planner.call(side.finish, view, one.their_lists(), one.tokens, aborts)
+        if not kept:
+            producer.released.append(one.theirs)
+            self._let_be(producer, one.theirs)
 
     def _until_kept_no_more(self, wanted: list[Wanted]) -> None:
         until, names = time.monotonic() + LEASE + SLACK, {one.theirs for one in wanted}
@@ -194,7 +241,10 @@ class Campaign:
                 stopped = None
             engine = self.consumer if next(turns) == self.consumer.name else self.producer
             if engine.name not in dead and (stopped is None or stopped.engine is not engine):
-                self._step(engine)
+                if self._to_compute and engine is self.producer and self.rng.random() < 0.7:
+                    self._work()
+                else:
+                    self._step(engine)
             self._note(wanted)
             if not pending and stopped is None and all(one.ended for one in wanted if one.told):
                 break
@@ -216,6 +266,10 @@ class Campaign:
         if fault == "cancel":
             chosen.struck = True
             self.consumer.ask("cancel", chosen.here)
+        elif fault == "aborted":
+            if self._to_compute:
+                self._to_compute[-1].struck = True
+                self._work(aborts=True)
         elif fault == "force":
             chosen.struck = True
             self.producer.ask("force", chosen.theirs)
@@ -244,7 +298,7 @@ class Campaign:
         if fault == "consumer killed":
             return
         for one in wanted:
-            results = [result for result in consumer.results if result.request == one.here]
+            results = [said for said in consumer.results if (said.request, said.what) == (one.here, "received")]
             assert len(results) == (0 if one.miss else len(consumer.movers)), results
             causes = {result.cause for result in results if result.cause}
             assert consumer.received.count(one.here) + (one.here in consumer.failed) == one.told, one
@@ -256,7 +310,7 @@ class Campaign:
                 assert fault != "late request" or one.have == one.tokens, f"too late, and received: {one}"
                 self.counts["received"] += 1
                 continue
-            expected = allowed if one.struck or fault not in ("cancel", "force") else set()
+            expected = allowed if one.struck or fault not in ("cancel", "force", "aborted") else set()
             assert one.miss or (causes and causes <= expected), f"{one} failed: {results}"
             assert all("prefill" in result.why for result in results if result.cause), results
             self.counts[f"failed: {min(causes) if causes else 'no ticket'}"] += 1
@@ -266,6 +320,10 @@ class Campaign:
 
     def _let_go(self, wanted: list[Wanted], fault: str) -> None:
         """Everything comes back, once; whoever has lost a rank begins anew."""
+        if fault in ("producer killed", "producer restarted"):
+            self._to_compute.clear()
+        while self._to_compute:
+            self._work()
         if fault == "producer killed":
             self.producer = self._again(self.producer)
         if fault in ("producer killed", "producer restarted"):
@@ -284,14 +342,16 @@ class Campaign:
         self.requests.ended(wanted)
 
     def _nothing_left(self) -> None:
-        until = time.monotonic() + LEASE + SLACK
+        # Whoever was stopped is asked again, less and less often, whether it writes to landing memory.
+        until = time.monotonic() + LEASE + SLACK + 4 * DEADLINE
         while sum(one.step() for one in (self.consumer, self.producer)):
             assert time.monotonic() < until, "an engine has something to do, and nothing is wanted"
         assert [] == list(self.producer.ask("leases"))
         assert self.requests.whole, "blocks were lost"
         assert 0 == self.consumer.planner.call(side.counted, "planner", "kv_requests_waiting")
         for one in (self.consumer, self.producer):
-            assert 0 == one.planner.call(side.counted, "planner", "kv_staging_blocks", {"state": "used"})
+            for state in ("used", "held"):
+                assert 0 == one.planner.call(side.counted, "planner", "kv_staging_blocks", {"state": state})
         assert {0} == set(self.consumer.each(side.counted, "mover", "kv_requests_waiting"))
         self.consumer.each(check, [])
 

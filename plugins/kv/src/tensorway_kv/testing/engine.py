@@ -51,6 +51,11 @@ def ask(rank: Rank, name: str, *arguments: Any, **options: Any) -> Any:
     return getattr(rank.notes["planner"], name)(*arguments, **options)
 
 
+def finish(rank: Rank, request: RequestView, blocks: Ids, tokens: int, aborted: bool) -> bool:
+    """End a request; whether its blocks are kept."""
+    return bool(rank.notes["planner"].finish(request, blocks, tokens, aborted=aborted).keep)
+
+
 def step(rank: Rank, results: Sequence[tuple[int, list[Result]]]) -> Any:
     """Give the planner what movers said, and ask what is next."""
     planner = rank.notes["planner"]
@@ -168,8 +173,12 @@ class Engine:
 
     def step(self) -> bool:
         """One step of the engine: what the planner decided goes to every mover, what they say comes back."""
+        return self.does(turn)
+
+    def does(self, function: Callable[..., Any], *arguments: Any) -> bool:
+        """The same where movers' processes call a function that is given the plan, and says what has ended."""
         plan, busy = self._decide()
-        self._said = list(enumerate(self.each(turn, plan)))
+        self._said = list(enumerate(self.each(function, plan, *arguments)))
         for _, said in self._said:
             self.results += [result for result in said if result.what != "heard"]
             self.heard += [result for result in said if result.what == "heard"]

@@ -47,6 +47,9 @@ class Wanted:
     struck: bool = False
     #: Whether the consumer is to hear what became of it.
     told: bool = True
+    #: Whether it was promised before it was computed, and up to which token it is.
+    promised: bool = False
+    computed: int = 0
     #: Tokens that the consumer was told are good.
     good: int = 0
 
