@@ -219,7 +219,7 @@ def keeps_when_closed(side: Any) -> Any:
 def capabilities_differ(side: Any) -> Any:
     """Its movers can do what its planner cannot."""
     if isinstance(side, HandoverMover):
-        side.capabilities = attrs.evolve(side.capabilities, push=True)
+        side.capabilities = attrs.evolve(side.capabilities, push=not side.capabilities.push)
     return side
 
 
