@@ -195,7 +195,8 @@ def failed_with(consumer, *causes, request="here", engines=()):
     assert all("prefill" in one.why for one in failures)
 
 
-def test_a_lease_that_ends_while_it_is_written_from_is_never_reported_as_good(deployment):
+@pytest.mark.parametrize("words_only", [True, False])
+def test_a_lease_that_ends_while_it_is_written_from_is_never_reported_as_good(deployment, words_only):
     producer, consumer = deployment.engine("prefill", Shape(2)), deployment.engine("decode", Shape())
     ticket = producer.finish("one", THEIRS, TOKENS)
     begun(producer, consumer, ticket)
@@ -204,7 +205,7 @@ def test_a_lease_that_ends_while_it_is_written_from_is_never_reported_as_good(de
     producer.ask("force", "one")
     plan, _ = producer._decide()
     assert ["one"] == producer.released
-    producer.each(begin_pushes, plan)
+    producer.each(begin_pushes, plan, words_only)
     producer.each(spoil, THEIRS)
     failed_with(consumer, "stale", engines=(producer,))
     consumer.each(verify, OURS, 0, 0, 1)
@@ -265,6 +266,16 @@ def test_a_consumer_that_is_killed_costs_its_producer_a_lease(ranks, transport):
     for process in (consumer.planner, *consumer.movers):
         process.signal(signal.SIGKILL)
     until(lambda: producer.released and not sum(producer.each(pushing)), producer)
+    deployment.close()
+
+
+def test_an_engine_that_stands_still_keeps_no_blocks_beyond_its_deadline(ranks, transport):
+    deployment = Deployment(ranks, transport=transport, lease=1.0, deadline=1.0, prefer="push", staging_blocks=STAGING)
+    producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape())
+    ticket = producer.finish("one", THEIRS, TOKENS)
+    begun(producer, consumer, ticket)  # and nobody ever asks what became of it, as if another rank had died
+    until(lambda: producer.released, producer, seconds=20.0)
+    assert 1 == producer.planner.call(counted, "planner", "kv_leases_ended_total", {"cause": "expired"})
     deployment.close()
 
 
@@ -338,3 +349,16 @@ def test_what_a_stranger_says_was_pushed_is_not_believed(deployment):
     assert ([], {}) == (consumer.received, consumer.failed)
     until(lambda: consumer.received, consumer, producer)
     consumer.each(verify, OURS, 0, TOKENS, 1)
+
+
+def test_a_life_has_one_name_and_is_answered_under_no_other(deployment):
+    producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape())
+    ticket = producer.finish("one", THEIRS, TOKENS)
+    assert consumer.ask("lookup", RequestView("here", TOKENS, ticket), 0).tokens
+    until(lambda: all(consumer.each(counted, "mover", "kv_links", {"state": "connected"})), consumer)
+    (mine,) = consumer.each(life)
+    for number, name in enumerate(["decode", *(f"nobody-{n}" for n in range(5))]):
+        consumer.each(say, "prefill", 0, messages.Withdraw(mine, name, 0, f"w{number}", 1))
+        until(lambda number=number: any(one.request == f"w{number}" for one in producer.heard), producer, consumer)
+        producer.step()
+    assert [1] == producer.each(counted, "mover", "kv_links", {"state": "known"})

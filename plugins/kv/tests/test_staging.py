@@ -227,10 +227,16 @@ def test_a_copy_that_fails_at_the_producer_costs_one_request(deployment):
     producer, consumer = device_engine(deployment, "prefill", Shape(2)), deployment.engine("decode", Shape())
     producer.movers[1].call(fail_copies, 1)
     ticket = producer.finish("one", THEIRS, TOKENS)
+    producer.begin()  # copied at one rank and not at the other, and nobody has heard of it
+    consumer.ask("reserve", RequestView("here", TOKENS, ticket), OURS, 0, TOKENS)
+    consumer.step()
+    until(lambda: consumer.each(counted, "mover", "kv_links", {"state": "connected"}) == [1], consumer)
+    for _ in range(20):
+        consumer.step()
+    assert ([], {}) == (consumer.received, consumer.failed)
     until(lambda: producer.released, producer)
     assert [("sent", "failed")] == [(one.what, one.cause) for one in producer.results if one.cause]
     assert all("the stream is broken" in one.why for one in producer.results if one.cause)
-    consumer.ask("reserve", RequestView("here", TOKENS, ticket), OURS, 0, TOKENS)
     until(lambda: consumer.received or consumer.failed, producer, consumer)
     assert ([], {"here": 0}, ["stale"]) == (consumer.received, consumer.failed, [one.cause for one in consumer.results])
     consumer.failed.clear()

@@ -169,7 +169,7 @@ class Keeping:
         released, self._copied = self._copied, []
         for lease in self.leases.released():
             kept = self._kept.pop(lease.request)
-            if lease.ended != "acknowledged":
+            if lease.ended != "acknowledged" or not kept.filled:
                 self._refuse(kept, "expired")
             staged = self._shelf.end(lease.epoch)
             if not staged and not kept.filled:  # its blocks are the engine's, which computes or has given up

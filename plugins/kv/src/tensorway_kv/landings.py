@@ -28,6 +28,7 @@ _WATCH: Final = 1.0
 _AGAIN: Final = 30.0
 #: Seconds after which a rank that was not heard of all the time will not go on: it may have been stopped, or cut off.
 _SILENCE: Final = 600.0
+_FOREVER: Final = float("inf")
 _STALE: Final = {"unknown", "epoch", "ended", "expired"}
 _CAUSES: Final = {"deadline": "deadline", "failed": "failed", **dict.fromkeys(_STALE, "stale")}
 
@@ -100,7 +101,7 @@ class Landing:
             if not self._owed:
                 self.clear = True
                 for each in {self.link, link, self._told or link}:
-                    each.watch(self, (), b"", 0.0)
+                    each.watch(self, (), b"", 0.0, 0.0)
                 want = self.fetch.want
                 results.append(Result(want.request, "cleared", proof=str(want.epoch).encode()))
         return results
@@ -136,7 +137,7 @@ class Landing:
         me, want = self._reader, self.fetch.want
         held = messages.Held(want.theirs, want.epoch)
         beat = messages.encode(messages.Heartbeat(me.incarnation, me.rank, (held,)))
-        self.link.watch(self, self._owed, beat, _WATCH)
+        self.link.watch(self, self._owed, beat, _WATCH, self._until - now)
         payload = self._registration(max(1e-3, self._until - now))
         for rank in self._asked:
             self.link.send(rank, payload)
@@ -176,7 +177,7 @@ class Landing:
         me, want = self._reader, self.fetch.want
         payload = messages.encode(messages.Withdraw(me.incarnation, me.engine, me.rank, want.theirs, want.epoch))
         for each in {self.link, link} if link is not self._told else ():
-            each.watch(self, self._owed, payload, _AGAIN)
+            each.watch(self, self._owed, payload, _AGAIN, _FOREVER)
         if link is not self._told and link is not self.link:
             link.need(_SILENCE)
         self._told = link

@@ -64,6 +64,7 @@ class _Watch:
     ranks: frozenset[int]
     payload: bytes
     longest: float
+    until: float
     pause: float = _WATCH
     at: float = 0.0
 
@@ -186,16 +187,16 @@ class Link(Generic[BoundT]):
         with self._changed:
             self._held.pop((want.theirs, want.epoch), None)
 
-    def watch(self, key: object, ranks: Collection[int], payload: bytes, longest: float) -> None:
+    def watch(self, key: object, ranks: Collection[int], payload: bytes, longest: float, seconds: float) -> None:
         """Tell these ranks something again and again, also when others of them are lost.
 
         So it is found out that a process has ended before the rendezvous misses it, which could not tell that from one
-        that was stopped. Nothing instead of `ranks` ends it.
+        that was stopped. It ends after so many seconds, also where nobody asks any more, or with no `ranks`.
         """
         with self._changed:
             self._watched.pop(key, None)
             if ranks:
-                self._watched[key] = _Watch(frozenset(ranks), payload, longest)
+                self._watched[key] = _Watch(frozenset(ranks), payload, longest, time.monotonic() + seconds)
             self._changed.notify_all()
 
     def need(self, seconds: float) -> None:
@@ -352,6 +353,7 @@ class Link(Generic[BoundT]):
     def _look_after(self, now: float) -> float:
         """Tell those that are watched what is due; how long nothing else will be."""
         with self._changed:
+            self._watched = {key: one for key, one in self._watched.items() if now < one.until}
             due = [one for one in self._watched.values() if one.at <= now]
             for one in due:
                 one.at, one.pause = now + one.pause, min(2 * one.pause, one.longest)

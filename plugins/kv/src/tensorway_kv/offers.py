@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def handover(ctx: HookContext) -> Offer:
-    """The connector `handover`: whoever needs blocks reads them where they lie, over any transport."""
+    """The connector `handover`: whoever needs blocks reads them where they lie, or has them written."""
     return Offer(
         name="handover",
         kind="kv_connector",
-        summary="The engine that needs blocks reads them where they lie, over any transport.",
+        summary="The engine that needs blocks reads them where they lie, or has them written, over any transport.",
         probe=probe,
         probe_in="host",
         factory=construct_handover,
         options=HandoverOptions,
         devices={"cpu", "cuda", "rocm", "xpu"},
-        capabilities={"pull"},
+        capabilities={"pull", "push", "layerwise", "bidirectional"},
         priority=60,
     )
 

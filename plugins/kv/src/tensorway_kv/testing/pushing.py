@@ -85,13 +85,14 @@ def listen(rank: Rank) -> list[Any]:
     return found
 
 
-def begin_pushes(rank: Rank, plan: bytes) -> None:
-    """Write the words of a plan and begin its pushes, and let none of them come to its end."""
+def begin_pushes(rank: Rank, plan: bytes, words_only: bool = False) -> None:
+    """Write the words of a plan and, unless it is to be these only, begin its pushes; none of them comes to its end."""
     mover = rank.notes["mover"]
     what = orders.decode(plan, mover.incarnation)
     for mark in what.marks:
         mover._board.write(mark)
-    mover._serving.submit(what)
+    if not words_only:
+        mover._serving.submit(what)
 
 
 def hear(rank: Rank, message: Any) -> None:
