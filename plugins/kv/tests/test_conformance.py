@@ -22,3 +22,9 @@ class TestHandoverOverNixl(ConnectorSuite):
     name = "handover"
     options = {"transport": "nixl", **SHORT}
     any_geometry = True
+
+
+class TestHandoverByPush(ConnectorSuite):
+    name = "handover"
+    options = {"transport": "local", "prefer": "push", "staging_blocks": 64, **SHORT}
+    any_geometry = True

@@ -155,11 +155,14 @@ def flush(rank: Rank, deadline: float) -> float:
 # -- layers
 
 
-def wait_layer(rank: Rank, layer: int, blocks: Sequence[int], start: int, stop: int, salt: int) -> bool:
-    """Wait for a layer; whether its bytes are here."""
-    rank.notes["mover"].before_layer(layer, PATIENCE)
+def wait_layers(rank: Rank, blocks: Sequence[int], start: int, stop: int, salt: int) -> list[bool]:
+    """Wait for one layer after the other; whether the bytes of each are here then."""
     held: Memory = rank.notes["memory"]
-    return held.holds(blocks, start, stop, salt, [layer])
+    found = []
+    for layer in range(held.shape.layers):
+        rank.notes["mover"].before_layer(layer, PATIENCE)
+        found.append(held.holds(blocks, start, stop, salt, [layer]))
+    return found
 
 
 def compute_layers(rank: Rank, blocks: Sequence[int], start: int, stop: int, salt: int) -> None:

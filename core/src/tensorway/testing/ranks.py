@@ -87,6 +87,12 @@ class RankProcess:
             raise RankFailed(f"process {self.pid} raised:\n{answer}")
         return answer
 
+    @property
+    def answers(self) -> bool:
+        """Whether `result` would find something, or that the rank has ended, without waiting for it."""
+        assert self._process.stdout is not None
+        return bool(self._unread or select.select([self._process.stdout.fileno()], [], [], 0)[0])
+
     def signal(self, number: int) -> None:
         """Stop it, let it go on, or kill it."""
         send(self._process, number)

@@ -83,6 +83,16 @@ def test_a_rank_is_a_process_that_keeps_what_it_is_told(ranks):
     assert os.getpid() not in {pid for _, pid in answers}
 
 
+def test_it_can_be_seen_whether_a_rank_answers(ranks):
+    ranks[0].start(nap, 0.5)
+    assert not ranks[0].answers
+    until = time.monotonic() + 60
+    while not ranks[0].answers:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert 0.5 == ranks[0].result() and not ranks[0].answers
+
+
 def test_what_a_function_raises_is_raised_with_its_traceback_and_the_rank_goes_on(ranks):
     with pytest.raises(RankFailed, match=rf"process {ranks[0].pid} raised:\nTraceback") as caught:
         ranks[0].call(fail, "lanes")

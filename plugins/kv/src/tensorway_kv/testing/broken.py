@@ -196,10 +196,16 @@ def events_of_nothing(side: Any) -> Any:
     return side
 
 
-def promises_nothing(side: Any) -> Any:
+def hides_layers(side: Any) -> Any:
     """It has calls for layers that it does not declare."""
-    for name in ("promise", "computes", "before_layer", "after_layer"):
-        setattr(side, name, lambda *given: None)
+    side.capabilities = attrs.evolve(side.capabilities, layerwise=False)
+    return side
+
+
+def waits_for_no_layer(side: Any) -> Any:
+    """It lets the engine compute with what is not there."""
+    if isinstance(side, HandoverMover):
+        side.before_layer = lambda layer, deadline: None  # type: ignore[method-assign]
     return side
 
 
@@ -213,7 +219,7 @@ def keeps_when_closed(side: Any) -> Any:
 def capabilities_differ(side: Any) -> Any:
     """Its movers can do what its planner cannot."""
     if isinstance(side, HandoverMover):
-        side.capabilities = attrs.evolve(side.capabilities, push=True)
+        side.capabilities = attrs.evolve(side.capabilities, push=not side.capabilities.push)
     return side
 
 
