@@ -200,6 +200,7 @@ def test_a_lost_prefix_of_one_rank_fails_all_with_what_all_have(deployment, tmp_
     assert 8 == load(consumer, view, OURS, 0, TOKENS)
     consumer.each(verify_prefix, OURS, 0, 8, TOKENS, 1)
     assert {"missing"} == {one.cause for one in consumer.results if one.cause}
+    assert 8 == look(consumer, asking("next", TOKENS)).tokens  # a block is what all ranks have of it
 
 
 def test_a_mover_that_is_closed_in_the_middle_leaves_files_whole(deployment, tmp_path):
