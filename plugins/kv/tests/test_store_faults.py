@@ -123,7 +123,11 @@ def test_the_least_recently_used_blocks_make_room(deployment, tmp_path):
     view = asking("new", TOKENS, 4)
     save(engine, view, THEIRS, 4)
     save(engine, asking("newer", TOKENS, 5), THEIRS, 5)
-    size = lambda: sum(path.stat().st_size for path in blocks_of(tmp_path))  # noqa: E731
+    folder = Folder(tmp_path / "v1" / "blocks")
+
+    def size():
+        return sum(entry.nbytes for entry in folder.list())
+
     until(lambda: size() <= quota, engine)
     assert size() > quota // 2
     assert {0: TOKENS, 1: 0, 5: TOKENS} == {
@@ -200,6 +204,7 @@ def test_a_lost_prefix_of_one_rank_fails_all_with_what_all_have(deployment, tmp_
     assert 8 == load(consumer, view, OURS, 0, TOKENS)
     consumer.each(verify_prefix, OURS, 0, 8, TOKENS, 1)
     assert {"missing"} == {one.cause for one in consumer.results if one.cause}
+    assert 8 == look(consumer, asking("next", TOKENS)).tokens  # a block is what all ranks have of it
 
 
 def test_a_mover_that_is_closed_in_the_middle_leaves_files_whole(deployment, tmp_path):

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import os
 import threading
+import time
 
 import pytest
 from engines import Shape
@@ -401,6 +402,26 @@ def test_wrong_block_ids_are_refused_and_nothing_is_touched(alone):
     assert "refused" == engine.load(view, [[2]], 0, TOKENS).cause
     assert engine.planner.finish(asking("four", TOKENS, 4), [[70, 1, 2, 3]], TOKENS).keep
     assert "four" in engine.ended("four").released and "refused" == engine.results[-1].cause
+
+
+def test_what_other_weights_have_made_is_neither_received_nor_saved(alone):
+    engine = alone()
+    assert not engine.save(asking("one", TOKENS), THEIRS).cause
+    view = asking("two", TOKENS)
+    assert TOKENS - 4 == engine.found(view, 4)
+    engine.planner.reserve(view, OURS, 4, TOKENS - 4)
+    step = engine.planner.plan_step()
+    engine.mover.submit(step.plan)
+    until = time.monotonic() + 60
+    while not (said := engine.mover.poll()):  # it has all arrived, and nobody has told the planner
+        assert time.monotonic() < until
+    assert not said[0].cause
+    engine.planner.reset()
+    engine.planner.on_results(0, said)
+    assert {"two": 4} == engine.planner.plan_step().failed
+    assert not engine.planner.finish(view, OURS, TOKENS).keep
+    assert engine.planner.finish(asking("new", TOKENS), OURS, TOKENS).keep
+    engine.ended("new")
 
 
 def test_cancelled_loads_and_saves_give_their_blocks_back(alone):

@@ -43,6 +43,8 @@ from tensorway_kv.store.sections import check
 _GOOD: Final = 2.0
 #: Requests whose blocks were looked for and that were not heard of again.
 _MOST: Final = 4096
+#: Requests that are running, and more.
+_BEGUN: Final = 65_536
 _NOTHING: Final = Match(0, "nothing")
 
 
@@ -51,6 +53,9 @@ class _Loading:
     """A request whose blocks are loaded."""
 
     since: float
+    #: Tokens that were there before, which is all that is good if the weights are others by now.
+    have: int
+    stale: bool = False
     said: dict[int, tuple[int, str]] = attrs.field(factory=dict)
 
 
@@ -90,6 +95,8 @@ class SharedStorePlanner:
         self._saving: dict[str, _Saving] = {}
         #: Blocks of requests that were loaded, from the first to behind the last: they need not be saved.
         self._loaded: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        #: In which epoch requests were first heard of.
+        self._begun: OrderedDict[str, str] = OrderedDict()
         self._loads: list[Load] = []
         self._saves: list[Save] = []
         self._cancels: list[str] = []
@@ -113,6 +120,9 @@ class SharedStorePlanner:
 
     def lookup(self, request: RequestView, have: int) -> Match:
         """The longest prefix that is stored, beyond what is here; `later` while the folder is asked."""
+        self._begun.setdefault(request.id, self._epoch)
+        while len(self._begun) > _BEGUN:
+            self._begun.popitem(last=False)
         look = self._look(request, have)
         if look is None:
             return _NOTHING
@@ -177,7 +187,7 @@ class SharedStorePlanner:
         begin, end = first - look.first, -(-stop // self._tokens) - look.first
         layouts, which = layouts_of(look.found[begin:end], len(self._windows))
         now = time.monotonic()
-        self._loading[request.id] = _Loading(now)
+        self._loading[request.id] = _Loading(now, have)
         names = tuple(look.names[begin:end])
         seconds = self._options.deadline
         self._loads.append(Load(request.id, seconds, have, stop, names, layouts, which, _ids(blocks)))
@@ -192,10 +202,12 @@ class SharedStorePlanner:
         look = self._looks.pop(request.id, None)
         if look is not None:
             look.end()
-        loaded = self._loaded.pop(request.id, (0, 0))
+        loaded, begun = self._loaded.pop(request.id, (0, 0)), self._begun.pop(request.id, self._epoch)
         count = min(len(request.hashes), tokens // self._tokens)
         if aborted or not self._options.save or self._closed or request.id in self._saving:
             return Retention(False)
+        if begun != self._epoch:
+            return Retention(False)  # some of it was computed by other weights
         first = loaded[1] if loaded[0] == 0 else 0
         if count <= first or not any(blocks):
             return Retention(False)
@@ -247,7 +259,9 @@ class SharedStorePlanner:
         return self._saving.get(result.request) if result.what == "sent" else None
 
     def _loading_ended(self, request: str, good: int, causes: list[str]) -> None:
-        del self._loading[request]
+        loading = self._loading.pop(request)
+        if loading.stale:
+            good, causes = loading.have, causes or ["cancelled"]
         self._count("load", causes[0] if causes else "none")
         if not causes:
             self._received.append(request)
@@ -263,6 +277,7 @@ class SharedStorePlanner:
 
     def cancel(self, request: str) -> None:
         """Give up what is loaded or saved for it."""
+        self._begun.pop(request, None)
         look = self._looks.pop(request, None)
         if look is not None:
             look.end()
@@ -282,6 +297,8 @@ class SharedStorePlanner:
         self._looks.clear()
         self._loaded.clear()
         self._cancels += self._loading
+        for loading in self._loading.values():
+            loading.stale = True
         self._saved.clear()
         self._announced.cleared()
 
