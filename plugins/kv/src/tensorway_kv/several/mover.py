@@ -19,7 +19,7 @@ from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid
 from tensorway.kv import METRICS, KVContext, Mover, Result
 from tensorway.metrics import Counters, Sample
 from tensorway_kv.several import plans
-from tensorway_kv.several.children import Child, below, close, opened, samples, together
+from tensorway_kv.several.children import Child, below, check_layers, close, opened, samples, together
 from tensorway_kv.several.options import SeveralOptions
 
 _log = logger("kv")
@@ -131,6 +131,7 @@ class SeveralMover:
     def before_layer(self, layer: int, deadline: float) -> None:
         """Wait for the children that stream; raises `DeadlineExceeded` if one is late."""
         self._check()
+        check_layers(self.capabilities)
         computed = (self._begun.keys() | self._undecided) - self._computed
         self._computed |= computed
         self._untold += computed
@@ -141,6 +142,7 @@ class SeveralMover:
     def after_layer(self, layer: int) -> None:
         """Tell the children that stream."""
         self._check()
+        check_layers(self.capabilities)
         for child in self._children:
             after: Callable[[int], None] | None = getattr(child.side, "after_layer", None)
             if after is not None:

@@ -19,7 +19,7 @@ from tensorway.errors import Closed, DescriptionInvalid
 from tensorway.kv import METRICS, Blocks, Event, KVContext, Match, Planner, RequestView, Result, Retention, Step
 from tensorway.metrics import Counters, Sample
 from tensorway_kv.several import plans, tickets
-from tensorway_kv.several.children import Child, below, close, opened, parted, samples, together
+from tensorway_kv.several.children import Child, below, check_layers, close, opened, parted, samples, together
 from tensorway_kv.several.keeps import Keeps
 from tensorway_kv.several.loads import Loads, named
 from tensorway_kv.several.options import SeveralOptions
@@ -90,6 +90,7 @@ class SeveralPlanner:
     def promise(self, request: RequestView, tokens: int) -> Mapping[str, Any] | None:
         """The tickets of all children that promise something."""
         self._check()
+        check_layers(self.capabilities)
         parts: dict[str, tickets.Ticket] = {}
         for child, view in self._views(request):
             promise = getattr(child.side, "promise", None)
@@ -101,6 +102,7 @@ class SeveralPlanner:
     def computes(self, request: RequestView, blocks: Blocks, first: int, stop: int) -> None:
         """Children that send layers are told."""
         self._check()
+        check_layers(self.capabilities)
         for child, view in self._views(request):
             computes = getattr(child.side, "computes", None)
             if computes is not None and child.options.save != "never":
