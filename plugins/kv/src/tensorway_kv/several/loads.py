@@ -129,11 +129,6 @@ class Loads:
         """Whether something is under way, or still to be said."""
         return bool(self._received or self._failed or any(one.chain is not None for one in self._known.values()))
 
-    @property
-    def waiting(self) -> int:
-        """Requests that are under way."""
-        return sum(one.chain is not None for one in self._known.values())
-
     def take(self) -> tuple[list[str], dict[str, int], tuple[Begun, ...]]:
         """What ended and what began since the last call."""
         out = list(self._received), self._failed, tuple(self._begun)
@@ -276,7 +271,6 @@ class Loads:
         if request.ticket is not None:
             try:
                 parts = tickets.split(request.ticket, [child.name for child in self._children])
-                self._counts.add("kv_tickets_total", what="opened")
             except TicketInvalid as error:
                 self._counts.add("kv_tickets_refused_total", cause=error.cause)
         for child in self._children:
@@ -412,11 +406,6 @@ class Loads:
                 source.child.does(source.child.side.reserve, source.view, (), load.tokens, 0)
             elif source.asked and not source.given:
                 source.child.does(source.child.side.cancel, source.view.id)
-        last = chain.failures[-1][2] if chain.failures else "none"
-        cause = "none" if chain.finished else "cancelled" if load.cancelled else last
-        peers = [source.peer or source.name for source in load.sources if source.given]
-        if load.tokens > load.have:
-            self._counts.add("kv_requests_total", direction="pull", peer=peers[-1] if peers else "", cause=cause)
 
     def _forget(self, load: Load) -> None:
         """Nobody has blocks of it."""

@@ -83,8 +83,6 @@ class SeveralPlanner:
             if found.ticket is not None:
                 parts[child.name] = found.ticket
         self._keeps.keep(named(request.id), request.id, keepers)
-        if parts:
-            self._counts.add("kv_tickets_total", what="issued")
         return Retention(bool(keepers), tickets.merged(parts))
 
     def promise(self, request: RequestView, tokens: int) -> Mapping[str, Any] | None:
@@ -234,8 +232,7 @@ class SeveralPlanner:
         return found
 
     def statistics(self) -> list[Sample]:
-        """Values of all children with the label `child`, and those of the composition without."""
-        self._counts.set("kv_requests_waiting", self._loads.waiting, direction="pull")
+        """Values of all children with the label `child`; of the composition what no child can count."""
         return [*self._counts.samples(), *samples(self._children)]
 
     def close(self, deadline: float = 5.0) -> None:
