@@ -205,6 +205,13 @@ def test_the_first_that_has_anything_is_asked_and_named(bench):
     assert 0 == made.world.calls["c", "lookup"]
 
 
+def test_all_that_have_a_ticket_are_asked_at_once_so_that_they_keep_it_for_this_request(bench):
+    made = bench({"a": Script(), "b": Script(), "c": Script(tokens=99)})
+    view = made.view(a=TOKENS, b=[TOKENS, 7])
+    assert ["a/peer-a"] == [*made.planner.lookup(view, 0).sources]
+    assert [1 + 1, 2, 0] == [made.world.calls[child, "lookup"] for child in "abc"]
+
+
 def test_one_that_does_not_load_is_not_asked(bench):
     made = bench({"a": Script(tokens=99), "b": Script(tokens=9)}, children={"a": {"load": False}, "b": {}})
     assert {"b": 9} == {key.split("/")[0]: n for key, n in made.planner.lookup(made.view(), 0).sources.items()}
@@ -703,6 +710,7 @@ def test_one_deadline_is_shared_by_all(bench):
     assert 3 == len(times) and times[0] <= 1.0 and times[2] <= 2.9
     with pytest.raises(Closed):
         made.planner.plan_step()
+    assert (0, False) == (made.planner.lookup(made.view(a=TOKENS), 0).tokens, finished(made).keep)
 
 
 def test_a_mover_that_cannot_be_closed_says_so_after_the_others_are(bench):

@@ -142,6 +142,7 @@ class Loads:
         load = self._find(request, now)
         if load is None:
             return _NOTHING
+        self._claim(load, have)
         for source in load.sources:
             match = self._ask(source, have)
             if match.mode == "later":
@@ -163,9 +164,8 @@ class Loads:
             self._failed[request.id] = max(have, 0)
             return
         load.blocks, load.have, load.tokens = [list(map(int, ids)) for ids in blocks], have, have + tokens
-        for source in load.sources if tokens else ():
-            if source.view.ticket is not None and not source.asked:
-                self._ask(source, have)  # so that it is kept for us while another is tried
+        if tokens:
+            self._claim(load, have)
         links = [self._link(source) for source in load.sources]
         load.chain = Chain(links, load.tokens, self._peers, now, have=have, deadline=self._deadline)
         self._go(load, now)
@@ -279,6 +279,12 @@ class Loads:
                 key = child.name, view.id
                 if key not in self._leaving and key not in self._given:
                     yield Source(child.name, child, view)
+
+    def _claim(self, load: Load, have: int) -> None:
+        """Ask all that have a ticket: its blocks are kept for us while another is tried, and it is nobody else's."""
+        for source in load.sources:
+            if source.view.ticket is not None and not source.asked:
+                self._ask(source, have)
 
     def _ask(self, source: Source, have: int) -> Match:
         """What it has; nothing from one that has raised over this request."""

@@ -27,6 +27,7 @@ from tensorway_kv.several.options import SeveralOptions
 _log = logger("kv")
 _EMPTY: Final = Step()
 _UNKEPT: Final = Retention(False)
+_NOTHING: Final = Match(0, "nothing")
 
 
 class SeveralPlanner:
@@ -51,7 +52,8 @@ class SeveralPlanner:
 
     def lookup(self, request: RequestView, have: int) -> Match:
         """What the first child that has anything has."""
-        self._check()
+        if self._closed:
+            return _NOTHING
         return self._loads.lookup(request, have, time.monotonic())
 
     def reserve(self, request: RequestView, blocks: Blocks, have: int, tokens: int) -> None:
@@ -71,7 +73,8 @@ class SeveralPlanner:
 
     def finish(self, request: RequestView, blocks: Blocks, tokens: int, *, aborted: bool = False) -> Retention:
         """Every child hears of it; who is to save it may keep it, and to the others it is one that was given up."""
-        self._check()
+        if self._closed:
+            return _UNKEPT
         self._loads.ended(request.id)
         parts: dict[str, tickets.Ticket] = {}
         keepers: set[str] = set()
