@@ -477,7 +477,18 @@ def test_what_was_looked_up_for_a_request_that_has_ended_is_needed_by_nobody(ben
     view = made.view(a=TOKENS)
     assert made.planner.lookup(view, 0).tokens
     assert {"b"} == set(made.planner.finish(view, BLOCKS, TOKENS).ticket["children"])
-    assert (1, 0) == (made.world.calls["a", "cancel"], made.world.calls["b", "cancel"])
+    assert ([("a", "one")], 0) == (made.world.told, made.world.calls["a", "cancel"])
+
+
+def test_what_is_promised_of_a_request_outlives_its_loading(bench):
+    made = bench({"a": Script(keeps=1.0), "b": Script(tokens=99), "c": Script()})
+    view = made.view(c=TOKENS)
+    assert made.planner.lookup(view, 0).tokens
+    assert made.planner.promise(view, TOKENS)
+    made.reserve(view)
+    assert made.ends() is None
+    assert 0 == made.world.calls["a", "cancel"], "which would take the promise back"
+    assert [("c", "one")] == made.world.told
 
 
 def test_layers_go_to_those_that_stream(bench):

@@ -184,11 +184,12 @@ class Loads:
         else:
             self._give_up(load, load.current, now)
 
-    def ended(self, request: str) -> None:
+    def ended(self, request: str, now: float) -> None:
         """The engine has ended the request: what was only looked up for it is needed by nobody."""
         load = self._known.get(request)
         if load is not None and load.chain is None:
-            self._forget(load)
+            del self._known[request]
+            self._dismiss(load, now)
 
     def reset(self) -> None:
         """What is under way has no other source any more, and what was looked up is asked for anew."""
@@ -406,19 +407,28 @@ class Loads:
             self._received[request] = None
         else:  # all tokens may be good now, and what the engine computed with those of the first source is not
             self._failed[request] = load.good
+        if load.cancelled:
+            self._abandon(load)
+        else:
+            self._dismiss(load, now)
+
+    def _dismiss(self, load: Load, now: float) -> None:
+        """Who holds blocks by a ticket is told that they are not needed; what a child has else of it, it keeps."""
         for source in load.sources:
-            if chain.finished and source.holds and not source.broken:
+            if source.holds and not source.broken:
                 self._leaving[source.key] = now + _LEAVING
-                source.child.does(source.child.side.reserve, source.view, (), load.tokens, 0)
-            elif source.asked and not source.given:
+                source.child.does(source.child.side.reserve, source.view, (), 0, 0)
+
+    def _abandon(self, load: Load) -> None:
+        """Nobody wants the request any more: whoever was asked may forget all of it."""
+        for source in load.sources:
+            if source.asked and not source.given:
                 source.child.does(source.child.side.cancel, source.view.id)
 
     def _forget(self, load: Load) -> None:
-        """Nobody has blocks of it."""
+        """Nobody has blocks of it, and nobody wants it."""
         del self._known[load.view.id]
-        for source in load.sources:
-            if source.asked:
-                source.child.does(source.child.side.cancel, source.view.id)
+        self._abandon(load)
 
 
 def _under_way(load: Load) -> tuple[Chain, Attempt, Source]:

@@ -75,7 +75,7 @@ class SeveralPlanner:
         """Every child hears of it; who is to save it may keep it, and to the others it is one that was given up."""
         if self._closed:
             return _UNKEPT
-        self._loads.ended(request.id)
+        self._loads.ended(request.id, time.monotonic())
         parts: dict[str, tickets.Ticket] = {}
         keepers: set[str] = set()
         for child, view in self._views(request):
