@@ -21,6 +21,7 @@ from tensorway.errors import (
 )
 from tensorway.kv import KVContext, RequestView, Result
 from tensorway.plugins import isolated
+from tensorway.testing import OfferSuite
 from tensorway_kv.offers import several
 from tensorway_kv.several import plans, tickets
 from tensorway_kv.testing.memory import memory_of
@@ -28,6 +29,11 @@ from tensorway_kv.testing.scripted import BLOCK, Script, World
 
 GEOMETRY = memory_of(Shape(), 0)[0]
 TOKENS, BLOCKS = 19, [[2, 8, 4, 11, 7]]
+
+
+class TestOffer(OfferSuite):
+    kind = "kv_connector"
+    name = "several"
 
 
 class Bench:
@@ -585,7 +591,7 @@ def test_who_raised_when_it_was_told_to_give_up_is_told_again(bench):
     made.planner.cancel("one")
     made.world.scripts["a"].raises = {}
     assert made.ends(moves=0.3) is not None
-    assert 2 == made.world.calls["a", "cancel"]
+    assert 2 == made.world.calls["a", "cancel"] and made.clock.now < 110.0, "and not only when its time is over"
 
 
 def test_a_mover_that_did_not_carry_out_a_plan_is_out_of_use_at_once(bench):
