@@ -146,7 +146,7 @@ def bench(clock):
 
 def refused(children, **more):
     with isolated([several(None)]) as host, pytest.raises(OptionsInvalid) as raised:
-        host.create("kv_connector", "several", {"children": children, **more}, None)
+        host.create("kv_connector", "several", {"children": children, **more}, KVContext("decode", None, "planner"))
     return raised.value
 
 

@@ -91,10 +91,10 @@ class Child(Generic[_Side]):
 
 def opened(options: SeveralOptions, context: KVContext, kind: type[_Side]) -> list[Child[_Side]]:
     """All children, in their order; what was opened is closed if one cannot be."""
-    until = time.monotonic() + context.deadline
+    children, until = children_of(options), time.monotonic() + context.deadline
     made: list[Child[_Side]] = []
     try:
-        for child in children_of(options):
+        for child in children:
             left = max(0.001, until - time.monotonic())
             side = _made(child, attrs.evolve(context, deadline=left), options.path)
             made.append(Child(child, side, options.faults))
