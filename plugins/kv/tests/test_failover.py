@@ -68,6 +68,18 @@ def test_nobody_is_believed_beyond_what_was_asked_for(peers):
     assert 100 == it.good and it.attempt is None and it.finished
 
 
+def test_what_is_going_to_be_written_again_is_good_no_longer(peers):
+    it = chain(peers, have=10)
+    it.next(it.attempt, "lost", 50, 1.0)
+    it.rewind(48)
+    assert 48 == it.good
+    it.rewind(96)
+    assert 48 == it.good, "a source that begins later writes none of it"
+    assert 48 == it.next(it.attempt, "lost", 20, 2.0).first
+    it.rewind(32)
+    assert 40 == it.next(it.attempt, "stale", 40, 3.0).first
+
+
 def test_a_request_that_has_all_tries_nothing(peers):
     it = chain(peers, have=100)
     assert it.attempt is None and it.finished
@@ -159,6 +171,15 @@ def test_requests_that_failed_together_are_one_failure(peers):
         it.next(it.attempt, "handshake", 0, 2.0 + number / 1000)
     assert 3.0 == peers.ready_at("a", "a.1"), "one second, and not two to the fiftieth"
     assert {3.0} == {it.attempt.begin for it in waiting if it.attempt.source == A} and len(waiting) == 50
+
+
+def test_sources_of_one_peer_share_its_troubles_and_nothing_else(peers):
+    first, second = (attrs.evolve(A, name=name, peer="engine", patience=0.0) for name in ("t1", "t2"))
+    it = chain(peers, first, second, COMPUTE)
+    assert COMPUTE == it.next(it.attempt, "handshake", 0, 2.0).source, "neither can be reached"
+    assert 3.0 == peers.ready_at("engine", "a.1") and peers.ready_at("t1", "a.1") < 0
+    other = chain(peers, first, second, COMPUTE, now=9.0)
+    assert second == other.next(other.attempt, "stale", 0, 9.0).source, "another ticket of it is another source"
 
 
 def test_one_requests_trouble_is_nobody_elses(peers):

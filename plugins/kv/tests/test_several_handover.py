@@ -163,7 +163,7 @@ def test_both_sides_with_several_hand_over_and_one_requests_trouble_is_its_own(d
 
 @pytest.mark.skipif(not HAS_STORE, reason="the connector shared-store is not installed")
 def test_what_a_killed_producer_had_stored_comes_from_there(deployment, tmp_path):
-    store = {"name": "files", "backend": "shared-store", "options": {"folder": str(tmp_path)}}
+    store = {"name": "files", "backend": "shared-store", "options": {"folder": str(tmp_path), "secret": SECRET}}
     children = [child("peer"), store]
     producer = deployment.several("prefill", Shape(), children)
     consumer = deployment.several("decode", Shape(), children)

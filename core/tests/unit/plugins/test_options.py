@@ -8,7 +8,7 @@ import attrs
 import pytest
 
 from tensorway.errors import OptionsInvalid
-from tensorway.plugins.options import validated
+from tensorway.plugins.options import fitted, validated
 from tensorway.types import NoOptions, Offer, ProbeResult
 
 
@@ -80,3 +80,21 @@ def test_an_option_without_default_that_is_absent_is_named():
 
 def test_something_that_is_no_mapping_is_refused():
     assert "They are a list." == refused([("num_threads", 1)]).true
+
+
+@attrs.frozen
+class Nested:
+    parts: list[dict[str, object]] = attrs.field(factory=list)
+
+    def __attrs_post_init__(self):
+        for part in self.parts:
+            fitted(Options, part, "Options were given to a part.", "See the page.")
+
+
+def test_options_within_options_say_themselves_what_is_wrong_with_them():
+    error = refused({"parts": [{"num_threads": 2}, {"num_treads": 2}]}, Nested)
+    assert ("Options were given to a part.", "It has no option 'num_treads'.") == (error.asked, error.true)
+    assert error.to_do.startswith("Did you mean 'num_threads'?")
+    error = refused({"parts": [{"num_threads": 0}]}, Nested)
+    assert "'num_threads' must be >= 1" in error.true and "See the page." == error.to_do
+    assert Options(3) == fitted(Options, {"num_threads": 3}, "", "")

@@ -15,7 +15,7 @@ import attrs
 
 import tensorway
 from tensorway._logging import logger
-from tensorway.errors import BackendUnavailable, OptionsInvalid, TensorwayError
+from tensorway.errors import BackendUnavailable, OptionsInvalid, TensorwayError, Unsupported
 from tensorway.kv import Capabilities, KVContext, Mover, Planner
 from tensorway.metrics import Sample
 from tensorway_kv.several.options import ChildOptions, SeveralOptions, children_of
@@ -91,10 +91,10 @@ class Child(Generic[_Side]):
 
 def opened(options: SeveralOptions, context: KVContext, kind: type[_Side]) -> list[Child[_Side]]:
     """All children, in their order; what was opened is closed if one cannot be."""
-    until = time.monotonic() + context.deadline
+    children, until = children_of(options), time.monotonic() + context.deadline
     made: list[Child[_Side]] = []
     try:
-        for child in children_of(options):
+        for child in children:
             left = max(0.001, until - time.monotonic())
             side = _made(child, attrs.evolve(context, deadline=left), options.path)
             made.append(Child(child, side, options.faults))
@@ -157,6 +157,13 @@ def together(capabilities: Iterable[Capabilities]) -> Capabilities:
         by_content=any(one.by_content for one in found),
         media=frozenset.intersection(*(frozenset(one.media) for one in found)),
     )
+
+
+def check_layers(capabilities: Capabilities) -> None:
+    """Raise `Unsupported` unless one of them streams."""
+    if not capabilities.layerwise:
+        asked, true = "Layers of a request were to be moved one by one.", "None of the connectors does that."
+        raise Unsupported(asked, true, "Ask its capabilities first.")
 
 
 def below(name: str, source: str) -> str:

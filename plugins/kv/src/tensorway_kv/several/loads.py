@@ -129,11 +129,6 @@ class Loads:
         """Whether something is under way, or still to be said."""
         return bool(self._received or self._failed or any(one.chain is not None for one in self._known.values()))
 
-    @property
-    def waiting(self) -> int:
-        """Requests that are under way."""
-        return sum(one.chain is not None for one in self._known.values())
-
     def take(self) -> tuple[list[str], dict[str, int], tuple[Begun, ...]]:
         """What ended and what began since the last call."""
         out = list(self._received), self._failed, tuple(self._begun)
@@ -147,6 +142,7 @@ class Loads:
         load = self._find(request, now)
         if load is None:
             return _NOTHING
+        self._claim(load, have)
         for source in load.sources:
             match = self._ask(source, have)
             if match.mode == "later":
@@ -168,9 +164,8 @@ class Loads:
             self._failed[request.id] = max(have, 0)
             return
         load.blocks, load.have, load.tokens = [list(map(int, ids)) for ids in blocks], have, have + tokens
-        for source in load.sources if tokens else ():
-            if source.view.ticket is not None and not source.asked:
-                self._ask(source, have)  # so that it is kept for us while another is tried
+        if tokens:
+            self._claim(load, have)
         links = [self._link(source) for source in load.sources]
         load.chain = Chain(links, load.tokens, self._peers, now, have=have, deadline=self._deadline)
         self._go(load, now)
@@ -189,11 +184,12 @@ class Loads:
         else:
             self._give_up(load, load.current, now)
 
-    def ended(self, request: str) -> None:
+    def ended(self, request: str, now: float) -> None:
         """The engine has ended the request: what was only looked up for it is needed by nobody."""
         load = self._known.get(request)
         if load is not None and load.chain is None:
-            self._forget(load)
+            del self._known[request]
+            self._dismiss(load, now)
 
     def reset(self) -> None:
         """What is under way has no other source any more, and what was looked up is asked for anew."""
@@ -276,7 +272,6 @@ class Loads:
         if request.ticket is not None:
             try:
                 parts = tickets.split(request.ticket, [child.name for child in self._children])
-                self._counts.add("kv_tickets_total", what="opened")
             except TicketInvalid as error:
                 self._counts.add("kv_tickets_refused_total", cause=error.cause)
         for child in self._children:
@@ -285,6 +280,12 @@ class Loads:
                 key = child.name, view.id
                 if key not in self._leaving and key not in self._given:
                     yield Source(child.name, child, view)
+
+    def _claim(self, load: Load, have: int) -> None:
+        """Ask all that have a ticket: its blocks are kept for us while another is tried, and it is nobody else's."""
+        for source in load.sources:
+            if source.view.ticket is not None and not source.asked:
+                self._ask(source, have)
 
     def _ask(self, source: Source, have: int) -> Match:
         """What it has; nothing from one that has raised over this request."""
@@ -406,24 +407,28 @@ class Loads:
             self._received[request] = None
         else:  # all tokens may be good now, and what the engine computed with those of the first source is not
             self._failed[request] = load.good
+        if load.cancelled:
+            self._abandon(load)
+        else:
+            self._dismiss(load, now)
+
+    def _dismiss(self, load: Load, now: float) -> None:
+        """Who holds blocks by a ticket is told that they are not needed; what a child has else of it, it keeps."""
         for source in load.sources:
-            if chain.finished and source.holds and not source.broken:
+            if source.holds and not source.broken:
                 self._leaving[source.key] = now + _LEAVING
-                source.child.does(source.child.side.reserve, source.view, (), load.tokens, 0)
-            elif source.asked and not source.given:
+                source.child.does(source.child.side.reserve, source.view, (), 0, 0)
+
+    def _abandon(self, load: Load) -> None:
+        """Nobody wants the request any more: whoever was asked may forget all of it."""
+        for source in load.sources:
+            if source.asked and not source.given:
                 source.child.does(source.child.side.cancel, source.view.id)
-        last = chain.failures[-1][2] if chain.failures else "none"
-        cause = "none" if chain.finished else "cancelled" if load.cancelled else last
-        peers = [source.peer or source.name for source in load.sources if source.given]
-        if load.tokens > load.have:
-            self._counts.add("kv_requests_total", direction="pull", peer=peers[-1] if peers else "", cause=cause)
 
     def _forget(self, load: Load) -> None:
-        """Nobody has blocks of it."""
+        """Nobody has blocks of it, and nobody wants it."""
         del self._known[load.view.id]
-        for source in load.sources:
-            if source.asked:
-                source.child.does(source.child.side.cancel, source.view.id)
+        self._abandon(load)
 
 
 def _under_way(load: Load) -> tuple[Chain, Attempt, Source]:

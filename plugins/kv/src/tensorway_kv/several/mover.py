@@ -16,10 +16,10 @@ import attrs
 
 from tensorway._logging import logger
 from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid
-from tensorway.kv import METRICS, KVContext, Mover, Result
-from tensorway.metrics import Counters, Sample
+from tensorway.kv import KVContext, Mover, Result
+from tensorway.metrics import Sample
 from tensorway_kv.several import plans
-from tensorway_kv.several.children import Child, below, close, opened, samples, together
+from tensorway_kv.several.children import Child, below, check_layers, close, opened, samples, together
 from tensorway_kv.several.options import SeveralOptions
 
 _log = logger("kv")
@@ -50,7 +50,6 @@ class SeveralMover:
     """See `tensorway.kv.contract.LayerwiseMover`."""
 
     def __init__(self, options: SeveralOptions, context: KVContext) -> None:
-        self._counts = Counters(METRICS, backend="several", engine=context.engine, rank=str(context.rank))
         self._children: list[Child[Mover]] = opened(options, context, Mover)  # type: ignore[type-abstract]
         self._by_name = {child.name: child for child in self._children}
         self.capabilities = together(child.side.capabilities for child in self._children)
@@ -131,6 +130,7 @@ class SeveralMover:
     def before_layer(self, layer: int, deadline: float) -> None:
         """Wait for the children that stream; raises `DeadlineExceeded` if one is late."""
         self._check()
+        check_layers(self.capabilities)
         computed = (self._begun.keys() | self._undecided) - self._computed
         self._computed |= computed
         self._untold += computed
@@ -141,6 +141,7 @@ class SeveralMover:
     def after_layer(self, layer: int) -> None:
         """Tell the children that stream."""
         self._check()
+        check_layers(self.capabilities)
         for child in self._children:
             after: Callable[[int], None] | None = getattr(child.side, "after_layer", None)
             if after is not None:
@@ -166,9 +167,8 @@ class SeveralMover:
     # -- all of it
 
     def statistics(self) -> list[Sample]:
-        """Values of all children with the label `child`, and those of the composition without."""
-        self._counts.set("kv_requests_waiting", len(self._begun), direction="pull")
-        return [*self._counts.samples(), *samples(self._children)]
+        """Values of all children with the label `child`."""
+        return samples(self._children)
 
     def close(self, deadline: float = 5.0) -> None:
         """Close all children, in one time; raises what one of them raised, for its pages may not be safe."""

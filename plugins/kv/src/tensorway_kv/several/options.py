@@ -57,7 +57,7 @@ class SeveralOptions:
     """Options of the connector `several`."""
 
     #: One mapping for each: `name`, `backend`, and what `ChildOptions` has besides.
-    children: list[dict[str, object]] = attrs.field(repr=False)
+    children: list[dict[str, object]] = attrs.field(factory=list, repr=False)
     #: Below it each child has its own place in the rendezvous, if its options do not name one.
     path: str = "/kv"
     #: Seconds that one request may take, whoever it tries.
@@ -66,7 +66,8 @@ class SeveralOptions:
     faults: int = attrs.field(default=5, validator=_between(1, 1_000_000))
 
     def __attrs_post_init__(self) -> None:
-        children_of(self)
+        if self.children:  # to have none is refused when it is opened, so that it can be listed and asked about
+            children_of(self)
 
 
 def children_of(options: SeveralOptions) -> tuple[ChildOptions, ...]:

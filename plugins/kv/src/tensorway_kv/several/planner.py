@@ -19,7 +19,7 @@ from tensorway.errors import Closed, DescriptionInvalid
 from tensorway.kv import METRICS, Blocks, Event, KVContext, Match, Planner, RequestView, Result, Retention, Step
 from tensorway.metrics import Counters, Sample
 from tensorway_kv.several import plans, tickets
-from tensorway_kv.several.children import Child, below, close, opened, parted, samples, together
+from tensorway_kv.several.children import Child, below, check_layers, close, opened, parted, samples, together
 from tensorway_kv.several.keeps import Keeps
 from tensorway_kv.several.loads import Loads, named
 from tensorway_kv.several.options import SeveralOptions
@@ -27,6 +27,7 @@ from tensorway_kv.several.options import SeveralOptions
 _log = logger("kv")
 _EMPTY: Final = Step()
 _UNKEPT: Final = Retention(False)
+_NOTHING: Final = Match(0, "nothing")
 
 
 class SeveralPlanner:
@@ -51,7 +52,8 @@ class SeveralPlanner:
 
     def lookup(self, request: RequestView, have: int) -> Match:
         """What the first child that has anything has."""
-        self._check()
+        if self._closed:
+            return _NOTHING
         return self._loads.lookup(request, have, time.monotonic())
 
     def reserve(self, request: RequestView, blocks: Blocks, have: int, tokens: int) -> None:
@@ -71,8 +73,9 @@ class SeveralPlanner:
 
     def finish(self, request: RequestView, blocks: Blocks, tokens: int, *, aborted: bool = False) -> Retention:
         """Every child hears of it; who is to save it may keep it, and to the others it is one that was given up."""
-        self._check()
-        self._loads.ended(request.id)
+        if self._closed:
+            return _UNKEPT
+        self._loads.ended(request.id, time.monotonic())
         parts: dict[str, tickets.Ticket] = {}
         keepers: set[str] = set()
         for child, view in self._views(request):
@@ -83,13 +86,12 @@ class SeveralPlanner:
             if found.ticket is not None:
                 parts[child.name] = found.ticket
         self._keeps.keep(named(request.id), request.id, keepers)
-        if parts:
-            self._counts.add("kv_tickets_total", what="issued")
         return Retention(bool(keepers), tickets.merged(parts))
 
     def promise(self, request: RequestView, tokens: int) -> Mapping[str, Any] | None:
         """The tickets of all children that promise something."""
         self._check()
+        check_layers(self.capabilities)
         parts: dict[str, tickets.Ticket] = {}
         for child, view in self._views(request):
             promise = getattr(child.side, "promise", None)
@@ -101,6 +103,7 @@ class SeveralPlanner:
     def computes(self, request: RequestView, blocks: Blocks, first: int, stop: int) -> None:
         """Children that send layers are told."""
         self._check()
+        check_layers(self.capabilities)
         for child, view in self._views(request):
             computes = getattr(child.side, "computes", None)
             if computes is not None and child.options.save != "never":
@@ -232,8 +235,7 @@ class SeveralPlanner:
         return found
 
     def statistics(self) -> list[Sample]:
-        """Values of all children with the label `child`, and those of the composition without."""
-        self._counts.set("kv_requests_waiting", self._loads.waiting, direction="pull")
+        """Values of all children with the label `child`; of the composition what no child can count."""
         return [*self._counts.samples(), *samples(self._children)]
 
     def close(self, deadline: float = 5.0) -> None:

@@ -47,6 +47,8 @@ class Script:
     raises: dict[str, float] = attrs.field(factory=dict)
     #: It keeps what has ended, and lets go in a step.
     keeps: float = 0.0
+    #: Whether it can move layers one by one.
+    layerwise: bool = True
     releases: float = 0.5
 
 
@@ -166,10 +168,9 @@ class _Fetch:
 class ScriptedPlanner:
     """See `tensorway.kv.contract.LayerwisePlanner`. The salt of a request is its name in memory."""
 
-    capabilities = Capabilities(layerwise=True)
-
     def __init__(self, world: World, child: str) -> None:
         self._world, self._child = world, child
+        self.capabilities = Capabilities(layerwise=world.script(child).layerwise)
         self._asked: set[str] = set()
         self._under_way: dict[str, _Fetch] = {}
         self._fetches: list[_Fetch] = []
@@ -325,10 +326,9 @@ class _Writing:
 class ScriptedMover:
     """See `tensorway.kv.contract.LayerwiseMover`."""
 
-    capabilities = Capabilities(layerwise=True)
-
     def __init__(self, world: World, child: str, rank: int) -> None:
         self._world, self._child, self._rank = world, child, rank
+        self.capabilities = Capabilities(layerwise=world.script(child).layerwise)
         self._writing: dict[str, _Writing] = {}
         self.waited: list[float] = []
 
