@@ -28,3 +28,12 @@ class TestHandoverByPush(ConnectorSuite):
     name = "handover"
     options = {"transport": "local", "prefer": "push", "staging_blocks": 64, **SHORT}
     any_geometry = True
+
+
+class TestSharedStore(ConnectorSuite):
+    name = "shared-store"
+    options = {"deadline": 6.0, "presence": 3.0}
+
+    @classmethod
+    def options_in(cls, folder):
+        return {**cls.options, "folder": str(folder)}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-
-connectors = pytest.importorskip("tensorway.testing.connectors", reason="the kit has no suite of connectors yet")
+from tensorway.testing import ConnectorSuite
 
 #: Short ones, so that what waits for a lease or a deadline need not wait long.
 SHORT = {"transport": "local", "lease": 3.0, "deadline": 6.0, "presence": 3.0}
 
 
-class TestSeveralOverLocal(connectors.ConnectorSuite):
+class TestSeveralOverLocal(ConnectorSuite):
     name = "several"
     # The second one loads only: where two keep the same blocks, each counts the request, and each says how it ended.
     options = {

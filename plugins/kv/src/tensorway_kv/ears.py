@@ -55,12 +55,13 @@ class Ears:
             if heard >= _HEARD or (sender is None and now - since < _PATIENCE):
                 self._strangers.append((since, note))
                 continue
+            if sender is None:
+                self.refused["foreign"] += 1
+                continue
             message = self._messages.decode(note.payload)
-            if message is not None and sender is not None and self._is(message, sender):
+            if message is not None and self._is(message, sender):
                 heard += 1
                 yield message, note.payload
-            elif sender is None:
-                self.refused["foreign"] += 1
         while len(self._strangers) > _STRANGERS:
             self._strangers.popleft()
             self.refused["foreign"] += 1

@@ -74,14 +74,15 @@ class Landing:
         if self._failure is None and not self.ended:
             self._failure = (cause, f"Engine {self.link.engine}, incarnation {self.link.incarnation[:12]}: {why}")
 
-    def heard(self, message: messages.Pushed | messages.Refusal) -> None:
-        """What a rank of the producer says, which has been seen to be from it."""
+    def heard(self, message: messages.Pushed | messages.Refusal) -> bool:
+        """What a rank of the producer says, which has been seen to be from it; whether that was waited for."""
         if message.rank not in self._owed:
-            return
+            return False
         self._owed.discard(message.rank)
         if isinstance(message, messages.Refusal):
             cause = _CAUSES.get(message.cause, "refused")
             self.fail(cause, f"its rank {message.rank} pushes nothing, or nothing more ({message.cause})")
+        return True
 
     def advance(self, now: float, link: Link[Bound]) -> list[Result]:
         """Do what can be done now; what became of it, and when its memory is clear, each once.

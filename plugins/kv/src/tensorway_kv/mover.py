@@ -291,8 +291,8 @@ class HandoverMover:
         for message, payload in self._ears.listen(now):
             if isinstance(message, messages.Pushed | messages.Refusal):
                 landing = self._landings.get((message.sender, message.request, message.epoch))
-                if landing is not None:
-                    landing.heard(message)
+                if landing is None or not landing.heard(message):
+                    self._counts.add("kv_messages_refused_total", cause="unawaited")
             else:
                 results.append(Result(getattr(message, "request", ""), "heard", proof=payload))
         return results

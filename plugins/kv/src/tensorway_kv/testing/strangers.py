@@ -42,7 +42,7 @@ _SHAPE: Final = Mixed(1, (Cache((0, 1), attention(2, 8), 4),))
 def flood(rank: Rank, seed: int, count: int, others: str) -> int:
     """Say so many things to the producer that this rank is connected to; how many the transport took."""
     rng, mover = random.Random(seed), rank.notes["mover"]
-    (link,) = mover._links.values()
+    (link,) = mover._links
     taken = 0
     for _ in range(count):
         payload = fuzz.hostile(rng)
