@@ -184,7 +184,7 @@ def test_a_view_with_gaps_is_refused():
         Region.of(memoryview(bytearray(8))[::2])
 
 
-@pytest.mark.parametrize("source", [None, 5, "text", object(), [1, 2], Region], ids=repr)
+@pytest.mark.parametrize("source", [None, 5, "text", 1.5, [1, 2], Region], ids=repr)
 def test_what_is_no_memory_is_refused_by_its_type(source):
     with pytest.raises(MemoryInvalid, match=type(source).__name__):
         Region.of(source)

@@ -154,12 +154,13 @@ class ConnectorEngine:
         return match
 
     def find(self, prompt: Prompt, name: str, ticket: Any, have: int, *beside: ConnectorEngine) -> Match:
-        """Ask until it is known, and found; engines go on meanwhile."""
+        """Ask until it is known, and found; engines go on meanwhile. By content, all of it: it may still be saved."""
         found: list[Match] = []
 
         def known() -> bool:
             found[:] = [self.look_up(prompt, name, ticket, have)]
-            return found[0].mode in ("now", "background")
+            whole = not self.capabilities.by_content or found[0].tokens == prompt.tokens - have
+            return whole and found[0].mode in ("now", "background")
 
         until(known, self, *beside)
         return found[0]

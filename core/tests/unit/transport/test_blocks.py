@@ -191,8 +191,13 @@ class Numbers:
     def tolist(self):
         return self.values
 
+    def __repr__(self) -> str:  # a test of the same name wherever it is collected
+        return f"Numbers({self.values})"
 
-@pytest.mark.parametrize("ids", [[3, 0, 2], (3, 0, 2), iter([3, 0, 2]), Numbers([3, 0, 2])])
+
+@pytest.mark.parametrize(
+    "ids", [[3, 0, 2], (3, 0, 2), iter([3, 0, 2]), Numbers([3, 0, 2])], ids=["list", "tuple", "iterator", "array"]
+)
 def test_ids_of_any_kind_are_64_bit_integers_in_their_order(ids):
     values = block_ids(ids, 4, unique=True, whose="local")
     assert ("q", 8, [3, 0, 2]) == (values.typecode, values.itemsize, values.tolist())
