@@ -30,8 +30,7 @@ LIBRARIES: dict[str, list[str]] = {
     # etcd needs no library, and its server: apt-get install etcd-server.
     "etcd": [],
     "gloo": ["torch"],
-    # Nothing that it moves with: spans are told to it, if they are asked for.
-    "kv": ["opentelemetry-sdk==1.45.2"],
+    "kv": [],
     # The engine alone: what its metadata asks for, it imports for other things. It needs libibverbs1 of the system.
     "mooncake": ["--no-deps", "mooncake-transfer-engine-non-cuda==0.3.13.post1"],
     # The library, and a torch whose gloo stands in for its NCCL: of which there is none in a build for the CPU.
@@ -43,6 +42,8 @@ LIBRARIES: dict[str, list[str]] = {
     "rixl": ["nixl-cu12==1.5.1"],
     "tcpstore": ["torch"],
 }
+#: To which spans of hand-overs are told, if somebody asks for them.
+SPANS = "opentelemetry-sdk==1.45.2"
 #: What the rixl tests unpack and nobody installs: an unrelated project of that name, and the NIXL that ROCm forked.
 UNPACKED = {"TENSORWAY_TEST_IMPOSTOR_WHEEL": "rixl==1.3.0", "TENSORWAY_TEST_OLDER_NIXL_WHEEL": "nixl-cu12==1.1.0"}
 
@@ -90,6 +91,10 @@ def install(session: nox.Session, dists: list[str], *requirements: str) -> None:
     session.install(*CONSTRAINTS, "--find-links", str(house), *wheels, *requirements)
     if reused:  # by `nox -r`: the same version with other contents, which pip takes for installed
         session.install("--no-deps", "--force-reinstall", *wheels)
+
+
+#: For tests that mostly wait, for processes and deadlines: those of one file in one of so many workers.
+AT_ONCE = ["-n", "3", "--dist", "loadfile"]
 
 
 def pytest(session: nox.Session, *arguments: str | Path, **environment: str) -> None:
@@ -154,7 +159,7 @@ def repo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The core alone: no plugin, no torch, no native library."""
     install(session, ["tensorway"], *group("test"))
-    pytest(session, ROOT / "core" / "tests")
+    pytest(session, ROOT / "core" / "tests", *AT_ONCE)
 
 
 @nox.session(requires=["build"])
@@ -178,7 +183,7 @@ def minimums(session: nox.Session) -> None:
     trust = {"UV_SYSTEM_CERTS": "true"}
     session.run("uv", "pip", "compile", "--quiet", *resolve, str(ROOT / "core" / "pyproject.toml"), env=trust)
     install(session, ["tensorway"], *group("test"), "pytest==8.2.*", "-c", lowest)
-    pytest(session, ROOT / "core" / "tests")
+    pytest(session, ROOT / "core" / "tests", *AT_ONCE)
 
 
 LEGS = [(name, library) for name in PLUGINS for library in ("with", "without") if LIBRARIES[name] or library == "with"]
@@ -196,17 +201,18 @@ def backend(session: nox.Session, name: str, library: str) -> None:
         folder = Path(session.create_tmp()).resolve() / variable
         session.run("python", "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), requirement)
         environment[variable] = str(next(folder.glob("*.whl")))
-    pytest(session, ROOT / "plugins" / name / "tests", **environment)
+    pytest(session, ROOT / "plugins" / name / "tests", *(AT_ONCE if name == "kv" else []), **environment)
 
 
 @nox.session(requires=["build"])
 def everything(session: nox.Session) -> None:
     """All plugins in one environment, with NIXL and torch: what crosses dists, and the conformance kit."""
-    install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"])
+    install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"], SPANS)
     elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("repo", "wheels", "bench", "hosts")]
     pytest(session, ROOT / "tests", *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
     # Of the movements: what their own legs skip for want of NIXL, torch and their plugins.
-    pytest(session, ROOT / "plugins" / "eplb" / "tests", ROOT / "plugins" / "kv" / "tests", "-k", "nixl or gloo")
+    pytest(session, ROOT / "plugins" / "eplb" / "tests", "-k", "nixl or gloo")
+    pytest(session, ROOT / "plugins" / "kv" / "tests", "-k", "nixl or observed", *AT_ONCE)
 
 
 @nox.session(requires=["build"])
