@@ -174,7 +174,7 @@ def test_what_a_killed_producer_had_stored_comes_from_there(deployment, tmp_path
     kept = producer.ask("finish", view, THEIRS, tokens)
     assert "peer" in kept.ticket["children"]
     asked = RequestView("here", tokens, None, hashes)
-    until(lambda: consumer.ask("lookup", asked, 0).tokens, producer, consumer)
+    until(lambda: consumer.ask("lookup", asked, 0).tokens == tokens, producer, consumer)  # all of it is saved
     consumer.ask("cancel", "here")
     view = RequestView("there", tokens, kept.ticket, hashes)
     assert tokens == consumer.ask("lookup", view, 0).tokens
