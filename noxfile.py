@@ -170,7 +170,7 @@ def pluggy(session: nox.Session, version: str) -> None:
     older_pytest = ["pytest==8.2.*"] if version == "1.5.0" else []
     install(session, ["tensorway"], *group("test"), f"pluggy=={version}", *older_pytest)
     # The rooms that pluggy serves; it is not asked again once a backend is constructed.
-    pytest(session, ROOT / "core" / "tests" / "unit" / "plugins", ROOT / "core" / "tests" / "hosting")
+    pytest(session, ROOT / "core" / "tests" / "unit" / "plugins", ROOT / "core" / "tests" / "hosting", *AT_ONCE)
 
 
 @nox.session(python="3.11", requires=["build"])
@@ -212,7 +212,8 @@ def everything(session: nox.Session) -> None:
     pytest(session, ROOT / "tests", *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
     # Of the movements: what their own legs skip for want of NIXL, torch and their plugins.
     pytest(session, ROOT / "plugins" / "eplb" / "tests", "-k", "nixl or gloo")
-    pytest(session, ROOT / "plugins" / "kv" / "tests", "-k", "nixl or observed", *AT_ONCE)
+    session.install(*CONSTRAINTS, *LIBRARIES["mooncake"])
+    pytest(session, ROOT / "plugins" / "kv" / "tests", "-k", "nixl or mooncake or observed", *AT_ONCE)
 
 
 @nox.session(requires=["build"])

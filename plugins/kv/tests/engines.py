@@ -21,16 +21,17 @@ from tensorway_kv.layouts import Cache, attention
 from tensorway_kv.testing.engine import open_mover
 from tensorway_kv.testing.memory import COMPONENTS, JUNK, name_of, salted
 
-TRANSPORTS = [
-    "local",
-    pytest.param(
-        "nixl",
-        marks=pytest.mark.skipif(
-            not all(map(importlib.util.find_spec, ("tensorway_nixl", "nixl_cu12"))),
-            reason='needs NIXL: pip install "tensorway[nixl]"',
-        ),
-    ),
-]
+
+def _over(transport, *modules):
+    """A parameter that is skipped where something is missing."""
+    missing = [name for name in (f"tensorway_{transport}", *modules) if importlib.util.find_spec(name) is None]
+    reason = f'needs {", ".join(missing)}: pip install "tensorway[{transport}]"'
+    return pytest.param(transport, marks=pytest.mark.skipif(bool(missing), reason=reason))
+
+
+TRANSPORTS = ["local", _over("nixl", "nixl_cu12")]
+#: For what takes long, and is to be seen over each of them all the same.
+ALL_TRANSPORTS = [*TRANSPORTS, _over("mooncake", "mooncake")]
 
 
 @attrs.frozen

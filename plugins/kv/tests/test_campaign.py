@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from engines import Shape
+from engines import ALL_TRANSPORTS, Shape
 
 from tensorway.testing.ranks import RankFailed, Ranks
 from tensorway_kv.testing import campaign
@@ -22,15 +22,16 @@ from tensorway_kv.testing.shapes import Mixed, pair
 SLICE = 10.0
 
 
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 @pytest.mark.parametrize(
     ("options", "share"),
     [({}, 1.0), ({"stage": True, "staging_blocks": 128}, 0.5), ({"layerwise": True}, 0.3)],
     ids=["plain", "staged", "layerwise"],
 )
-def test_hand_overs_that_are_disturbed_end_as_they_should(options, share):
+def test_hand_overs_that_are_disturbed_end_as_they_should(transport, options, share):
     seed = random.randrange(1 << 30)
     sys.stdout.write(f"seed {seed}\n")
-    running = campaign.Campaign(seed, {"transport": "local", **options})
+    running = campaign.Campaign(seed, {"transport": transport, **options})
     began = time.monotonic()
     try:
         while not running.counts["requests"] or time.monotonic() - began < share * SLICE:
