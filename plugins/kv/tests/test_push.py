@@ -14,7 +14,15 @@ from tensorway.testing.ranks import Ranks
 from tensorway_kv import messages
 from tensorway_kv.layouts import Cache, attention, latent
 from tensorway_kv.testing.engine import Deployment, counted, spoil, until, verify
-from tensorway_kv.testing.pushing import begin_pushes, hear, listen, pushing, take_notifications_of, verify_several
+from tensorway_kv.testing.pushing import (
+    at_rest,
+    begin_pushes,
+    hear,
+    listen,
+    pushing,
+    take_notifications_of,
+    verify_several,
+)
 from tensorway_kv.testing.shapes import STATE, Mixed
 
 TOKENS = 19
@@ -103,6 +111,15 @@ def test_every_byte_is_pushed(deployment, own, theirs, their_blocks, our_blocks)
     assert 0 < min(consumer.each(verify_several, [(our_blocks, 0, TOKENS, 1)], windows))
     cleared(consumer, producer)
     assert 0 == sum(producer.each(pushing))
+
+
+def test_who_has_pushed_rests(ranks):
+    deployment = Deployment(ranks, transport="local", prefer="push", staging_blocks=STAGING)
+    producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape())
+    hand_over(producer, consumer)
+    cleared(consumer, producer)
+    assert max(*producer.each(at_rest, 1.0), *consumer.each(at_rest, 1.0)) < 0.3
+    deployment.close()
 
 
 @pytest.mark.parametrize("have", [4, 5, 18])

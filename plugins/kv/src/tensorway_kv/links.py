@@ -292,7 +292,11 @@ class Link(Generic[BoundT]):
             return 0.0 if self._try(now) else _AGAIN
         self._beat(now)
         self._flush()
-        return _AGAIN if self._outbox else max(0.0, min(1.0, watched, self._beat_at - time.monotonic()))
+        if self._outbox:
+            return _AGAIN
+        # Whoever is only needed, as one that writes, has no beat: what it waits for is to be woken.
+        beat = max(0.0, self._beat_at - time.monotonic()) if self._held else 1.0
+        return min(1.0, watched, beat)
 
     def _try(self, now: float) -> bool:
         """Try to connect; whether that is done."""

@@ -6,6 +6,7 @@ May import the core, its `testing` and this dist. Functions with a `Rank` first 
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,3 +117,10 @@ def take_notifications_of(rank: Rank, nbytes: int) -> None:
     """Carry none that is longer."""
     mover = rank.notes["mover"]
     mover._reader.endpoint = _Short(mover.endpoint, nbytes)
+
+
+def at_rest(rank: Rank, seconds: float) -> float:
+    """Which part of a processor the process uses while nobody asks it anything."""
+    before, began = time.process_time(), time.monotonic()
+    time.sleep(seconds)
+    return (time.process_time() - before) / (time.monotonic() - began)
