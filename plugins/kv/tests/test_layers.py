@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import pairwise
 
@@ -101,7 +102,8 @@ def test_every_byte_arrives_however_the_prompt_is_cut(deployment, own, theirs, t
     prefill = Prefill(producer, consumer, their_blocks)
     reserve(consumer, prefill.promise(), blocks=our_blocks)
     writers = 1 if own is MLA[0] else len(producer.movers)  # all have the same latents
-    prefill.registered(writers)
+    # Heads are cut where ranks of either side begin: one push for each piece.
+    prefill.registered(1 if writers == 1 else own.tp + theirs.tp - math.gcd(own.tp, theirs.tp))
     for start, stop in chunks(random.Random(seed)):
         prefill.chunk(start, stop)
     assert writers * TOKENS == sum(producer.each(sent_early)), "nothing is left but to say so"

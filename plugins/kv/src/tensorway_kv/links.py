@@ -160,7 +160,7 @@ class Link(Generic[BoundT]):
         self._held: dict[tuple[str, int], tuple[float, float]] = {}
         self._watched: dict[object, _Watch] = {}
         self._beat_at = 0.0
-        self._ended = False
+        self._ended = self._poked = False
         self._changed = threading.Condition()
         name = f"tensorway-kv-link-{engine[:40]}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -180,7 +180,7 @@ class Link(Generic[BoundT]):
         """
         with self._changed:
             self._held[want.theirs, want.epoch] = (want.beat, time.monotonic() + want.seconds)
-            self._changed.notify_all()
+            self._poke()
 
     def drop(self, want: Want) -> None:
         """Tell it no more."""
@@ -197,13 +197,13 @@ class Link(Generic[BoundT]):
             self._watched.pop(key, None)
             if ranks:
                 self._watched[key] = _Watch(frozenset(ranks), payload, longest, time.monotonic() + seconds)
-            self._changed.notify_all()
+            self._poke()
 
     def need(self, seconds: float) -> None:
         """Connect, also while nothing is to be said."""
         with self._changed:
             self._needed_until = max(self._needed_until, time.monotonic() + seconds)
-            self._changed.notify_all()
+            self._poke()
 
     def problem(self, now: float, until: float) -> tuple[str, str] | None:
         """Why who needs it until then cannot go on, if that is its fault: a cause, and for people."""
@@ -224,13 +224,13 @@ class Link(Generic[BoundT]):
         """Tell a rank of it something, as soon as it takes it."""
         with self._changed:
             self._outbox.append(_Message(rank, payload, time.monotonic()))
-            self._changed.notify_all()
+            self._poke()
 
     def lose(self, cause: str, why: str) -> None:
         """It will never be read from any more."""
         self.hopeless = self.hopeless or (cause, why)
         with self._changed:
-            self._changed.notify_all()
+            self._poke()
 
     @property
     def idle(self) -> bool:
@@ -246,7 +246,7 @@ class Link(Generic[BoundT]):
         """Let its thread end; `close` waits for that."""
         with self._changed:
             self._ended = True
-            self._changed.notify_all()
+            self._poke()
 
     def close(self, deadline: float) -> None:
         """End it, after what is still to be said was tried once more."""
@@ -256,14 +256,21 @@ class Link(Generic[BoundT]):
         if self._thread is not threading.current_thread():
             self._thread.join(deadline)
 
+    def _poke(self) -> None:
+        """Let the thread look again; whoever calls holds the lock."""
+        self._poked = True
+        self._changed.notify_all()
+
     # -- the thread
 
     def _run(self) -> None:
         try:
             while not self._ended:
+                self._poked = False
                 pause = self._turn(time.monotonic())
                 with self._changed:
-                    if not self._ended:
+                    # What was said during the turn may have come too late for it.
+                    if not self._ended and not self._poked:
                         self._changed.wait(pause)
             self._flush()
         except Closed as error:
