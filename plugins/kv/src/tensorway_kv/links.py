@@ -270,7 +270,7 @@ class Link(Generic[BoundT]):
                 pause = self._turn(time.monotonic())
                 with self._changed:
                     # What was said during the turn may have come too late for it.
-                    if not self._ended and not self._poked:
+                    if not self._poked:
                         self._changed.wait(pause)
             self._flush()
         except Closed as error:
