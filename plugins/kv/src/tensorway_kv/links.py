@@ -261,17 +261,19 @@ class Link(Generic[BoundT]):
         self._poked = True
         self._changed.notify_all()
 
+    def _was_poked(self) -> bool:
+        return self._poked
+
     # -- the thread
 
     def _run(self) -> None:
         try:
             while not self._ended:
-                self._poked = False
                 pause = self._turn(time.monotonic())
                 with self._changed:
                     # What was said during the turn may have come too late for it.
-                    if not self._poked:
-                        self._changed.wait(pause)
+                    self._changed.wait_for(self._was_poked, pause)
+                    self._poked = False
             self._flush()
         except Closed as error:
             self.lose("lost", error.true)
