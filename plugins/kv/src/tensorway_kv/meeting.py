@@ -19,6 +19,7 @@ from tensorway.errors import DeadlineExceeded, DescriptionInvalid, TensorwayErro
 from tensorway.kv import RankGeometry
 from tensorway.rendezvous import Directory, Fact, Lease, Rendezvous, Watch
 from tensorway.transport import Transport
+from tensorway_kv.decoding import decoded
 from tensorway_kv.topology import MAX_RANKS
 
 _log = logger("kv")
@@ -52,7 +53,7 @@ class RankRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     landing: RankGeometry | None = None
 
 
-_Record = TypeVar("_Record")
+_Record = TypeVar("_Record", EngineRecord, RankRecord)
 _ENGINE: Final = msgspec.msgpack.Decoder(EngineRecord)
 _RANK: Final = msgspec.msgpack.Decoder(RankRecord)
 
@@ -182,10 +183,4 @@ class Ground:
 
 def _read(value: bytes, decoder: msgspec.msgpack.Decoder[_Record], whose: str) -> _Record:
     asked, to_do = f"What {whose} says of itself was read.", "Install one version of tensorway-kv everywhere."
-    try:
-        found = decoder.decode(value)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise DescriptionInvalid(asked, f"It cannot be read: {error}.", to_do) from None
-    if (version := getattr(found, "version", VERSION)) != VERSION:
-        raise DescriptionInvalid(asked, f"It is of version {version}; this one reads {VERSION}.", to_do)
-    return found
+    return decoded(decoder, value, VERSION, asked, to_do)

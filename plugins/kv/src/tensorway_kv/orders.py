@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from tensorway.errors import DescriptionInvalid
+from tensorway_kv.decoding import decoded_plan
 
 VERSION: Final = 1
 
@@ -146,7 +146,7 @@ class Orders(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
-_DECODE: Final = msgspec.msgpack.Decoder(Orders).decode
+_DECODER: Final = msgspec.msgpack.Decoder(Orders)
 
 
 def encode(orders: Orders) -> bytes:
@@ -158,14 +158,4 @@ def decode(plan: bytes, incarnation: str) -> Orders:
     """What a step says to a mover of this life; raises `DescriptionInvalid`."""
     if not plan:
         return Orders(VERSION, incarnation)
-    asked, to_do = "A step's plan was given to a mover.", "Install one version of tensorway-kv on all ranks."
-    try:
-        orders = _DECODE(plan)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise DescriptionInvalid(asked, f"It cannot be read: {error}.", to_do) from None
-    if orders.version != VERSION:
-        raise DescriptionInvalid(asked, f"It is of version {orders.version}; this mover reads {VERSION}.", to_do)
-    if orders.incarnation != incarnation:
-        true = f"It is from life {orders.incarnation[:12]} of the engine, and the mover is of life {incarnation[:12]}."
-        raise DescriptionInvalid(asked, true, "Start movers anew after their planner: they join the life they find.")
-    return orders
+    return decoded_plan(_DECODER, plan, VERSION, incarnation)

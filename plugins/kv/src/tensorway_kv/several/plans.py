@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
-from tensorway.errors import DescriptionInvalid
+from tensorway_kv.decoding import ASKED, TO_DO, decoded
 from tensorway_kv.several.options import MOST_CHILDREN
 
 VERSION: Final = 1
@@ -63,7 +63,7 @@ def encode(what: Orders | Said) -> bytes:
 
 def decode(plan: bytes) -> Orders:
     """What a step says; raises `DescriptionInvalid`."""
-    return _read(plan, _ORDERS, "A step's plan was given to a mover.") if plan else Orders(VERSION)
+    return _read(plan, _ORDERS, ASKED) if plan else Orders(VERSION)
 
 
 def decode_said(proof: bytes) -> Said:
@@ -72,11 +72,4 @@ def decode_said(proof: bytes) -> Said:
 
 
 def _read(data: bytes, decoder: msgspec.msgpack.Decoder[_Read], asked: str) -> _Read:
-    to_do = "Install one version of tensorway-kv on all ranks."
-    try:
-        found = decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise DescriptionInvalid(asked, f"It cannot be read: {error}.", to_do) from None
-    if found.version != VERSION:
-        raise DescriptionInvalid(asked, f"It is of version {found.version}; this one reads {VERSION}.", to_do)
-    return found
+    return decoded(decoder, data, VERSION, asked, TO_DO)

@@ -1,7 +1,8 @@
 """What a planner of `shared-store` tells its movers in `Step.plan`: which blocks to load, to save, and what to end.
 
-May import the core's ground and msgspec. Both sides are one engine, but they are processes of their own, and may have
-been installed at different times: so it has a version, and is read as carefully as what comes from elsewhere.
+May import the core's ground, msgspec and this dist's decoding. Both sides are one engine, but they are processes of
+their own, and may have been installed at different times: so it has a version, and is read as carefully as what comes
+from elsewhere.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, Final
 import msgspec
 
 from tensorway.errors import DescriptionInvalid
+from tensorway_kv.decoding import ASKED, TO_DO, decoded_plan
 from tensorway_kv.store.sections import Digest
 
 VERSION: Final = 1
@@ -63,7 +65,7 @@ class Orders(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
-_DECODE: Final = msgspec.msgpack.Decoder(Orders).decode
+_DECODER: Final = msgspec.msgpack.Decoder(Orders)
 
 
 def encode(orders: Orders) -> bytes:
@@ -75,18 +77,9 @@ def decode(plan: bytes, incarnation: str) -> Orders:
     """What a step says to a mover of this life; raises `DescriptionInvalid`."""
     if not plan:
         return Orders(VERSION, incarnation)
-    asked, to_do = "A step's plan was given to a mover.", "Install one version of tensorway-kv on all ranks."
-    try:
-        orders = _DECODE(plan)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise DescriptionInvalid(asked, f"It cannot be read: {error}.", to_do) from None
-    if orders.version != VERSION:
-        raise DescriptionInvalid(asked, f"It is of version {orders.version}; this mover reads {VERSION}.", to_do)
-    if orders.incarnation != incarnation:
-        true = f"It is from life {orders.incarnation[:12]} of the engine, and the mover is of life {incarnation[:12]}."
-        raise DescriptionInvalid(asked, true, "Start movers anew after their planner: they join the life they find.")
+    orders = decoded_plan(_DECODER, plan, VERSION, incarnation)
     for load in orders.loads:
         counts = [len(row) for row in load.which]
         if len(counts) != len(load.names) or any(one >= len(load.layouts) for row in load.which for one in row):
-            raise DescriptionInvalid(asked, "It names layouts that it does not have.", to_do)
+            raise DescriptionInvalid(ASKED, "It names layouts that it does not have.", TO_DO)
     return orders
