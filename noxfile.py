@@ -27,6 +27,7 @@ SOURCES = [folder / "src" for folder in DISTS.values()]
 LIBRARIES: dict[str, list[str]] = {
     "cpu": [],
     "eplb": [],
+    "fs": [],
     # etcd needs no library, and its server: apt-get install etcd-server.
     "etcd": [],
     "gloo": ["torch"],
@@ -36,6 +37,9 @@ LIBRARIES: dict[str, list[str]] = {
     # The library, and a torch whose gloo stands in for its NCCL: of which there is none in a build for the CPU.
     "nccl": ["torch", "nvidia-nccl-cu12==2.32.3"],
     "nixl": ["nixl-cu12==1.5.1"],
+    # With a server that speaks S3.
+    "object": ["obstore==0.12.1", "moto[server]==5.2.5"],
+    "offload": [],
     # With the server it is tested against: apt-get install redis-server.
     "redis": ["redis==8.1.0"],
     # No index has NIXL for ROCm. Its Python is NIXL's, so the tests present NIXL under ROCm's names.

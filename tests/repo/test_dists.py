@@ -18,8 +18,10 @@ PLUGINS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*
 DISTS = {"tensorway": CORE} | {f"tensorway-{name}": folder for name, folder in PLUGINS.items()}
 #: Extras of the core that are no backend.
 OTHER_EXTRAS = {"testing"}
-#: Dists of a movement, and what their mathematics needs: what they offer has names of its own.
-MOVEMENTS = {"eplb": {"numpy", "xxhash"}, "kv": {"numpy"}}
+#: Dists of a movement: what they offer has names of its own.
+MOVEMENTS = {"eplb", "kv", "offload"}
+#: What the mathematics of a dist needs: small, and on every index.
+MATHEMATICS = {"cpu": {"numpy"}, "eplb": {"numpy", "xxhash"}, "fs": {"xxhash"}, "kv": {"numpy"}, "object": {"xxhash"}}
 
 
 def project(folder):
@@ -127,7 +129,7 @@ def test_the_core_depends_on_five_small_packages_and_nothing_else():
 @plugins
 def test_a_plugin_installs_without_its_library(name):
     requirements = {r.name: r for r in map(Requirement, project(PLUGINS[name])["dependencies"])}
-    assert set(requirements) - {"attrs", "msgspec"} - MOVEMENTS.get(name, set()) <= set(DISTS)
+    assert set(requirements) - {"attrs", "msgspec"} - MATHEMATICS.get(name, set()) <= set(DISTS)
     # Dists of ours are released together, and internals that one plugin takes from another are no API.
     shared = {other: str(r.specifier) for other, r in requirements.items() if other in DISTS and other != "tensorway"}
     assert dict.fromkeys(shared, f"=={VERSION}") == shared

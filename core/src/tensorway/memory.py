@@ -15,7 +15,8 @@ import os
 import random
 import re
 import weakref
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
 
 import attrs
 
@@ -81,6 +82,14 @@ class Region:
             "It has no data_ptr, no __array_interface__, no __cuda_array_interface__ and is no buffer.",
             "Give a tensor, an array, a bytearray or a memoryview; or Region(address, nbytes, device).",
         )
+
+
+class Copier(Protocol):
+    """Copies between host memory and a device that the transport cannot reach."""
+
+    def __call__(self, pairs: Sequence[tuple[Region, Region]]) -> None:
+        """Copy the first of each pair to the second; all of it is done when this returns."""
+        ...
 
 
 @attrs.frozen(eq=False)

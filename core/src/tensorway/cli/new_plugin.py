@@ -37,7 +37,7 @@ _NAME: Final = re.compile(r"[A-Za-z]([A-Za-z0-9_-]{0,62}[A-Za-z0-9])?", re.ASCII
 RESERVED: Final = frozenset(
     {"arc", "cpu", "cuda", "direct", "eplb", "etcd", "fs", "gloo", "handover", "kv", "local", "lru", "mooncake", "nccl"}
     | {"nixl", "object", "ray", "redis", "rixl", "rocm", "s3fifo", "sieve", "tcpstore", "testing", "vllm", "xpu"}
-    | {"several", "shared-store"}
+    | {"several", "shared-store", "offload", "peer", "tinylfu", "foresight"}
 )
 
 

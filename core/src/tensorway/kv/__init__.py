@@ -6,10 +6,10 @@ Room `kv`; may import the rooms below. How two geometries meet and the connector
 
 from __future__ import annotations
 
+from tensorway.geometry import Group, Part, Plane, RankGeometry, Share
 from tensorway.kv.contract import (
     Blocks,
     Capabilities,
-    Copier,
     Event,
     KVContext,
     LayerwiseMover,
@@ -22,8 +22,8 @@ from tensorway.kv.contract import (
     Retention,
     Step,
 )
-from tensorway.kv.geometry import Group, Part, Plane, RankGeometry, Share
 from tensorway.kv.vocabulary import CAUSES, METRICS
+from tensorway.memory import Copier
 
 __all__ = [
     "CAUSES",

@@ -11,21 +11,13 @@ from typing import Any, Literal, Protocol
 
 import attrs
 
-from tensorway.kv.geometry import RankGeometry
-from tensorway.memory import Region
+from tensorway.geometry import RankGeometry
+from tensorway.memory import Copier
 from tensorway.metrics import Sample
 from tensorway.rendezvous import Rendezvous
 
 #: Block ids of one request: for each cache group, in the order of its tokens.
 Blocks = Sequence[Sequence[int]]
-
-
-class Copier(Protocol):
-    """Copies between host memory and a device that the transport cannot reach."""
-
-    def __call__(self, pairs: Sequence[tuple[Region, Region]]) -> None:
-        """Copy the first of each pair to the second; all of it is done when this returns."""
-        ...
 
 
 @attrs.frozen

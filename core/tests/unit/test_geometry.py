@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorway.errors import LayoutInvalid
-from tensorway.kv import Group, Part, Plane, RankGeometry, Share
+from tensorway.geometry import Group, Part, Plane, RankGeometry, Share
 
 DECODER = msgspec.msgpack.Decoder(RankGeometry)
 K = Part(0, "k", 0, 4, 16, 0, 2, 8, 8)

@@ -1,7 +1,8 @@
 """What every byte of a rank's KV pages is, in coordinates that all engines share: layer, component, token, head, byte.
 
-Room `kv`; may import the rooms below. Only descriptions, and what makes one valid: how two of them meet is mathematics
-of the dist `tensorway-kv`. They cross processes and come from peers, so they are checked before anything trusts them.
+Below the movements, for two of them: handing over and offloading. May import the transport's blocks and the ground.
+Only descriptions, and what makes one valid: how two of them meet is mathematics of the dist `tensorway-kv`. They cross
+processes and come from peers, so they are checked before anything trusts them.
 """
 
 from __future__ import annotations
