@@ -320,7 +320,7 @@ def campaign(session: nox.Session) -> None:
     wanted = session.posargs or list(CAMPAIGNS)
     if unknown := set(wanted) - set(CAMPAIGNS):
         session.error(f"there is no campaign {', '.join(sorted(unknown))}; there is: {', '.join(CAMPAIGNS)}")
-    install(session, [dist for dist in DISTS if dist not in ("tensorway-etcd", "tensorway-redis", "tensorway-tcpstore")])
+    install(session, list(DISTS))
     for library in ("nixl", "mooncake", "object"):
         if any(library in "".join(CAMPAIGNS[name]) for name in wanted):
             session.install(*CONSTRAINTS, *LIBRARIES[library])
