@@ -114,6 +114,7 @@ class Promotions:
         if not promotion.over or promotion.job not in self._jobs:
             return
         self._jobs.discard(promotion.job)
+        promotion.outcomes = {key: promotion.outcomes[key] for key in promotion.views}
         self._over.append(promotion)
         failed = [key for key, outcome in promotion.outcomes.items() if outcome != "done"]
         self._answers.failed(failed, promotion.req)
