@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from tensorway.metrics import Sample
 from tensorway.offload import OffloadKey, OfTenant, Outcome, TierCapabilities, key_tenant
@@ -31,6 +31,8 @@ FAULTS: Final = {
     "vanish": "of a read, its blocks are gone, although the tier said that it has them",
     "fatal": "it raises what ends a program",
 }
+_LIES: Final[Mapping[str, Any]] = {"short": [], "none": None, "words": ["nonsense"] * 3}
+_T = TypeVar("_T")
 
 
 class FaultyTier:
@@ -64,7 +66,11 @@ class FaultyTier:
 
     def probe(self, deadline: float) -> ProbeResult:
         """As it was told."""
-        return self._serve("probe", lambda: ProbeResult(self.usable, "as the test says"), lambda _: None)
+        return self._serve(
+            "probe",
+            lambda: ProbeResult(self.usable, "as the test says"),
+            lambda _: ProbeResult.failed("as the test says"),
+        )
 
     def contains(self, keys: Sequence[OffloadKey], deadline: float) -> list[bool]:
         """Which of these it has."""
@@ -134,7 +140,7 @@ class FaultyTier:
         view[:] = data
         return "done"
 
-    def _serve(self, name: str, right: Callable[[], Any], spoilt: Callable[[str], Any]) -> Any:
+    def _serve(self, name: str, right: Callable[[], _T], spoilt: Callable[[str], _T]) -> _T:
         with self._lock:
             self.calls[name] += 1
             self.under_way += 1
@@ -152,7 +158,8 @@ class FaultyTier:
                 with self._lock:
                     return right()
             if fault in ("short", "none", "words"):
-                return {"short": [], "none": None, "words": ["nonsense"] * 3}[fault]
+                lie: _T = _LIES[fault]
+                return lie
             with self._lock:
                 return spoilt(fault)
         finally:
