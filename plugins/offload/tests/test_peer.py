@@ -337,6 +337,30 @@ def test_a_lender_that_is_killed_while_it_is_read_from_gives_no_wrong_byte(abroa
     assert any(outcomes == ["done"] * 8 for outcomes, _ in results)
 
 
+def test_a_lender_that_is_stopped_again_and_again_while_it_is_read_from_gives_no_wrong_byte(abroad, ranks):
+    reader = abroad(answer=0.05, rest=0.02)
+    results, ended = [], threading.Event()
+
+    def read():
+        while not ended.is_set():
+            results.append(reader.get(KEYS, 5.0))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        for _ in range(8):
+            count = len(results)
+            until(lambda count=count: any(outcomes == ["done"] * 8 for outcomes, _ in results[count:]))
+            ranks[0].signal(signal.SIGSTOP)
+            until(lambda: results[-1][0] == ["missing"] * 8)
+            ranks[0].signal(signal.SIGCONT)
+    finally:
+        ended.set()
+        thread.join()
+    for outcomes, right in results:
+        assert all(good for outcome, good in zip(outcomes, right, strict=True) if outcome == "done")
+
+
 def test_a_lender_that_is_stopped_costs_its_deadline_once_and_is_asked_again_later(abroad, ranks):
     reader = abroad(answer=0.2, rest=0.3)
     ranks[0].signal(signal.SIGSTOP)

@@ -56,7 +56,8 @@ class Neighbours:
         self._directory, self._options = directory, options
         self._found: dict[str, Neighbour] = {}
         self._tried: dict[str, tuple[str, float]] = {}
-        self._ended = threading.Event()
+        self._ended = False
+        self._look_now = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tensorway-peer-meeting", daemon=True)
         self._thread.start()
 
@@ -67,6 +68,10 @@ class Neighbours:
     def of(self, incarnation: str) -> Neighbour | None:
         """The one that lives this life."""
         return next((each for each in list(self._found.values()) if each.incarnation == incarnation), None)
+
+    def look(self) -> None:
+        """Somebody is there whom we have not met."""
+        self._look_now.set()
 
     def late(self, neighbour: Neighbour) -> None:
         """It did not answer in time: leave it alone for a while, unless something was heard of it since."""
@@ -90,11 +95,14 @@ class Neighbours:
 
     def close(self, deadline: float) -> None:
         """Say goodbye to all."""
-        self._ended.set()
+        self._ended = True
+        self._look_now.set()
         self._thread.join(deadline)
 
     def _follow(self) -> None:
-        while not self._ended.wait(_LOOK):
+        while not self._ended:
+            self._look_now.wait(_LOOK)
+            self._look_now.clear()
             try:
                 self._look()
             except Closed:

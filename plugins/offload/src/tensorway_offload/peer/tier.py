@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -46,6 +46,9 @@ _NAME: Final = "peer"
 _SEND: Final = 0.1
 #: Seconds between two looks at what peers say, while an answer is expected.
 _SOON: Final = 0.0002
+#: Messages of peers whom we have not met yet, and seconds for which each waits until we have.
+_MOST_UNMET: Final = 64
+_UNMET: Final = 1.0
 #: Keys of which it is remembered who has them.
 _MOST_KNOWN: Final = 65_536
 
@@ -84,6 +87,7 @@ class PeerTier:
         self._questions: dict[int, _Question] = {}
         self._holders: OrderedDict[OffloadKey, tuple[Neighbour, ...]] = OrderedDict()
         self._lock, self._ended, self._asked = threading.Lock(), threading.Event(), threading.Event()
+        self._unmet: deque[tuple[Notification, float]] = deque(maxlen=_MOST_UNMET)
         self._closed = False
         self._thread = threading.Thread(target=self._listen, name="tensorway-peer-ears", daemon=True)
         self._thread.start()
@@ -284,7 +288,7 @@ class PeerTier:
             except TensorwayError as error:
                 _log.error("Peers are not heard any more: %s", error)
                 return
-            for note in notes:
+            for note in [*self._met(), *notes]:
                 try:
                     self._heard(note)
                 except Exception as error:  # what one peer says must not make us deaf to the others
@@ -299,11 +303,25 @@ class PeerTier:
                 self._asked.wait(self._options.pause)
                 self._asked.clear()
 
+    def _met(self) -> list[Notification]:
+        """What those said whom we have met since."""
+        now, found = time.monotonic(), []
+        for _ in range(len(self._unmet)):
+            note, since = self._unmet.popleft()
+            if self._neighbours.of(note.incarnation) is not None:
+                found.append(note)
+            elif now - since < _UNMET:
+                self._unmet.append((note, since))
+        return found
+
     def _heard(self, note: Notification) -> None:
         message, neighbour = decode(note.payload), self._neighbours.of(note.incarnation)
-        if message is None or neighbour is None:
-            # Nonsense, or of somebody whom we have not met yet, and who will ask again.
-            self._failed("ask", "refused" if message is None else "lost", 1)
+        if message is None:
+            self._failed("ask", "refused", 1)
+            return
+        if neighbour is None:
+            self._unmet.append((note, time.monotonic()))
+            self._neighbours.look()
             return
         if isinstance(message, Answer):
             self._answered(neighbour, message)
