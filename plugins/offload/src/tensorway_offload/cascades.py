@@ -99,8 +99,8 @@ class Outlet:
             self.tier.delete(deletion.which, partial(self._deleted, deletion))
 
     def busy(self) -> bool:
-        """Whether something is to be deleted."""
-        return bool(self._deletions)
+        """Whether something can be deleted now. What waits for a tier that is left alone keeps no engine awake."""
+        return any(deletion.running for deletion in self._deletions) or bool(self._deletions and self.tier.usable)
 
     def _admitted(self, items: Sequence[Item]) -> Iterator[Item]:
         """Those that nothing speaks against; the others are counted, each with its cause."""
