@@ -74,7 +74,7 @@ class Neighbours:
         self._look_now.set()
 
     def late(self, neighbour: Neighbour) -> None:
-        """It did not answer in time: leave it alone for a while, unless something was heard of it since."""
+        """It did not answer in time: leave it alone for a while."""
         neighbour.rest = min(max(self._options.rest, 2 * neighbour.rest), _LONGEST_REST)
         neighbour.resting_until = time.monotonic() + neighbour.rest
 
