@@ -238,7 +238,7 @@ class PeerTier:
             if question.answer is None:
                 continue
             # From before it was asked for: by whoever's clock, the lease ends later than this.
-            ends = question.asked + question.answer.seconds
+            ends = question.asked + min(question.answer.seconds, self._options.lease)
             wants = [
                 Want(place, left[place][1], row, total)
                 for key, row, total in zip(question.keys, question.answer.rows, question.answer.sums, strict=True)
