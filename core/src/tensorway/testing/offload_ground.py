@@ -1,4 +1,4 @@
-"""What the suites of offloading share: keys, blocks whose bytes follow from their keys, a clock, what counts as refused.
+"""What the suites of offloading share: keys, blocks whose bytes follow from their keys, a clock, refusals, threads.
 
 Room `testing`; may import `offload` and the rooms below.
 """

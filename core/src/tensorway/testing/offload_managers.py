@@ -7,88 +7,27 @@ manager is one that admits what is offered and has no quotas; tests of what come
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Final
+from collections.abc import Sequence
 
 import attrs
 import pytest
 
-import tensorway
 from tensorway.metrics import total
 from tensorway.offload import (
-    LookupResult,
-    OffloadContext,
     OffloadingManager,
     OffloadKey,
     PrefixLookup,
-    PrepareStoreOutput,
     ReqContext,
     Ticket,
-    Tier,
 )
-from tensorway.testing.connector_memory import Memory, Shape
-from tensorway.testing.offload_below import Shelves
 from tensorway.testing.offload_ground import chain, refusal, request, together, unknown_values
 from tensorway.testing.offload_ledger import Ledger
-from tensorway.testing.suite import Suite
-
-CAPACITY: Final = 8
-HIT, MISS = LookupResult.HIT, LookupResult.MISS
-
-Open = Callable[..., OffloadingManager]
+from tensorway.testing.offload_manager_ground import CAPACITY, HIT, MISS, Open, begun, here, put, stored, told
+from tensorway.testing.offload_promotions import PromotionTests
 
 
-class OffloadingManagerSuite(Suite):
+class OffloadingManagerSuite(PromotionTests):
     """The contract of `tensorway.offload.OffloadingManager`."""
-
-    #: The backend's name, as `tensorway.create("offloading", name)` takes it.
-    name: str
-    options: ClassVar[dict[str, object]] = {}
-    #: Seconds that a lease lasts with these options; 0 if that is not to be tested.
-    lease: ClassVar[float] = 0.0
-    #: Seconds after which everything that comes from tiers below must be known, whatever they do.
-    patience: ClassVar[float] = 60.0
-    #: Runs of the model, and calls of each.
-    runs: ClassVar[int] = 60
-    calls: ClassVar[int] = 40
-
-    def options_for(self, capacity: int) -> dict[str, object]:
-        """Options with room for so many blocks; override it if yours are not called `blocks`."""
-        return {**self.options, "blocks": capacity}
-
-    def make(self, capacity: int) -> OffloadingManager:
-        """A manager with room for so many blocks; override it for one that is not installed."""
-        context = OffloadContext("suite", "manager", (Memory(Shape(), 0).geometry,))
-        manager: Any = tensorway.create("offloading", self.name, self.options_for(capacity), context)
-        assert manager is not None
-        return manager  # type: ignore[no-any-return]
-
-    def make_over(self, capacity: int, tier: Tier) -> OffloadingManager | None:
-        """The same over one tier; None if there is no way to give it one."""
-        return None
-
-    def pass_time(self, seconds: float) -> None:
-        """It is so much later; override it for a manager with a clock of its own."""
-        time.sleep(seconds)
-
-    @pytest.fixture
-    def open_manager(self) -> Iterator[Open]:
-        """Managers, closed at the end of the test."""
-        opened: list[OffloadingManager] = []
-
-        def make(capacity: int = CAPACITY) -> OffloadingManager:
-            opened.append(self.make(capacity))
-            return opened[-1]
-
-        yield make
-        for each in opened:
-            each.close()
-
-    @pytest.fixture
-    def manager(self, open_manager: Open) -> OffloadingManager:
-        """One with room for eight blocks."""
-        return open_manager()
 
     # -- what is stored
 
@@ -340,8 +279,8 @@ class OffloadingManagerSuite(Suite):
         """
         ledger, req = Ledger(manager, CAPACITY), request("r")
         put(ledger, chain("a", 4), req)
-        ledger.look_up(chain("a", 4), req)
         ledger.prepare_load(chain("a", 4), req)
+        ledger.look_up(chain("a", 4), req)
         ledger.prepare_store(chain("b", 4), req)
         ledger.end(req)
         ledger.end(req)
@@ -439,8 +378,7 @@ class OffloadingManagerSuite(Suite):
         pytest.importorskip("hypothesis", reason='pip install "tensorway[testing]"')
         from tensorway.testing import offload_model
 
-        seed = random.SystemRandom().randrange(1 << 32)
-        print(f"seed {seed}")
+        seed = random.SystemRandom().randrange(1 << 32) if self.seed is None else self.seed
         offload_model.run(lambda: self.make(offload_model.CAPACITY), seed, self.runs, self.calls)
 
     def test_threads_share_it(self, manager: OffloadingManager) -> None:
@@ -471,162 +409,6 @@ class OffloadingManagerSuite(Suite):
         every = [key for story in range(4) for key in chain(f"story {story}", 5)]
         assert [key in there for key in every] == here(manager, every)
         assert CAPACITY == len(stored(manager.prepare_store(chain("at last", CAPACITY), begun(manager, "last"))).keys)
-
-    # -- tiers below
-
-    def over(self, tier: Shelves, capacity: int = CAPACITY) -> Iterator[OffloadingManager]:
-        """A manager over a tier, closed afterwards."""
-        manager = self.make_over(capacity, tier)
-        if manager is None:
-            pytest.skip("no tier can be put below it")
-        try:
-            yield manager
-        finally:
-            tier.release()
-            manager.close()
-
-    @pytest.mark.parametrize("count", [1, CAPACITY - 1, CAPACITY, CAPACITY + 1, 3 * CAPACITY])
-    def test_a_lookup_comes_to_an_end_however_much_is_below(self, count: int) -> None:
-        """A request for more than there is room for, all of which a tier has: some of it can be loaded, soon.
-
-        *If this fails:* promote no more for one request than fits beside what it has, and give up at a deadline.
-        """
-        keys = chain("below", count)
-        for manager in self.over(Shelves(keys)):
-            req = begun(manager, "r")
-            ready = self.settled(manager, keys, req)
-            assert 1 <= ready <= min(count, CAPACITY), f"{ready} of {count}"
-            loading = manager.prepare_load(keys[:ready], req)
-            assert loading is not None and ready == len(loading.source)
-            manager.complete_load(loading.ticket)
-            manager.ended(req)
-            self._quiet(manager)
-
-    def test_requests_that_want_more_than_there_is_room_for_all_come_to_an_end(self) -> None:
-        """Three requests of six blocks each, in turn, with room for eight.
-
-        *If this fails:* let what one request was promised not be evicted by the promotion of another.
-        """
-        stories = {name: chain(name, 6) for name in ("one", "two", "three")}
-        for manager in self.over(Shelves([key for keys in stories.values() for key in keys])):
-            waiting = {name: begun(manager, name) for name in stories}
-            until = time.monotonic() + self.patience
-            while waiting:
-                assert time.monotonic() < until, f"{', '.join(waiting)} wait for ever"
-                for name, req in list(waiting.items()):
-                    found = manager.lookup_prefix(stories[name], req)
-                    if not found.later:
-                        loading = manager.prepare_load(stories[name][: found.ready], req)
-                        assert loading is not None
-                        manager.complete_load(loading.ticket)
-                        manager.ended(waiting.pop(name))
-                self._step(manager)
-            self._quiet(manager)
-
-    @pytest.mark.parametrize("fault", ["failed", "missing", "corrupt", "late", "raises", "short", "hangs"])
-    def test_a_tier_that_fails_is_a_miss(self, fault: str) -> None:
-        """It has the blocks, and does not give them: nothing is there, nothing is stuck, and all rows can be used.
-
-        *If this fails:* take whatever a tier does wrong as a miss of that request; keep rows that it may write to.
-        """
-        keys = chain("below", 4)
-        for manager in self.over(tier := Shelves(keys, fault)):
-            req = begun(manager, "r")
-            assert 0 == self.settled(manager, keys, req), "what was never read is there"
-            assert manager.prepare_load(keys[:1], req) is None
-            manager.ended(req)
-            tier.release()
-            self._quiet(manager)
-            out = manager.prepare_store(chain("new", CAPACITY), begun(manager, "next"))
-            assert out is not None, "rows are lost"
-            manager.complete_store(out.ticket)
-
-    def test_a_request_may_have_no_tiers(self) -> None:
-        """An empty set of tiers: only what is in the primary one is there.
-
-        *If this fails:* look at `ReqContext.tiers` before a tier is asked or written to.
-        """
-        keys = chain("below", 3)
-        for manager in self.over(tier := Shelves(keys)):
-            req = ReqContext("alone", tiers=frozenset())
-            manager.begins(req)
-            assert 0 == self.settled(manager, keys, req)
-            out = stored(manager.prepare_store(chain("own", 3), req))
-            manager.complete_store(out.ticket)
-            self._quiet(manager)
-            assert not set(chain("own", 3)) & tier.written
-
-    def test_what_is_stored_goes_down_and_is_found_there_again(self) -> None:
-        """Twice as much as there is room for; what was evicted comes back from the tier.
-
-        *If this fails:* cascade in `complete_store`; ask tiers for what the primary one has not.
-        """
-        stories = [chain(f"story {number}", 4) for number in range(4)]
-        for manager in self.over(tier := Shelves([])):
-            for number, keys in enumerate(stories):
-                req = begun(manager, f"r{number}")
-                manager.complete_store(stored(manager.prepare_store(keys, req)).ticket)
-                manager.ended(req)
-                self._quiet(manager)
-            assert {key for keys in stories for key in keys} == tier.written
-            assert 4 == self.settled(manager, stories[0], begun(manager, "again"))
-
-    def settled(self, manager: OffloadingManager, keys: Sequence[OffloadKey], req: ReqContext) -> int:
-        """How many are ready, when nothing is to come any more."""
-        until = time.monotonic() + self.patience
-        while (found := manager.lookup_prefix(keys, req)).later:
-            assert time.monotonic() < until, f"{found} for ever"
-            self._step(manager)
-        return found.ready
-
-    def _quiet(self, manager: OffloadingManager) -> None:
-        """Wait until it has nothing to do."""
-        until = time.monotonic() + self.patience
-        while manager.busy():
-            assert time.monotonic() < until, "it is busy for ever"
-            self._step(manager)
-
-    def _step(self, manager: OffloadingManager) -> None:
-        time.sleep(0.002)
-        manager.poll()
-
-
-def begun(manager: OffloadingManager, name: str) -> ReqContext:
-    """A request that is there."""
-    assert manager.begins(req := request(name)) in ("new", "all")
-    return req
-
-
-def stored(out: PrepareStoreOutput | None) -> PrepareStoreOutput:
-    """An output that is there."""
-    assert out is not None, "there is room, and it was refused"
-    return out
-
-
-def put(ledger: Ledger, keys: Sequence[OffloadKey], req: ReqContext) -> None:
-    """Store these, until they can be looked up."""
-    assert ledger.prepare_store(keys, req) is not None, "there is room, and it was refused"
-    ledger.complete(ledger.jobs[-1])
-    ledger.end(req)
-
-
-def here(manager: OffloadingManager, keys: Sequence[OffloadKey]) -> list[bool]:
-    """Which of these can be loaded, without keeping them."""
-    req = begun(manager, "is it here")
-    found = [result is HIT for result in manager.lookup_many(keys, req)]
-    manager.ended(req)
-    return found
-
-
-def told(manager: OffloadingManager) -> list[tuple[str, list[OffloadKey]]]:
-    """Events since the last time, those of one kind that follow each other as one."""
-    merged: list[tuple[str, list[OffloadKey]]] = []
-    for event in manager.take_events():
-        if merged and merged[-1][0] == event.what:
-            merged[-1][1].extend(event.keys)
-        else:
-            merged.append((event.what, list(event.keys)))
-    return merged
 
 
 def _ask(manager: OffloadingManager, how: str, keys: Sequence[OffloadKey], req: ReqContext) -> None:

@@ -1,14 +1,13 @@
 """What every tier must do: each byte or a word for why not, from many threads, by its deadline, for each tenant alone.
 
-Room `testing`. Subclass `TierSuite`, set `name` (and `options` or `options_in`), install your dist; or give `make`. What
-is declared is the gate: who is not `writable` must refuse `put`, who has no `deletes` must refuse `delete`.
+Room `testing`. Subclass `TierSuite`, set `name` (and `options` or `options_in`), install your dist; or give `make`.
+What is declared is the gate: who is not `writable` must refuse `put`, who has no `deletes` must refuse `delete`.
 """
 
 from __future__ import annotations
 
 import inspect
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,8 @@ from tensorway.offload import (
     make_offload_key,
     tenant_of_salt,
 )
-from tensorway.testing.offload_ground import block_of, chain, refusal, together, unknown_values
+from tensorway.testing.offload_ground import chain, refusal, together, unknown_values
+from tensorway.testing.offload_reading import NBYTES, Outcomes, Reading, damage, sources, within
 from tensorway.testing.ranks import Rank, RankProcess, located
 from tensorway.testing.suite import Suite
 from tensorway.types import ProbeResult
@@ -37,13 +37,9 @@ from tensorway.types import ProbeResult
 LONG: Final = 60.0
 #: What a call may take beyond a deadline that has passed when it begins, on a machine that is busy with other things.
 PATIENCE: Final = 30.0
-#: A page, one byte, one more than a page, many pages and a bit.
-NBYTES: Final = (4096, 1, 4097, 100_003)
-_GUARD: Final = 0xA5
 _FINGERPRINT: Final = bytes(range(32))
 
 Open = Callable[..., Tier]
-Outcomes = Sequence[str]
 
 
 class TierSuite(Suite):
@@ -97,10 +93,12 @@ class TierSuite(Suite):
 
         *If this fails:* set `capabilities`; let `probe` do what a call would need, within its deadline.
         """
-        assert isinstance(tier.capabilities, TierCapabilities)
-        assert tier.capabilities.calls >= 1 and tier.capabilities.alignment >= 1
-        found = tier.probe(LONG)
-        assert isinstance(found, ProbeResult) and found.usable, found
+        found: object = tier.capabilities
+        assert isinstance(found, TierCapabilities), found
+        assert min(tier.capabilities.calls, tier.capabilities.alignment) >= 1, found
+        probed = tier.probe(LONG)
+        assert isinstance(probed, ProbeResult), probed
+        assert probed.usable, probed
 
     def test_what_is_not_declared_is_refused(self, tier: Tier) -> None:
         """`put` of a tier that is not `writable`, and `delete` of one without `deletes`, raise `Unsupported`.
@@ -183,7 +181,8 @@ class TierSuite(Suite):
 
         *If this fails:* leave early if there is nothing to do.
         """
-        assert [] == list(tier.contains([], LONG)) == list(tier.get([], LONG))
+        assert [] == list(tier.contains([], LONG))
+        assert [] == list(tier.get([], LONG))
         if tier.capabilities.writable:
             assert [] == list(tier.put([], LONG))
         if tier.capabilities.deletes:
@@ -211,7 +210,17 @@ class TierSuite(Suite):
 
         *If this fails:* write keys out in hexadecimal, and never cut them to one length.
         """
-        hashes = [b"\0" * 4, b"\xff" * 64, b"../../..", b"a/b\n", b"a/b\n\0", b"a/b\n" * 16, b"%s%s", b"\0" * 32, b".tmp"]
+        hashes = [
+            b"\0" * 4,
+            b"\xff" * 64,
+            b"../../..",
+            b"a/b\n",
+            b"a/b\n\0",
+            b"a/b\n" * 16,
+            b"%s%s",
+            b"\0" * 32,
+            b".tmp",
+        ]
         keys = [make_offload_key(each, group, salt) for each in hashes for group in (0, 2) for salt in ("", "../")]
         self.fill(tier, keys)
         reading = Reading(keys)
@@ -301,7 +310,7 @@ class TierSuite(Suite):
     def test_a_call_ends_whatever_its_deadline_is(self, tier: Tier, deadline: float) -> None:
         """One that has passed, or is about to: an answer for each block, true where it says `done`, and no more bytes.
 
-        *If this fails:* look at the clock between blocks; answer `late` for what was not done; leave buffers alone then.
+        *If this fails:* look at the clock between blocks; answer `late` for what was not done.
         """
         keys = chain("late", 40, group=3)
         self.fill(tier, keys)
@@ -313,7 +322,7 @@ class TierSuite(Suite):
         }
         if tier.capabilities.writable:
             calls["put"] = lambda: tier.put(sources(fresh), deadline)
-        answers = {what: within(call, what) for what, call in calls.items()}
+        answers = {what: within(PATIENCE, call, what) for what, call in calls.items()}
         after = [bytes(each) for each in reading.buffers]
         assert len(keys) == len(answers["get"]) and set(answers["get"]) <= {"done", "late", "failed"}, answers["get"]
         assert "" == reading.wrong(answers["get"])
@@ -415,7 +424,7 @@ class TierSuite(Suite):
         assert "" == reading.wrong(["done"] * 10)
 
     def test_what_is_shared_is_seen_by_others_that_are_open(self, open_tier: Open) -> None:
-        """`shared`: another engine's tier of the same options has a block soon after it was stored; deleted, it is gone.
+        """`shared`: another engine's tier of the same options has a block soon after it was stored; deleted, it goes.
 
         *If this fails:* look again at what others have stored, where a lookup finds nothing.
         """
@@ -453,60 +462,6 @@ class TierSuite(Suite):
             return found
         finally:
             process.close()
-
-
-class Reading:
-    """Buffers at odd addresses, with something around them that nobody may touch."""
-
-    def __init__(self, keys: Sequence[OffloadKey], nbytes: Sequence[int] | None = None) -> None:
-        lengths = nbytes or [len(block_of(key, NBYTES)) for key in keys]
-        self._all = [bytearray([_GUARD]) * (length + 2) for length in lengths]
-        self.buffers = [memoryview(each)[1:-1] for each in self._all]
-        self.items = list(zip(keys, self.buffers, strict=True))
-
-    def wrong(self, outcomes: Outcomes) -> str:
-        """What is not as the outcomes say; empty if all is."""
-        for (key, buffer), whole, outcome in zip(self.items, self._all, outcomes, strict=True):
-            if (whole[0], whole[-1]) != (_GUARD, _GUARD):
-                return f"a byte beside the buffer of {key.hex()} was written to"
-            if outcome == "done" and buffer != block_of(key, NBYTES):
-                return f"bytes of {key.hex()} are wrong"
-        return ""
-
-
-def sources(keys: Sequence[OffloadKey]) -> list[tuple[OffloadKey, memoryview]]:
-    """Blocks to store, in memory that cannot be written to."""
-    return [(key, memoryview(block_of(key, NBYTES))) for key in keys]
-
-
-def damage(folder: Path) -> int:
-    """Change every 61st byte of every file; how many files there were."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    for path in files:
-        data = bytearray(path.read_bytes())
-        data[::61] = bytes(byte ^ 0xFF for byte in data[::61])
-        path.write_bytes(data)
-    return len(files)
-
-
-def within(call: Callable[[], Any], what: str) -> Any:
-    """What a call returns; a test fails if it has not ended after a time that no deadline explains."""
-    answer: list[Any] = []
-    raised: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            answer.append(call())
-        except BaseException as error:  # it is raised in the test
-            raised.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    assert not thread.is_alive(), f"{what} goes on long after its deadline"
-    if raised:
-        raise AssertionError(f"{what} raised: a deadline is an outcome, and no error") from raised[0]
-    return answer[0]
 
 
 def use_elsewhere(

@@ -11,9 +11,8 @@ import pytest
 
 from tensorway.errors import Closed, Unsupported
 from tensorway.offload import OfTenant, TierCapabilities, key_tenant
-from tensorway.testing import TierSuite
-from tensorway.testing import offload_tiers as suite_module
-from tensorway.testing.offload_tiers import NBYTES
+from tensorway.testing import TierSuite, offload_tiers
+from tensorway.testing.offload_reading import sources
 from tensorway.types import ProbeResult
 
 
@@ -134,7 +133,7 @@ class ReadOnly(Files):
 
 class TestReadOnly(TierSuite):
     def fill(self, tier, keys):
-        for each in suite_module.sources(keys):
+        for each in sources(keys):
             tier.put_one(*each)
 
     @classmethod
@@ -445,7 +444,7 @@ class Any(TierSuite):
 
 @pytest.mark.parametrize(("broken", "test", "says"), BREAKS)
 def test_it_is_said(broken, test, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(suite_module, "PATIENCE", 0.5)
+    monkeypatch.setattr(offload_tiers, "PATIENCE", 0.5)
     (tmp_path / "which").write_text(broken.__name__)
     (folder := tmp_path / "blocks").mkdir()
     if "room" not in test:
