@@ -50,8 +50,8 @@ class ManagerGround(Suite):
     seed: ClassVar[int | None] = None
 
     def options_for(self, capacity: int) -> dict[str, object]:
-        """Options with room for so many blocks; override it if yours are not called `blocks`."""
-        return {**self.options, "blocks": capacity}
+        """Options with room for so many blocks; override it if yours is not called `capacity_blocks`."""
+        return {**self.options, "capacity_blocks": capacity}
 
     def make(self, capacity: int) -> OffloadingManager:
         """A manager with room for so many blocks; override it for one that is not installed."""
