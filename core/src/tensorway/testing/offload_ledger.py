@@ -90,6 +90,8 @@ class Ledger:
                 self._leases.setdefault(req.request, {})[key] = time.monotonic()
             elif key in reserved:
                 assert result in _PENDING, f"{result} for a block that is being stored"
+                # Who waits for a block may be given a lease of it when it comes.
+                self._leases.setdefault(req.request, {}).setdefault(key, 0.0)
             else:
                 assert result is LookupResult.MISS, f"{result} for a block that is not there"
         leading = next((at for at, key in enumerate(keys) if key not in self.ready), len(keys))

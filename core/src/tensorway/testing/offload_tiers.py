@@ -439,7 +439,8 @@ class TierSuite(Suite):
         assert ["done"] * 5 == list(other.get(reading.items, LONG))
         assert "" == reading.wrong(["done"] * 5)
         if one.capabilities.deletes:
-            one.delete(keys, LONG)
+            assert 5 == one.delete(keys, LONG)
+            _until(lambda: {"missing"} == {*other.get(Reading(keys).items, LONG)}, "the other tier reads it for ever")
             _until(lambda: not any(other.contains(keys, LONG)), "the other tier has it for ever")
 
     def test_statistics_are_values_of_the_vocabulary(self, tier: Tier) -> None:
