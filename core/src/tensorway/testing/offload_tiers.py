@@ -293,7 +293,8 @@ class TierSuite(Suite):
                 some = rng.sample(keys, rng.randrange(1, 9))
                 match rng.randrange(4):
                     case 0 if tier.capabilities.writable:
-                        assert set(tier.put(sources(some), LONG)) <= {"done", "full"}
+                        # What another thread deletes at this moment may fail, and go well the next time.
+                        assert set(tier.put(sources(some), LONG)) <= {"done", "full", "failed"}
                     case 1 if tier.capabilities.deletes and number % 4 == 0:
                         assert 0 <= tier.delete(some[:2], LONG) <= 2
                     case 2:
@@ -305,6 +306,7 @@ class TierSuite(Suite):
                         assert "" == reading.wrong(outcomes)
 
         together(8, work)
+        self.fill(tier, keys)
 
     @pytest.mark.parametrize("deadline", [0.0, 1e-6, 0.003, -1.0])
     def test_a_call_ends_whatever_its_deadline_is(self, tier: Tier, deadline: float) -> None:
