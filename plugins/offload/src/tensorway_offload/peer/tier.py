@@ -18,9 +18,9 @@ import attrs
 
 import tensorway
 from tensorway._logging import logger
-from tensorway.errors import OptionsInvalid, TensorwayError, Unsupported
+from tensorway.errors import Closed, OptionsInvalid, TensorwayError, Unsupported
 from tensorway.metrics import Counters, Sample
-from tensorway.offload import METRICS, OffloadKey, OfTenant, Outcome, TierCapabilities, TierContext
+from tensorway.offload import METRICS, OffloadKey, OfTenant, Outcome, TierCapabilities, TierContext, key_group
 from tensorway.rendezvous import Directory, Fact
 from tensorway.transport import Notification
 from tensorway.types import ProbeResult
@@ -104,8 +104,9 @@ class PeerTier:
 
     def contains(self, keys: Sequence[OffloadKey], deadline: float) -> list[bool]:
         """Which of these any peer that answers has."""
+        self._check_open("asked")
         until = time.monotonic() + deadline
-        wanted = list(dict.fromkeys(keys))
+        wanted = [key for key in dict.fromkeys(keys) if key_group(key) < len(self._nbytes)]
         found: dict[OffloadKey, list[Neighbour]] = {key: [] for key in wanted}
         asked = [(neighbour, wanted) for neighbour in self._neighbours.lenders()]
         for question in self._ask(asked, 0.0, until):
@@ -116,7 +117,7 @@ class PeerTier:
         with self._lock:
             for key, holders in found.items():
                 self._remember(key, tuple(holders))
-        return [bool(found[key]) for key in keys]
+        return [bool(found.get(key)) for key in keys]
 
     def put(self, items: Sequence[tuple[OffloadKey, memoryview]], deadline: float) -> list[Outcome]:
         """Nobody writes to another engine's memory: raises `Unsupported`."""
@@ -124,11 +125,12 @@ class PeerTier:
 
     def get(self, items: Sequence[tuple[OffloadKey, memoryview]], deadline: float) -> list[Outcome]:
         """Read blocks from who said that they have them, one peer after the other."""
+        self._check_open("read from")
         until = time.monotonic() + deadline
-        outcomes: list[Outcome] = ["missing"] * len(items)
-        left = dict(enumerate(items))
+        outcomes = [self._refused(key, view) for key, view in items]
+        left = {place: item for place, item in enumerate(items) if outcomes[place] == "missing"}
         with self._lock:
-            unknown = [key for key, _ in items if key not in self._holders]
+            unknown = [key for key, _ in left.values() if key not in self._holders]
         if unknown:
             self.contains(unknown, max(0.0, until - time.monotonic()) / 2)
         tried: set[tuple[OffloadKey, str]] = set()
@@ -183,7 +185,16 @@ class PeerTier:
         if self._own_rendezvous:
             self._rendezvous.close()
 
+    def _check_open(self, what: str) -> None:
+        if self._closed:
+            raise Closed(f"The tier peer was to be {what}.", "It was closed.", "Open it anew.")
+
     # -- asking and reading
+
+    def _refused(self, key: OffloadKey, view: memoryview) -> Outcome:
+        """What is said of a buffer that no block of this key fits; for any other that it is not here yet."""
+        group = key_group(key)
+        return "corrupt" if group < len(self._nbytes) and view.nbytes != self._nbytes[group] else "missing"
 
     def _ask(
         self, asked: Sequence[tuple[Neighbour, Sequence[OffloadKey]]], seconds: float, until: float
