@@ -25,6 +25,7 @@ class Request:
     req: ReqContext
     #: All that it has asked for, found and stored, as it came; and whether the policy was told of its use.
     asked: dict[OffloadKey, bool] = attrs.field(factory=dict)
+    used_any: bool = False
     #: Rows that are leased to it, by what was in them.
     held: dict[OffloadKey, int] = attrs.field(factory=dict)
     leased_until: float = 0.0
@@ -42,17 +43,24 @@ class Request:
 
     def mention(self, keys: Sequence[OffloadKey]) -> list[OffloadKey]:
         """Remember these; those that it has never mentioned before."""
+        if not self.asked:
+            self.asked = dict.fromkeys(keys, False)
+            return list(self.asked)
         asked = self.asked
         fresh = [key for key in keys if key not in asked]
         asked.update(dict.fromkeys(fresh, False))
         return fresh
 
-    def use(self, keys: Sequence[OffloadKey]) -> list[OffloadKey]:
+    def use(self, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
         """Those that it uses for the first time; what it has stored itself is not used when it is read again."""
-        asked = self.asked
-        fresh = [key for key in keys if not asked.get(key)]
-        asked.update(dict.fromkeys(fresh, True))
+        fresh = keys if not self.used_any else [key for key in keys if not self.asked.get(key)]
+        self.took(fresh)
         return fresh
+
+    def took(self, keys: Sequence[OffloadKey]) -> None:
+        """It has used these, or stored them."""
+        self.used_any = self.used_any or bool(keys)
+        self.asked.update(dict.fromkeys(keys, True))
 
     def deadline(self, key: OffloadKey, now: float, seconds: float) -> float:
         """Until when a block may be on its way: what begins while something else is awaited gets no more time."""
@@ -154,6 +162,7 @@ class Requests:
             self.drop(request)
         for request in self._live.values():
             request.asked.clear()
+            request.used_any = False
             request.until.clear()
             request.patience = None
 
