@@ -75,9 +75,10 @@ class Blocks:
             self._tell_ended(request)
 
     def _tell_ended(self, request: Request) -> None:
-        if request.over and not request.storing and request.asked:
-            keys, request.asked = list(request.asked), {}
-            self._order.ended(keys, request.req)
+        if request.over and not request.storing:
+            keys = request.all_asked()
+            if keys:
+                self._order.ended(keys, request.req)
 
     # -- lookups
 
@@ -111,7 +112,10 @@ class Blocks:
         self._use(request, *self._ready(keys))
 
     def _mention(self, request: Request, keys: Sequence[OffloadKey]) -> None:
-        self._sightings.saw(request.mention(keys))
+        if self._sightings.counts:
+            self._sightings.saw(request.mention(keys))
+        else:
+            request.hear(keys)
 
     def _use(self, request: Request, keys: Sequence[OffloadKey], rows: Sequence[int]) -> None:
         fresh = request.use(keys)
@@ -268,7 +272,7 @@ class Blocks:
         assert self._lower is not None
         index = self._index
         budget = max(1, int(index.capacity * self._options.promote_share))
-        most = min(budget - len(request.held) - request.promoting, index.free + index.idle)
+        most = min(budget - request.leased - request.promoting, index.free + index.idle)
         some = self._quotas.fitting(keys[: max(0, most)])
         if not some or self._evict_for(some, request) is None:
             return ()
