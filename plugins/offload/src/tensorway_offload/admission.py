@@ -16,12 +16,12 @@ class Sightings:
 
     def __init__(self, threshold: int, most: int) -> None:
         self._threshold, self._most = threshold, most
+        #: Whether anything is counted at all.
+        self.counts = threshold > 1
         self._seen: OrderedDict[OffloadKey, int] = OrderedDict()
 
     def saw(self, keys: Sequence[OffloadKey]) -> None:
         """One more request has these; none of them is forgotten for another one of them."""
-        if self._threshold == 1:
-            return
         seen = self._seen
         for key in keys:
             seen[key] = seen.pop(key, 0) + 1
@@ -30,7 +30,7 @@ class Sightings:
 
     def admitted(self, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
         """Those that enough requests had, in their order."""
-        if self._threshold == 1:
+        if not self.counts:
             return keys
         return [key for key in keys if self._seen.get(key, 0) >= self._threshold]
 

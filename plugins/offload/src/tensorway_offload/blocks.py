@@ -18,6 +18,7 @@ from tensorway_offload.lending import Lending
 from tensorway_offload.lookups import Lookups
 from tensorway_offload.lower import Done, Lower
 from tensorway_offload.manager_options import ManagerOptions
+from tensorway_offload.orders import order_of
 from tensorway_offload.quotas import Quotas
 from tensorway_offload.requests import GIVEN_UP, Request, Requests, unique
 from tensorway_offload.room import Room
@@ -39,11 +40,12 @@ class Blocks:
         lower: Lower | None,
         counters: Counters,
     ) -> None:
-        self._medium, self._policy, self._options = medium, policy, options
+        self._medium, self._options = medium, options
         self._lower, self._counters = lower, counters
         self._index = Index(capacity)
         self._quotas = Quotas(capacity, options.tenant_share)
-        self._room = Room(self._index, policy, self._quotas)
+        self._order = order_of(policy, self._index)
+        self._room = Room(self._index, self._order, self._quotas)
         self._requests = Requests(self._index, options.lease_seconds, options.request_seconds)
         self._lookups = Lookups(self._index, self._requests, lower, self._promote, options.pending_seconds)
         self._sightings = Sightings(options.store_threshold, options.sightings)
@@ -73,9 +75,10 @@ class Blocks:
             self._tell_ended(request)
 
     def _tell_ended(self, request: Request) -> None:
-        if request.over and not request.storing and request.asked:
-            keys, request.asked = list(request.asked), {}
-            self._policy.ended(keys, request.req)
+        if request.over and not request.storing:
+            keys = request.all_asked()
+            if keys:
+                self._order.ended(keys, request.req)
 
     # -- lookups
 
@@ -106,20 +109,27 @@ class Blocks:
         """The engine had these itself."""
         request, keys = self.request(req, now), unique(keys)
         self._mention(request, keys)
-        self._use(request, self._ready(keys))
+        self._use(request, *self._ready(keys))
 
     def _mention(self, request: Request, keys: Sequence[OffloadKey]) -> None:
-        self._sightings.saw(request.mention(keys))
+        if self._sightings.counts:
+            self._sightings.saw(request.mention(keys))
+        else:
+            request.hear(keys)
 
-    def _use(self, request: Request, keys: Sequence[OffloadKey]) -> None:
+    def _use(self, request: Request, keys: Sequence[OffloadKey], rows: Sequence[int]) -> None:
         fresh = request.use(keys)
         if fresh:
-            self._policy.used(fresh, request.req)
+            if len(fresh) < len(keys):
+                row_of = dict(zip(keys, rows, strict=True))
+                rows = [row_of[key] for key in fresh]
+            self._order.used(fresh, rows, request.req)
             self._room.used(fresh)
 
-    def _ready(self, keys: Sequence[OffloadKey]) -> list[OffloadKey]:
-        rows = self._index.find(keys)
-        return [key for key, row in zip(keys, rows, strict=True) if row is not None and self._index.is_ready(row)]
+    def _ready(self, keys: Sequence[OffloadKey]) -> tuple[list[OffloadKey], list[int]]:
+        pairs = zip(keys, self._index.find(keys), strict=True)
+        found = [(key, row) for key, row in pairs if row is not None and self._index.is_ready(row)]
+        return [key for key, _ in found], [row for _, row in found]
 
     # -- loads
 
@@ -132,7 +142,7 @@ class Blocks:
             return None
         held: list[int] = rows  # type: ignore[assignment]  # all are ready
         self._requests.consume(request, once, held)
-        self._use(request, once)
+        self._use(request, once, held)
         ticket = self._begin("load", once, held, request)
         if len(once) == len(keys):
             return ticket, held
@@ -150,7 +160,7 @@ class Blocks:
             lost = [key for key, row in zip(bad, self._index.find(bad), strict=True) if row == places[key]]
             self._index.forget(lost)
             self._quotas.removed(lost)
-            self._policy.removed(lost)
+            self._order.removed(lost, [places[key] for key in lost])
             self._removed(lost, "failed")
             job.request.until.update(dict.fromkeys(bad, GIVEN_UP))
             self._counters.add("offload_failures_total", len(bad), medium=self._medium, what="load", cause="failed")
@@ -166,28 +176,26 @@ class Blocks:
         """Reserve rows for those that are not here: the ticket, them, their rows, and what had to go."""
         request, keys = self.request(req, now), unique(keys)
         self._mention(request, keys)
-        missing: Sequence[OffloadKey] = [
-            key for key, row in zip(keys, self._index.find(keys), strict=True) if row is None
-        ]
-        if len(missing) == len(keys):
-            here: list[OffloadKey] = []
-        else:
-            absent = set(missing)
-            here = self._ready([key for key in keys if key not in absent])
-        new = self._sightings.admitted(missing)
-        if len(self._quotas.fitting(new)) < len(new) or not self._room.can_have(len(new), frozenset(here)):
+        found = self._index.find(keys)
+        missing: Sequence[OffloadKey] = keys
+        here: tuple[list[OffloadKey], list[int]] = ([], [])
+        if found.count(None) < len(keys):
+            missing = [key for key, row in zip(keys, found, strict=True) if row is None]
+            here = self._ready(keys)
+        new, kept = self._sightings.admitted(missing), frozenset(here[1])
+        if len(self._quotas.fitting(new)) < len(new) or not self._room.can_have(len(new), kept):
             self._refused(len(new))
             return None
-        self._use(request, here)
-        evicted = self._evict_for(new, request, here)
+        self._use(request, *here)
+        evicted = self._evict_for(new, request, kept)
         if evicted is None:
             self._refused(len(new))
             return None
         rows = self._reserve(new)
         request.storing += 1
         ticket = self._begin("store", new, rows, request)
-        if here and self.wants_all(request):
-            self._cascade(here, [row for row in self._index.find(here) if row is not None], request)
+        if here[0] and self.wants_all(request):
+            self._cascade(*here, request)
         return ticket, new, rows, evicted
 
     def end_store(self, ticket: Ticket, failed: Collection[OffloadKey], now: float) -> None:
@@ -216,11 +224,11 @@ class Blocks:
         self._counters.add("offload_failures_total", count, medium=self._medium, what="store", cause="full")
 
     def _evict_for(
-        self, new: Sequence[OffloadKey], request: Request, kept: Sequence[OffloadKey]
+        self, new: Sequence[OffloadKey], request: Request, kept: frozenset[int] = frozenset()
     ) -> list[OffloadKey] | None:
         if not new:
             return []
-        evicted = self._room.make(new, request.req, frozenset(kept))
+        evicted = self._room.make(new, request.req, kept)
         if evicted:
             self._removed(evicted, "evicted")
         return evicted
@@ -241,8 +249,8 @@ class Blocks:
             good, rows = [key for key, _ in pairs], [row for _, row in pairs]
         if good:
             self._index.publish(rows)
-            job.request.asked.update(dict.fromkeys(good, True))
-            self._policy.stored(good, job.request.req)
+            job.request.took(good)
+            self._order.stored(good, rows, job.request.req)
             self.told.add("stored", good)
             self._lookups.arrived(good, rows, self._now)
         return good, rows
@@ -264,9 +272,9 @@ class Blocks:
         assert self._lower is not None
         index = self._index
         budget = max(1, int(index.capacity * self._options.promote_share))
-        most = min(budget - len(request.held) - request.promoting, index.free + index.idle)
+        most = min(budget - request.leased - request.promoting, index.free + index.idle)
         some = self._quotas.fitting(keys[: max(0, most)])
-        if not some or self._evict_for(some, request, ()) is None:
+        if not some or self._evict_for(some, request) is None:
             return ()
         rows = self._reserve(some)
         request.promoting += len(rows)
@@ -343,7 +351,7 @@ class Blocks:
         self._quotas.reset()
         self._room.reset()
         self._sightings.reset()
-        self._policy.reset()
+        self._order.reset()
         self.told.add("cleared")
         if self._lower is not None:
             self._lower.reset()

@@ -1,13 +1,14 @@
 """Which block is in which row of the primary memory, and who holds it. May import the core's offload room.
 
 A million blocks in one dict would be moved to a new one in a single call, every now and then, for tens of milliseconds;
-so there are many small dicts. What is known of a row is a byte and a number, which no garbage collector looks at.
+so there are many small dicts. Calls are of many blocks, and what can be done for all of them at once is left to C.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Final
 
 from tensorway.offload import OffloadKey
@@ -18,8 +19,9 @@ FREE: Final = 0
 RESERVED: Final = 1
 READY: Final = 2
 GONE: Final = 3
-#: Blocks of one dict: below a third of a power of two, up to which CPython keeps a dict of changing keys small.
-_OF_ONE: Final = 2500
+#: Which dict a key is in: that of the last byte of its hash, which is before its tenant and its group.
+_home_number: Final = itemgetter(-13)
+_HOMES: Final = 256
 
 
 class Index:
@@ -31,10 +33,11 @@ class Index:
         self.idle = self.reserved = self.gone = 0
         #: Blocks that are here, also those that are being written.
         self.present = 0
-        self._count = max(1, -(-capacity // _OF_ONE))
-        self._homes: list[dict[OffloadKey, int]] = [{} for _ in range(self._count)]
+        self._homes: list[dict[OffloadKey, int]] = [{} for _ in range(_HOMES)]
+        self._home_of = self._homes.__getitem__
         self._states = bytearray(capacity)
-        self._holds = array("i", bytes(4 * capacity))
+        self._holds = [0] * capacity
+        self._keys: list[OffloadKey] = [OffloadKey(b"")] * capacity
         self._spare: list[int] = []
         #: Rows from here on were never used.
         self._fresh = 0
@@ -44,10 +47,13 @@ class Index:
         """Rows that can be taken at once."""
         return len(self._spare) + self.capacity - self._fresh
 
-    def find(self, keys: Iterable[OffloadKey]) -> list[int | None]:
+    def find(self, keys: Sequence[OffloadKey]) -> list[int | None]:
         """The row of each block, ready or being written."""
-        homes, count = self._homes, self._count
-        return [homes[hash(key) % count].get(key) for key in keys]
+        return list(map(dict.get, self._homes_of(keys), keys))
+
+    def keys_of(self, rows: Iterable[int]) -> list[OffloadKey]:
+        """What is in these rows, which are ready or reserved."""
+        return list(map(self._keys.__getitem__, rows))
 
     def leading(self, rows: Sequence[int | None]) -> int:
         """How many of these rows are ready, from the first on."""
@@ -64,14 +70,9 @@ class Index:
         """Whether the block in a row that was found can be read."""
         return self._states[row] == READY
 
-    def evictable(self, rows: Iterable[int | None]) -> list[bool]:
-        """Which of these rows hold a block that nobody uses."""
-        holds = self._holds
-        return [row is not None and not holds[row] for row in rows]
-
-    def all_evictable(self, rows: Sequence[int | None]) -> bool:
-        """Whether all of these are; cheaper than to ask for which."""
-        return None not in rows and not any(map(self._holds.__getitem__, rows))  # type: ignore[arg-type]
+    def held(self, rows: Iterable[int]) -> list[int]:
+        """How often each of these is held; a block whose row nobody holds can be evicted."""
+        return list(map(self._holds.__getitem__, rows))
 
     def hold(self, rows: Iterable[int]) -> None:
         """One hold more on each of these rows, which are ready."""
@@ -99,11 +100,12 @@ class Index:
     def reserve(self, keys: Sequence[OffloadKey]) -> list[int]:
         """Rows for these, which are not here; who writes them holds each once. There must be so many free ones."""
         rows = self._take(len(keys))
-        homes, count, states, holds = self._homes, self._count, self._states, self._holds
+        _all(map(dict.__setitem__, self._homes_of(keys), keys, rows))
+        states, holds, known = self._states, self._holds, self._keys
         for key, row in zip(keys, rows, strict=True):
-            homes[hash(key) % count][key] = row
             states[row] = RESERVED
             holds[row] = 1
+            known[row] = key
         self.reserved += len(rows)
         self.present += len(rows)
         return rows
@@ -115,23 +117,22 @@ class Index:
             states[row] = READY
         self.reserved -= len(rows)
 
-    def evict(self, keys: Sequence[OffloadKey], rows: Sequence[int]) -> None:
-        """Free these rows, which are evictable."""
-        homes, count, states = self._homes, self._count, self._states
-        for key, row in zip(keys, rows, strict=True):
-            del homes[hash(key) % count][key]
+    def evict(self, rows: Sequence[int]) -> list[OffloadKey]:
+        """Free these rows, which are evictable; what was in them."""
+        keys, states = self.keys_of(rows), self._states
+        _all(map(dict.pop, self._homes_of(keys), keys))
+        for row in rows:
             states[row] = FREE
         self._spare += rows
         self.idle -= len(rows)
         self.present -= len(rows)
+        return keys
 
-    def forget(self, keys: Iterable[OffloadKey]) -> None:
-        """These are not here any more; their rows are free as soon as nobody holds them. Unknown ones do not matter."""
-        for key in keys:
-            row = self._homes[hash(key) % self._count].pop(key, None)
-            if row is not None:
-                self.present -= 1
-                self._leave(row)
+    def forget(self, keys: Sequence[OffloadKey]) -> None:
+        """These, which are here, are not here any more; their rows are free as soon as nobody holds them."""
+        for row in list(map(dict.pop, self._homes_of(keys), keys)):
+            self.present -= 1
+            self._leave(row)
 
     def clear(self) -> None:
         """Nothing is here any more."""
@@ -140,6 +141,9 @@ class Index:
                 self._leave(row)
             home.clear()
         self.present = 0
+
+    def _homes_of(self, keys: Sequence[OffloadKey]) -> Iterator[dict[OffloadKey, int]]:
+        return map(self._home_of, map(_home_number, keys))
 
     def _leave(self, row: int) -> None:
         was, self._states[row] = self._states[row], GONE
@@ -162,3 +166,7 @@ class Index:
         rows += range(self._fresh, self._fresh + more)
         self._fresh += more
         return rows
+
+
+#: Does what an iterator does, and keeps nothing of it.
+_all: Final = deque[object](maxlen=0).extend

@@ -26,7 +26,7 @@ class ManagerOptions:
     lend_share: float = attrs.field(default=0.5, validator=[_in.ge(0.0), _in.le(1.0)])
     #: The share of all rows that one request may hold when blocks of lower tiers are promoted for it.
     promote_share: float = attrs.field(default=0.75, validator=[_in.gt(0.0), _in.le(1.0)])
-    #: The share of all rows that blocks of one tenant may have; None for no limit.
+    #: The share of all rows that blocks of one tenant may have; None for no limit, and then they are not counted.
     tenant_share: float | None = attrs.field(default=None, validator=_in.optional([_in.gt(0.0), _in.le(1.0)]))
     #: Requests that must have asked for a block or offered it before it is stored; 1 stores it at once.
     store_threshold: int = attrs.field(default=1, validator=[_in.ge(1), _in.le(1000)])

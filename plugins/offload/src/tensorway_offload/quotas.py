@@ -13,7 +13,7 @@ _TENANT: Final = slice(-12, -4)
 
 
 class Quotas:
-    """Rows by tenant. Tenants without rows are not remembered."""
+    """Rows by tenant, if they are limited. Tenants without rows are not remembered."""
 
     def __init__(self, capacity: int, share: float | None) -> None:
         #: None if there is no limit.
@@ -22,11 +22,15 @@ class Quotas:
 
     def added(self, keys: Sequence[OffloadKey]) -> None:
         """These have rows now."""
+        if self.limit is None:
+            return
         for tenant, count in _by_tenant(keys).items():
             self.rows[tenant] = self.rows.get(tenant, 0) + count
 
     def removed(self, keys: Sequence[OffloadKey]) -> None:
         """These have none any more."""
+        if self.limit is None:
+            return
         for tenant, count in _by_tenant(keys).items():
             left = self.rows[tenant] - count
             if left:
