@@ -16,7 +16,7 @@ from tensorway.offload import OfTenant, TierContext, make_offload_key
 from tensorway.testing.ranks import SECRET, Ranks
 from tensorway_offload.peer import messages
 from tensorway_offload.peer.messages import Answer, Ask, Returned, decode, encode
-from tensorway_offload.testing import peers
+from tensorway_offload.testing import peer_campaign, peers
 from tensorway_offload.testing.peers import NBYTES, Engine, churned
 from tensorway_offload.testing.rows import content, keys_of, until
 
@@ -410,3 +410,14 @@ def test_a_lender_that_comes_back_is_a_peer_again(abroad, ranks):
     ranks[0].call(peers.open_engine, "lender", other)
     meet(reader, other)
     assert (["done"] * 4, [True] * 4) == reader.get(other)
+
+
+def test_peers_that_are_killed_stopped_and_hurried_at_random_give_no_wrong_byte():
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    campaign = peer_campaign.Peers(seed)
+    try:
+        campaign.run(15)
+    finally:
+        campaign.close()
+    assert campaign.counts["done"], campaign.counts
