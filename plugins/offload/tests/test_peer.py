@@ -13,7 +13,10 @@ import tensorway
 from tensorway.errors import OptionsInvalid, Unsupported
 from tensorway.metrics import total
 from tensorway.offload import OfTenant, TierContext, make_offload_key
+from tensorway.testing import Faults, FaultyFabric
 from tensorway.testing.ranks import SECRET, Ranks
+from tensorway.transport import Endpoint
+from tensorway.transport.local import LocalFabric
 from tensorway_offload.peer import messages
 from tensorway_offload.peer.messages import Answer, Ask, Returned, decode, encode
 from tensorway_offload.testing import peer_campaign, peers
@@ -421,3 +424,34 @@ def test_peers_that_are_killed_stopped_and_hurried_at_random_give_no_wrong_byte(
     finally:
         campaign.close()
     assert campaign.counts["done"], campaign.counts
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [{"late": 0.3, "delay": 0.3}, {"partial": 0.3, "refuse": 0.2}, {"drop": 0.2, "duplicate": 0.2, "reorder": 0.2}],
+)
+def test_over_a_fabric_that_misbehaves_nothing_is_wrong_and_nothing_is_written_after_a_call(engines, rates):
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    faults = Faults(seed, rates)
+    lender = engines("lender", options={"answer": 0.1, "rest": 0.01})
+    lender.shelf.put(KEYS)
+    with Endpoint(FaultyFabric(LocalFabric(), faults), "reader") as transport:
+        reader = engines("reader", options={"answer": 0.1, "rest": 0.01}, services={"transport": transport})
+        meet(reader)
+        counts = {"done": 0, "missing": 0, "late": 0}
+        for _ in range(60):
+            for row in range(32, 40):
+                reader.rows.row(KEYS[0], row)[:] = bytes(NBYTES)
+            outcomes, right = reader.get(KEYS, 1.0)
+            before = bytes(reader.rows.memory)
+            for outcome, good in zip(outcomes, right, strict=True):
+                assert good or outcome != "done"
+                counts[outcome] += 1
+            time.sleep(0.002)
+            assert before == bytes(reader.rows.memory), "a buffer was written to after the call"
+        print(counts, faults.counts)
+        assert faults.counts
+        faults.rates = {}
+        until(lambda: reader.get(KEYS) == (["done"] * 8, [True] * 8))
+        reader.tier.close()

@@ -13,6 +13,7 @@ from tensorway_offload.below import Below
 from tensorway_offload.limits import BelowOptions, NamedTier
 from tensorway_offload.manager import Manager
 from tensorway_offload.manager_options import ManagerOptions
+from tensorway_offload.peer.messages import VERSION, Ask, encode
 from tensorway_offload.policies.lru import Lru
 from tensorway_offload.testing.rows import PATIENCE, Rows, keys_of, until
 
@@ -122,6 +123,9 @@ def test_an_engine_that_is_asked_without_end_ends_in_its_time(engines):
         ),
     )
     asked.start()
+    (lender,) = other.tier._neighbours.lenders()
+    other.tier._transport.notify(lender.peer, encode(Ask(VERSION, 1 << 40, tuple(KEYS), 5.0)), 5.0)
+    until(lambda: one.tier._lending.lent)  # rows that it gives back when it ends
     end(one)
     ended.set()
     asked.join()
