@@ -83,6 +83,18 @@ def test_more_blocks_than_rows_are_refused_and_nothing_changes():
     assert made.lookup_prefix(old, C) == PrefixLookup(4)
 
 
+def test_a_policy_is_not_asked_for_what_cannot_be():
+    policy = Plain()
+    made = manager(2, policy=policy)
+    stored(made, blocks(2))
+    load = made.prepare_load(blocks(1), B)
+    heard = len(policy.heard)
+    assert made.prepare_store(blocks(2, 10), C) is None
+    assert made.prepare_store([blocks(2)[1], *blocks(1, 10)], C) is None
+    assert len(policy.heard) == heard
+    made.complete_load(load.ticket)
+
+
 def test_as_many_blocks_as_rows_are_refused_while_one_is_in_use():
     made, old = manager(4), blocks(4)
     stored(made, old)
@@ -231,6 +243,20 @@ def test_a_lease_ends_with_its_request():
     assert list(made.prepare_store(blocks(1, 5), C).evicted) == keys
 
 
+def test_leases_of_several_lookups_are_held_once_for_each_block():
+    made, keys = manager(3), blocks(3)
+    stored(made, keys)
+    made.lookup_prefix([keys[0], keys[0], keys[1]], B)
+    made.lookup_prefix(keys[1:], B)
+    made.lookup_many([keys[2], keys[0]], B)
+    assert states(made)["used"] == 3
+    load = made.prepare_load(keys[:2], B)
+    made.complete_load(load.ticket)
+    assert states(made) == {"ready": 2, "used": 1, "writing": 0, "quarantined": 0}
+    made.ended(B)
+    assert states(made)["ready"] == 3
+
+
 def test_a_lease_of_a_block_that_was_forgotten_does_not_hold_the_one_that_was_stored_after_it():
     made, keys = manager(2), blocks(1)
     stored(made, keys)
@@ -331,6 +357,16 @@ def test_the_policy_hears_of_the_end_once_all_stores_have_ended_and_of_all_in_th
     assert policy.heard[-2:] == [("stored", keys[1:2]), ("ended", keys)]
     made.ended(A)
     assert len([each for each in policy.heard if each[0] == "ended"]) == 1
+
+
+def test_the_policy_hears_of_the_end_also_if_a_store_is_never_completed():
+    clock, policy = Clock(), Plain()
+    made = manager(4, policy=policy, clock=clock, ticket_seconds=5.0)
+    made.prepare_store(blocks(2), A)
+    made.ended(A)
+    clock.now = 5.0
+    made.poll()
+    assert policy.heard[-1] == ("ended", blocks(2))
 
 
 def test_a_request_uses_a_block_once_and_what_it_has_stored_itself_not_at_all():

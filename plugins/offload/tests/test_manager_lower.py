@@ -136,6 +136,21 @@ def test_what_waits_too_long_is_a_miss_whether_the_tier_never_answers_or_never_e
         assert made.lookup_many(blocks(3), A) == [MISS] * 3
 
 
+def test_what_begins_while_something_else_is_awaited_gets_no_more_time():
+    keys, clock, known = blocks(2), Clock(), {}
+    lower = Scripted(lambda key: known.get(key, RETRY))
+    made = manager(4, lower, clock=clock, pending_seconds=1.0)
+    known[keys[1]] = MISS
+    assert made.lookup_prefix(keys, A) == PrefixLookup(0, 1)
+    known.update({keys[0]: HIT, keys[1]: RETRY})
+    clock.now = 0.9
+    assert made.lookup_prefix(keys, A) == PrefixLookup(0, 2)
+    made.poll()
+    assert made.lookup_prefix(keys, A) == PrefixLookup(1, 1)
+    clock.now = 1.0
+    assert made.lookup_prefix(keys, A) == PrefixLookup(1)
+
+
 def test_what_a_request_gave_up_and_what_arrived_all_the_same_is_a_hit():
     arrived = []
     lower, clock = Scripted(outcome=lambda key: "done" if arrived else None), Clock()

@@ -184,7 +184,9 @@ class Life:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_no_row_is_written_while_somebody_reads_it_and_none_is_lost(seed):
+def test_no_row_is_written_while_somebody_reads_it_and_none_is_lost(seed, monkeypatch):
+    if seed % 3 == 0:
+        monkeypatch.setattr("tensorway_offload.index.FEW", -1)
     life = Life(seed)
     steps = (
         *(life.lookup, life.load, life.loaded, life.store, life.finish_store) * 2,

@@ -1,17 +1,15 @@
 """Which block is in which row of the primary memory, and who holds it. May import the core's offload room.
 
-A million blocks in one dict would be moved to a new one in a single call, every now and then, for tens of milliseconds;
-so there are many small dicts. Calls are of many blocks, and what can be done for all of them at once is left to C.
+Calls are of many blocks, and what can be done for all of them at once is left to C.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from tensorway.offload import OffloadKey
+from tensorway_offload.homes import FEW, Homes, ManyHomes, OneHome
 
 #: States of a row. `RESERVED`: a block is being written to it. `READY`: it can be read; it may be evicted if nobody
 #: holds it. `GONE`: its block is forgotten, and somebody still holds it: it is free when he lets go.
@@ -19,9 +17,6 @@ FREE: Final = 0
 RESERVED: Final = 1
 READY: Final = 2
 GONE: Final = 3
-#: Which dict a key is in: that of the last byte of its hash, which is before its tenant and its group.
-_home_number: Final = itemgetter(-13)
-_HOMES: Final = 256
 
 
 class Index:
@@ -33,8 +28,7 @@ class Index:
         self.idle = self.reserved = self.gone = 0
         #: Blocks that are here, also those that are being written.
         self.present = 0
-        self._homes: list[dict[OffloadKey, int]] = [{} for _ in range(_HOMES)]
-        self._home_of = self._homes.__getitem__
+        self._homes: Homes = OneHome() if capacity <= FEW else ManyHomes()
         self._states = bytearray(capacity)
         self._holds = [0] * capacity
         self._keys: list[OffloadKey] = [OffloadKey(b"")] * capacity
@@ -49,7 +43,7 @@ class Index:
 
     def find(self, keys: Sequence[OffloadKey]) -> list[int | None]:
         """The row of each block, ready or being written."""
-        return list(map(dict.get, self._homes_of(keys), keys))
+        return self._homes.get(keys)
 
     def keys_of(self, rows: Iterable[int]) -> list[OffloadKey]:
         """What is in these rows, which are ready or reserved."""
@@ -100,7 +94,7 @@ class Index:
     def reserve(self, keys: Sequence[OffloadKey]) -> list[int]:
         """Rows for these, which are not here; who writes them holds each once. There must be so many free ones."""
         rows = self._take(len(keys))
-        _all(map(dict.__setitem__, self._homes_of(keys), keys, rows))
+        self._homes.put(keys, rows)
         states, holds, known = self._states, self._holds, self._keys
         for key, row in zip(keys, rows, strict=True):
             states[row] = RESERVED
@@ -120,7 +114,7 @@ class Index:
     def evict(self, rows: Sequence[int]) -> list[OffloadKey]:
         """Free these rows, which are evictable; what was in them."""
         keys, states = self.keys_of(rows), self._states
-        _all(map(dict.pop, self._homes_of(keys), keys))
+        self._homes.pop(keys)
         for row in rows:
             states[row] = FREE
         self._spare += rows
@@ -130,20 +124,15 @@ class Index:
 
     def forget(self, keys: Sequence[OffloadKey]) -> None:
         """These, which are here, are not here any more; their rows are free as soon as nobody holds them."""
-        for row in list(map(dict.pop, self._homes_of(keys), keys)):
+        for row in self._homes.pop(keys):
             self.present -= 1
             self._leave(row)
 
     def clear(self) -> None:
         """Nothing is here any more."""
-        for home in self._homes:
-            for row in home.values():
-                self._leave(row)
-            home.clear()
+        for row in self._homes.clear():
+            self._leave(row)
         self.present = 0
-
-    def _homes_of(self, keys: Sequence[OffloadKey]) -> Iterator[dict[OffloadKey, int]]:
-        return map(self._home_of, map(_home_number, keys))
 
     def _leave(self, row: int) -> None:
         was, self._states[row] = self._states[row], GONE
@@ -166,7 +155,3 @@ class Index:
         rows += range(self._fresh, self._fresh + more)
         self._fresh += more
         return rows
-
-
-#: Does what an iterator does, and keeps nothing of it.
-_all: Final = deque[object](maxlen=0).extend

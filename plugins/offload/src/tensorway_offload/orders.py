@@ -6,6 +6,7 @@ more than all else that a manager does, and the default needs no key to know whi
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -17,6 +18,7 @@ from tensorway_offload.policies.lru import Lru
 
 #: Victims that are taken from a policy in one go, or rows of one span.
 _BATCH: Final = 256
+_ROW: Final = "i"
 #: Calls of few rows share a span.
 _SMALL: Final = 32
 
@@ -85,8 +87,8 @@ class LruRows:
         """Nothing is here."""
         #: The span of each row; 0 for none.
         self._of = [0] * self._index.capacity
-        #: The oldest first, and in each the first to go.
-        self._spans: dict[int, list[int]] = {}
+        #: The oldest first, and in each the first to go. Arrays, for garbage collection goes through all of a list.
+        self._spans: dict[int, array[int]] = {}
         #: Spans that are still to be cleaned in this round, and the one that was cleaned last.
         self._sweep: deque[int] = deque()
         self._number = self._swept = 0
@@ -125,7 +127,7 @@ class LruRows:
         for number, rows in spans.items():
             found = [row for row in rows if of[row] == number]
             if len(found) < len(rows):
-                spans[number] = found
+                spans[number] = array(_ROW, found)
                 self._entries -= len(rows) - len(found)
             if found:
                 yield found
@@ -141,14 +143,15 @@ class LruRows:
                 return
         for end in range(len(rows), 0, -_BATCH):
             self._number += 1
-            self._put(self._spans.setdefault(self._number, []), rows[max(0, end - _BATCH) : end])
+            span = self._spans[self._number] = array(_ROW)
+            self._put(span, rows[max(0, end - _BATCH) : end])
         self._clean(2 * len(rows) + _SMALL)
 
-    def _put(self, span: list[int], rows: Sequence[int]) -> None:
+    def _put(self, span: array[int], rows: Sequence[int]) -> None:
         of, number = self._of, self._number
         for row in rows:
             of[row] = number
-        span.extend(reversed(rows))
+        span.extend(array(_ROW, rows[::-1]))
         self._entries += len(rows)
 
     def _clean(self, budget: int) -> None:
@@ -162,16 +165,16 @@ class LruRows:
             rows = spans[number]
             budget -= len(rows) + 1
             left = [row for row in rows if of[row] == number]
-            before = spans.get(self._swept, [])
+            before: Sequence[int] = spans.get(self._swept, ())
             self._entries += len(left) - len(rows)
             if self._swept and len(before) + len(left) <= _BATCH:
                 self._entries -= len(spans.pop(self._swept))
                 before = [row for row in before if of[row] == self._swept]
                 for row in before:
                     of[row] = number
-                left = before + left
+                left = [*before, *left]
                 self._entries += len(before)
-            spans[number], self._swept = left, number
+            spans[number], self._swept = array(_ROW, left), number
 
 
 def order_of(policy: EvictionPolicy, index: Index) -> Order:

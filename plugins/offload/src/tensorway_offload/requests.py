@@ -80,9 +80,12 @@ class Request:
 
     def took(self, keys: Sequence[OffloadKey]) -> None:
         """It has used these, or stored them."""
+        self.used_any = self.used_any or bool(keys)
+        if not self.asked and len(self.heard) == 1 and self.heard[0] == keys:
+            self.asked, self.heard = dict.fromkeys(keys, True), []
+            return
         if self.heard:
             self.mention(())
-        self.used_any = self.used_any or bool(keys)
         self.asked.update(dict.fromkeys(keys, True))
 
     def all_asked(self) -> list[OffloadKey]:
