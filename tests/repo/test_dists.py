@@ -23,7 +23,14 @@ MOVEMENTS = {"eplb", "kv", "offload"}
 #: Groups whose names are words of a command.
 WORDS = {"tensorway.offload_command"}
 #: What the mathematics of a dist needs: small, and on every index.
-MATHEMATICS = {"cpu": {"numpy"}, "eplb": {"numpy", "xxhash"}, "fs": {"xxhash"}, "kv": {"numpy"}, "object": {"xxhash"}}
+MATHEMATICS = {
+    "cpu": {"numpy"},
+    "eplb": {"numpy", "xxhash"},
+    "fs": {"xxhash"},
+    "kv": {"numpy"},
+    "object": {"xxhash"},
+    "offload": {"xxhash"},
+}
 
 
 def project(folder):
