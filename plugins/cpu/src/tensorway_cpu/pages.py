@@ -23,7 +23,7 @@ from tensorway_cpu.canonical import Canon
 from tensorway_cpu.common import CPULoadStoreSpec
 from tensorway_kv.intersect import Numbers
 from tensorway_kv.reads import Batch, Held, Reads
-from tensorway_kv.store.sections import of_group
+from tensorway_kv.store.sections import of_group, topology
 from tensorway_kv.topology import EngineTransferInfo, TransferTopology
 
 _ROWS: Final = "rows"
@@ -135,17 +135,17 @@ def _group(canon: Canon, rows: RankGeometry, ranks: Sequence[RankGeometry], rank
     alone = [of_group(one, number) for one in ranks]
     mine, stores = alone[rank], list[Reads | None]()
     for turn in _turns(alone):
-        topology = TransferTopology([rows], 0)
-        topology.register_remote_engine(EngineTransferInfo(_ROWS, "1", tuple(one for one in turn if one is not None)))
+        to_rows = TransferTopology([rows], 0)
+        to_rows.register_remote_engine(EngineTransferInfo(_ROWS, "1", tuple(one for one in turn if one is not None)))
         place = sum(one is not None for one in turn[:rank])
-        writes = turn[rank] is not None and place in topology.remote(_ROWS).sources
-        stores.append(Reads(topology, _ROWS, (place,)) if writes else None)
+        writes = turn[rank] is not None and place in to_rows.remote(_ROWS).sources
+        stores.append(Reads(to_rows, _ROWS, (place,)) if writes else None)
     if mine is None:
         return None
-    topology = TransferTopology([mine], 0)
-    topology.register_remote_engine(EngineTransferInfo(_ROWS, "1", (rows,)))
+    to_pages = topology(ranks, number, rank)
+    to_pages.register_remote_engine(EngineTransferInfo(_ROWS, "1", (rows,)))
     tokens = mine.groups[0].block_tokens
-    return _Group(tokens, tokens * canon.pages, mine.blocks[0], Reads(topology, _ROWS), stores)
+    return _Group(tokens, tokens * canon.pages, mine.blocks[0], Reads(to_pages, _ROWS), stores)
 
 
 def _turns(ranks: Sequence[RankGeometry | None]) -> list[list[RankGeometry | None]]:
