@@ -23,8 +23,6 @@ from tensorway_offload.manager import Manager
 from tensorway_offload.manager_options import ManagerOptions
 
 _ASKED: Final = "Options were given to {} of offloading 'cpu'."
-#: Seconds in which tiers that were given time to end say whether they have.
-_A_MOMENT: Final = 0.1
 
 
 class CPUManager(Manager):
@@ -34,22 +32,22 @@ class CPUManager(Manager):
         managed = fitted(ManagerOptions, options.manager, _ASKED.format("the manager"), SEE)
         canon, lent = canonical(context.ranks, context.pages_per_block, options.order), _Lent()
         self._host_rows, self._made_in = open_rows(options, context, canon), os.getpid()
-        self._below: Below | None = None
+        below: Below | None = None
         try:
             ordered = PolicyContext(self._host_rows.blocks, time.monotonic)
             policy = tensorway.create("eviction_policy", options.policy, options.policy_options, ordered)
-            self._below = _below(options, context, canon, self._host_rows, lent)
+            below = _below(options, context, canon, self._host_rows, lent)
             super().__init__(
                 medium="cpu",
                 capacity=self._host_rows.blocks,
                 spec=CPULoadStoreSpec.of,
                 policy=policy,
                 options=managed,
-                lower=self._below,
+                lower=below,
                 engine=context.engine,
             )
         except BaseException:
-            self._let_go(context.deadline)
+            self._host_rows.close(still_used=below is not None and not below.close(context.deadline))
             raise
         lent.manager = self
 
@@ -58,10 +56,7 @@ class CPUManager(Manager):
         if os.getpid() != self._made_in:
             return  # tiers and their threads are the parent's
         super().close(deadline)
-        self._let_go(_A_MOMENT)
-
-    def _let_go(self, deadline: float) -> None:
-        self._host_rows.close(still_used=self._below is not None and not self._below.close(deadline))
+        self._host_rows.close(still_used=not self.quiet)
 
 
 class _Lent:

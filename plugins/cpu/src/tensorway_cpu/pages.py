@@ -7,7 +7,7 @@ load is to read from a row into one rank's pages: both are hand-overs, planned b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import attrs
 import msgspec
@@ -207,11 +207,8 @@ def _as_moves(reads: Reads, plan: dict[int, list[Batch]]) -> Iterator[Move]:
 
 def _numbers(values: Sequence[int]) -> Numbers:
     """Whole numbers, and an impossible one for what is none."""
-    try:
-        given = np.asarray(values)
-    except (ValueError, OverflowError):  # lists of unequal lengths
-        given = np.zeros(0)
-    if given.shape == (len(values),) and given.dtype in _WHOLE:
+    given = _array(values)
+    if list(given.shape) == [len(values)] and given.dtype in _WHOLE:
         return given.astype(np.int64)
     whole = [value if isinstance(value, int) and abs(value) < 1 << 62 else _NO_NUMBER for value in values]
     return np.asarray(whole, np.int64)
@@ -219,11 +216,8 @@ def _numbers(values: Sequence[int]) -> Numbers:
 
 def _matrix(pages: Sequence[Sequence[int]], each: int) -> Numbers:
     """A line of whole numbers for each block, and impossible ones for a list that is not as long as it must be."""
-    try:
-        given = np.asarray(pages)
-    except (ValueError, OverflowError):
-        given = np.zeros(0)
-    if given.shape == (len(pages), each) and given.dtype in _WHOLE:
+    given = _array(pages)
+    if list(given.shape) == [len(pages), each] and given.dtype in _WHOLE:
         return given.astype(np.int64)
     rows = np.full((len(pages), each), _NO_NUMBER, np.int64)
     for number, line in enumerate(pages):
@@ -231,3 +225,11 @@ def _matrix(pages: Sequence[Sequence[int]], each: int) -> Numbers:
         if len(values) == each:
             rows[number] = values
     return rows
+
+
+def _array(values: Sequence[Any]) -> NDArray[Any]:
+    """Whatever numpy makes of it."""
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError):  # lists of unequal lengths
+        return np.zeros(0)

@@ -7,7 +7,6 @@ found it. Names that nobody holds any more are swept by who comes next.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -66,9 +65,11 @@ class _Said:
 class Rows:
     """Rows in memory."""
 
-    def __init__(self, buffer: memoryview, row_bytes: int, blocks: int, name: int, pinned: Pinned | None) -> None:
-        """`name`: the open file that says where they are."""
-        self.row_bytes, self.blocks = row_bytes, blocks
+    def __init__(
+        self, buffer: memoryview, row_bytes: int, blocks: int, path: Path, name: int, pinned: Pinned | None
+    ) -> None:
+        """`path` and `name`: of the file that says where they are, which is open."""
+        self.row_bytes, self.blocks, self._path = row_bytes, blocks, path
         self._buffer: memoryview | None = buffer
         self._region, self._name, self._pinned = Region.of(buffer), name, pinned
 
@@ -94,6 +95,8 @@ class Rows:
             self._pinned.undo()
         self._buffer, self._pinned = None, None
         self._region = Region(self._region.address, self._region.nbytes)
+        if _is_stale(self._name):  # nobody else has come, or all have gone
+            _remove(self._path, self._name)
         os.close(self._name)
 
 
@@ -115,7 +118,7 @@ def open_rows(options: CPUOptions, context: OffloadContext, canon: Canon) -> Row
                 os.close(name)
                 path.unlink(missing_ok=True)
                 raise
-            return Rows(buffer, said.row_bytes, said.rows, name, pinned)
+            return Rows(buffer, said.row_bytes, said.rows, path, name, pinned)
         if time.monotonic() >= until:
             raise DeadlineExceeded(
                 f"Rows of engine {context.engine} were to be found or made.",
@@ -134,8 +137,7 @@ def sweep(folder: Path | None = None) -> list[Path]:
     """Remove these; they are of processes that were killed before all had found each other."""
     removed = []
     for path, number in _unheld(folder or _folder()):
-        if _is_at(path, number):
-            path.unlink(missing_ok=True)
+        if _remove(path, number):
             removed.append(path)
     return removed
 
@@ -282,8 +284,8 @@ def _arrive(path: Path, number: int, wanted: _Wanted, asked: str) -> None:
         raise MemoryInvalid(asked, f"Process {there} has been there as {who}.", to_do)
     os.pwrite(number, _SLOT.pack(os.getpid()), at)
     slots = os.pread(number, wanted.members * _SLOT.size, _SLOTS)
-    if all(pid for (pid,) in _SLOT.iter_unpack(slots)) and _is_at(path, number):
-        path.unlink(missing_ok=True)
+    if all(pid for (pid,) in _SLOT.iter_unpack(slots)):
+        _remove(path, number)
 
 
 def _unheld(folder: Path) -> Iterator[tuple[Path, int]]:
@@ -293,12 +295,27 @@ def _unheld(folder: Path) -> Iterator[tuple[Path, int]]:
         except OSError:  # gone by now, or not ours
             continue
         try:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(number).st_uid == os.geteuid():
-                    yield path, number
+            if os.fstat(number).st_uid == os.geteuid() and _is_stale(number):
+                yield path, number
         finally:
             os.close(number)
+
+
+def _is_stale(number: int) -> bool:
+    """Whether nobody else holds the file."""
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove(path: Path, number: int) -> bool:
+    """Remove an open file's name, if it has it still."""
+    if not _is_at(path, number):
+        return False
+    path.unlink(missing_ok=True)
+    return True
 
 
 def _hold(number: int) -> bool:
