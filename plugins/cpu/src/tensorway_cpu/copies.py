@@ -1,8 +1,8 @@
 """Copying many pieces between two tables of host memory, each length in the way that is fastest for it.
 
-May import the core, numpy and ctypes. Three ways, by what was measured (tests/bench/offload_copies.py): numpy's own
-loops over items as long as a piece, which cost a few nanoseconds each and let other threads run; one memmove for each
-piece, where it is long enough to pay for the call; and that again for neighbors joined, where there are many.
+May import the core, numpy and ctypes. The ways are those that were measured (tests/bench/offload_copies.py): numpy's
+own loops over items as long as a piece, by ids or by slices of equal distances, which cost a few nanoseconds for each
+and let other threads run; and a memmove for each piece, or for neighbors joined, where it is long enough for a call.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Final
 
+import attrs
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +24,10 @@ from tensorway_kv.intersect import Numbers, Runs, joined
 
 #: From this length on a piece is worth a call of its own.
 _LONG: Final = 32 << 10
+#: The same where numpy has an array on one side, and needs no call for each piece.
+_VERY_LONG: Final = 512 << 10
+#: From this length on pieces at equal distances are worth a slice of their own.
+_STEPS: Final = 4 << 10
 #: Pieces that are neither read nor written in a row go through so many bytes that stay in the cache.
 _BETWEEN: Final = 256 << 10
 _Items = NDArray[np.void]
@@ -48,24 +53,44 @@ def _copied(move: Move) -> int:
     count, nbytes = len(move.to_ids), move.to.block_bytes
     if not count:
         return 0
-    first, lengths = _runs(move)
-    if lengths.sum() >= _LONG * len(lengths):
-        _one_by_one(_places(move.to, move.to_ids[first]), _places(move.frm, move.frm_ids[first]), lengths)
+    runs = _Runs.of(move)
+    each = nbytes * count / len(runs.first)
+    if (runs.touch or len(runs.first) == count) and each >= (_VERY_LONG if _is_one_array(move) else _LONG):
+        _one_by_one(_places(move.to, runs.to), _places(move.frm, runs.frm), runs.counts * nbytes)
     else:
+        way = _in_steps if len(runs.first) < count and each >= _STEPS else _by_ids
         for to, frm in zip(_items(move.to), _items(move.frm), strict=True):
-            _by_numpy(to, frm, move)
+            way(to, frm, move, runs)
     return count * nbytes * move.to.width
 
 
-def _runs(move: Move) -> tuple[Numbers, Numbers]:
-    """Where pieces begin that are longer, since neighbors are neighbors on both sides; and how long they are."""
-    count, nbytes = len(move.to_ids), move.to.block_bytes
-    if not (move.to.dense and move.frm.dense):
-        return np.arange(count, dtype=np.int64), np.full(count, nbytes, np.int64)
-    opens = np.ones(count, bool)
-    opens[1:] = (np.diff(move.to_ids) != 1) | (np.diff(move.frm_ids) != 1)
-    first = np.flatnonzero(opens)
-    return first, np.diff(np.append(first, count)) * nbytes
+@attrs.frozen(eq=False)
+class _Runs:
+    """Pieces that follow each other at equal distances on either side, such as those of half the heads of a page."""
+
+    #: Which pieces begin one, and how many it has.
+    first: Numbers
+    counts: Numbers
+    #: The ids of the first pieces, and how many ids later the next one is.
+    to: Numbers
+    frm: Numbers
+    to_step: int
+    frm_step: int
+    #: Whether pieces of a run are neighbors on both sides, without anything between them.
+    touch: bool
+
+    @classmethod
+    def of(cls, move: Move) -> _Runs:
+        count = len(move.to_ids)
+        steps = np.diff(move.to_ids), np.diff(move.frm_ids)
+        to_step, frm_step = (int(np.partition(step, count // 2)[count // 2]) if count > 2 else 1 for step in steps)
+        opens = np.ones(count, bool)
+        if to_step > 0 and frm_step > 0:
+            opens[1:] = (steps[0] != to_step) | (steps[1] != frm_step)
+        first = np.flatnonzero(opens)
+        counts = np.diff(np.append(first, count))
+        touch = to_step == frm_step == 1 and move.to.dense and move.frm.dense
+        return cls(first, counts, move.to_ids[first], move.frm_ids[first], to_step, frm_step, touch)
 
 
 def _one_by_one(to: Numbers, frm: Numbers, lengths: Numbers) -> None:
@@ -75,7 +100,15 @@ def _one_by_one(to: Numbers, frm: Numbers, lengths: Numbers) -> None:
         deque(map(memmove, targets, sources, each), 0)
 
 
-def _by_numpy(to: _Items, frm: _Items, move: Move) -> None:
+def _in_steps(to: _Items, frm: _Items, move: Move, runs: _Runs) -> None:
+    """A slice for each run."""
+    to_step, frm_step = runs.to_step, runs.frm_step
+    for target, source, count in zip(runs.to.tolist(), runs.frm.tolist(), runs.counts.tolist(), strict=True):
+        to[target : target + count * to_step : to_step] = frm[source : source + count * frm_step : frm_step]
+
+
+def _by_ids(to: _Items, frm: _Items, move: Move, runs: _Runs) -> None:
+    """All pieces in a few calls of numpy."""
     to_ids, frm_ids = move.to_ids, move.frm_ids
     if frm.flags.c_contiguous and to.flags.c_contiguous and _in_a_row(to_ids):
         begin = int(to_ids[0])
@@ -87,6 +120,11 @@ def _by_numpy(to: _Items, frm: _Items, move: Move) -> None:
         each = max(1, _BETWEEN // move.to.block_bytes)
         for begin in range(0, len(to_ids), each):
             to[to_ids[begin : begin + each]] = frm[frm_ids[begin : begin + each]]
+
+
+def _is_one_array(move: Move) -> bool:
+    """Whether the pieces of a side are one piece of memory, which numpy knows how to cut or to put together."""
+    return (move.frm.dense and _in_a_row(move.frm_ids)) or (move.to.dense and move.frm.dense and _in_a_row(move.to_ids))
 
 
 def _in_a_row(ids: Numbers) -> bool:

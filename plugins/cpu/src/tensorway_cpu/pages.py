@@ -205,7 +205,7 @@ def _as_moves(reads: Reads, plan: dict[int, list[Batch]]) -> Iterator[Move]:
             yield Move(*tables[batch.route], batch.local, batch.remote)
 
 
-def _numbers(values: Sequence[int]) -> Numbers:
+def _numbers(values: Sequence[Any]) -> Numbers:
     """Whole numbers, and an impossible one for what is none."""
     given = _array(values)
     if list(given.shape) == [len(values)] and given.dtype in _WHOLE:
