@@ -15,12 +15,13 @@ from tensorway.errors import DeadlineExceeded, Incompatible, MemoryInvalid, Peer
 from tensorway.memory import Region
 from tensorway.offload import OffloadContext
 from tensorway.testing.ranks import RankFailed, Ranks
-from tensorway_cpu import region
+from tensorway_cpu import names, region
 from tensorway_cpu.canonical import canonical
 from tensorway_cpu.common import CPULoadStoreSpec
+from tensorway_cpu.names import stale, sweep
 from tensorway_cpu.options import CPUOptions
 from tensorway_cpu.pinning import pinned, settle
-from tensorway_cpu.region import open_rows, stale, sweep
+from tensorway_cpu.region import open_rows
 from tensorway_cpu.testing import sides
 
 OPTIONS = {"capacity_blocks": 16}
@@ -42,7 +43,7 @@ def three_fresh_processes(processes):
 @pytest.fixture(name="folder")
 def own_folder(tmp_path, monkeypatch):
     """Names are below a folder that no other test sees."""
-    monkeypatch.setattr(region, "_FOLDER", tmp_path)
+    monkeypatch.setattr(names, "_SHARED", tmp_path)
     return tmp_path
 
 
@@ -59,7 +60,7 @@ def rows_of(about, **options):
     return open_rows(CPUOptions(**{**OPTIONS, **options}), about, canon)
 
 
-def names(folder):
+def listed(folder):
     return [path.name for path in folder.iterdir()]
 
 
@@ -85,8 +86,10 @@ def test_a_manager_and_two_workers_share_rows_in_three_processes(three, first):
         assert "" == three[process].call(sides.carry_out, "load", loaded.source, [9, 8, 30]).cause
 
     assert [0, 0] == [three[process].call(sides.wrong_bytes, [9, 8, 30], 7) for process in (1, 2)]
-    assert [] == [path for path in stale() if region._name_of(engine) in path.name]
-    assert not (region._folder() / region._name_of(engine)).exists(), "all have joined, and the name is still there"
+    assert [] == [path for path in stale() if names.name_of(engine) in path.name]
+    assert not (names.folder_of_names() / names.name_of(engine)).exists(), (
+        "all have joined, and the name is still there"
+    )
     for process in (0, 1, 2):
         three[process].call(sides.close_side)
 
@@ -113,8 +116,8 @@ def test_what_a_killed_process_left_is_swept_at_the_next_start_and_what_is_held_
     killed, alive = fresh(), fresh()
     three[0].call(sides.open_side, killed, "manager", 0, 2, OPTIONS)
     three[1].call(sides.open_side, alive, "manager", 0, 2, OPTIONS)
-    folder = region._folder()
-    paths = [folder / region._name_of(engine) for engine in (killed, alive)]
+    folder = names.folder_of_names()
+    paths = [folder / names.name_of(engine) for engine in (killed, alive)]
     assert [True, True] == [path.exists() for path in paths]
 
     three[0].signal(signal.SIGKILL)
@@ -172,12 +175,12 @@ def test_a_forked_child_may_not_use_the_worker_and_harms_nothing_by_ending(three
 def test_the_name_is_this_users_own_and_says_nothing_of_the_engine(folder):
     rows = rows_of(context("../../etc/engine", ranks=2))
 
-    (name,) = names(folder)
+    (name,) = listed(folder)
     assert "etc" not in name
     assert 0o600 == stat.S_IMODE((folder / name).stat().st_mode)
     assert (folder / name).stat().st_size < 4096, "rows are not in it"
     rows.close()
-    assert [] == names(folder), "the last one to go has left it"
+    assert [] == listed(folder), "the last one to go has left it"
 
 
 def test_the_same_place_twice_is_refused(folder):
@@ -231,11 +234,11 @@ def test_what_the_first_one_took_all_take_who_say_nothing(folder):
 )
 def test_a_name_with_anything_in_it_is_refused_or_swept_and_never_believed(folder, data):
     engine = fresh()
-    path = folder / region._name_of(engine)
+    path = folder / names.name_of(engine)
     path.write_bytes(data)
     path.chmod(0o600)
     holder = os.open(path, os.O_RDWR)
-    region._hold(holder)
+    names.hold(holder)
 
     with pytest.raises(MemoryInvalid):
         rows_of(context(engine))
@@ -249,7 +252,7 @@ def test_a_name_with_anything_in_it_is_refused_or_swept_and_never_believed(folde
 def test_a_header_that_was_changed_anywhere_is_never_mapped_wrongly(folder, place):
     engine = fresh()
     rows = rows_of(context(engine, ranks=2))
-    path = folder / region._name_of(engine)
+    path = folder / names.name_of(engine)
     data = bytearray(path.read_bytes())
     data[place] ^= 0x41
     path.write_bytes(data)
@@ -269,7 +272,7 @@ def test_a_header_that_was_changed_anywhere_is_never_mapped_wrongly(folder, plac
 def test_a_link_in_place_of_the_name_is_not_followed(folder):
     engine = fresh()
     (folder / "target").write_bytes(b"precious")
-    (folder / region._name_of(engine)).symlink_to(folder / "target")
+    (folder / names.name_of(engine)).symlink_to(folder / "target")
 
     with pytest.raises(MemoryInvalid):
         rows_of(context(engine))
@@ -280,7 +283,7 @@ def test_a_link_in_place_of_the_name_is_not_followed(folder):
 def test_a_name_that_others_may_write_to_is_refused(folder):
     engine = fresh()
     rows = rows_of(context(engine, ranks=2))
-    (folder / region._name_of(engine)).chmod(0o666)
+    (folder / names.name_of(engine)).chmod(0o666)
 
     with pytest.raises(MemoryInvalid, match="others may write"):
         rows_of(context(engine, "worker", 0, ranks=2))
@@ -290,7 +293,7 @@ def test_a_name_that_others_may_write_to_is_refused(folder):
 
 def test_who_cannot_get_a_hold_gives_up_in_time(folder):
     engine = fresh()
-    holder = os.open(folder / region._name_of(engine), os.O_RDWR | os.O_CREAT, 0o600)
+    holder = os.open(folder / names.name_of(engine), os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(holder, fcntl.LOCK_EX)
 
     with pytest.raises(DeadlineExceeded):
@@ -305,7 +308,7 @@ def test_who_cannot_get_a_hold_gives_up_in_time(folder):
 def test_more_than_the_process_may_have_is_refused_before_it_is_touched(folder):
     with pytest.raises(MemoryInvalid, match="this process may have"):
         rows_of(context(fresh()), capacity_blocks=1 << 40)
-    assert [] == names(folder)
+    assert [] == listed(folder)
 
 
 def test_too_little_for_one_block_is_refused(folder):
@@ -323,7 +326,7 @@ def test_a_limit_of_the_process_is_told_and_leaves_no_name(three):
     said = three[0].call(sides.open_under_limit, engine, 1 << 30)
 
     assert said.startswith("MemoryInvalid") and "Cannot allocate memory" in said
-    assert not (region._folder() / region._name_of(engine)).exists()
+    assert not (names.folder_of_names() / names.name_of(engine)).exists()
 
 
 def test_all_memory_is_taken_at_once_where_asked_and_no_more_than_there_is_time_for(folder):
@@ -376,4 +379,4 @@ def test_memory_is_pinned_in_pieces_of_whole_rows_or_not_at_all(monkeypatch):
 def test_pinning_is_refused_where_there_is_no_device_to_pin_for(folder):
     with pytest.raises(MemoryInvalid, match="no torch with CUDA"):
         rows_of(context(fresh()), pin=True)
-    assert [] == names(folder)
+    assert [] == listed(folder)

@@ -1,6 +1,6 @@
 """Can blocks be kept in host memory here, and how much? Pure Python, so it runs in the host's process.
 
-May import tensorway's ground.
+May import tensorway's ground and this package's names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tensorway.types import ProbeResult
+from tensorway_cpu.names import stale
 
 _SHARED: Final = Path("/dev/shm")
 _MIB: Final = 1 << 20
@@ -38,6 +39,7 @@ def probe() -> ProbeResult:
         shared_bytes=shared,
         huge_page_bytes=meminfo.get("Hugepagesize"),
         huge_pages_free=meminfo.get("HugePages_Free"),
+        stale_names=len(stale()),
     )
 
 

@@ -7,15 +7,11 @@ found it. Names that nobody holds any more are swept by who comes next.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import stat
 import struct
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -27,13 +23,12 @@ from tensorway.errors import DeadlineExceeded, Incompatible, MemoryInvalid, Peer
 from tensorway.memory import Region, SharedFile
 from tensorway.offload import OffloadContext
 from tensorway_cpu.canonical import Canon
+from tensorway_cpu.names import folder_of_names, hold, is_at, is_stale, name_of, remove, sweep
 from tensorway_cpu.options import CPUOptions
 from tensorway_cpu.pinning import Pinned, pin, settle
 from tensorway_cpu.probe import available_bytes
 
 _log = logger("offload")
-_FOLDER: Final = Path("/dev/shm")
-_PREFIX: Final = "tensorway-cpu-"
 _MAGIC: Final = b"TWROWS\x00\x01"
 #: Magic; process and start time of who made it; number, device and inode of its memory file; bytes; bytes of a row;
 #: rows; what a row is; how many there will be.
@@ -95,17 +90,17 @@ class Rows:
             self._pinned.undo()
         self._buffer, self._pinned = None, None
         self._region = Region(self._region.address, self._region.nbytes)
-        if _is_stale(self._name):  # nobody else has come, or all have gone
-            _remove(self._path, self._name)
+        if is_stale(self._name):  # nobody else has come, or all have gone
+            remove(self._path, self._name)
         os.close(self._name)
 
 
 def open_rows(options: CPUOptions, context: OffloadContext, canon: Canon) -> Rows:
     """The rows of this engine's life: found, or made. Raises within the context's deadline."""
     until = time.monotonic() + context.deadline
-    folder, member = _folder(), 0 if context.role == "manager" else 1 + context.rank
+    folder, member = folder_of_names(), 0 if context.role == "manager" else 1 + context.rank
     sweep(folder)
-    path = folder / _name_of(context.engine)
+    path = folder / name_of(context.engine)
     wanted = _Wanted(canon, options, canon.fingerprint(context.facts), 1 + len(context.ranks), member)
     while True:
         found = _join(path, wanted) or _make(path, wanted)
@@ -126,20 +121,6 @@ def open_rows(options: CPUOptions, context: OffloadContext, canon: Canon) -> Row
                 "See who else changes that folder.",
             )
         time.sleep(_TURN)
-
-
-def stale(folder: Path | None = None) -> list[Path]:
-    """Names of ours that nobody holds any more."""
-    return [path for path, _ in _unheld(folder or _folder())]
-
-
-def sweep(folder: Path | None = None) -> list[Path]:
-    """Remove these; they are of processes that were killed before all had found each other."""
-    removed = []
-    for path, number in _unheld(folder or _folder()):
-        if _remove(path, number):
-            removed.append(path)
-    return removed
 
 
 @attrs.frozen
@@ -171,7 +152,7 @@ def _join(path: Path, wanted: _Wanted) -> tuple[memoryview, _Said, int] | None:
         to_do = "Remove it if nobody needs it, or let it be this user's own."
         raise MemoryInvalid(asked, f"It cannot be opened: {error.strerror}.", to_do) from error
     try:
-        if not _hold(number) or not _is_at(path, number):
+        if not hold(number) or not is_at(path, number):
             os.close(number)
             return None
         said = _read(number, asked)
@@ -199,7 +180,7 @@ def _make(path: Path, wanted: _Wanted) -> tuple[memoryview, _Said, int] | None:
     number = os.open(new, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         # It gets its name when all of it is there and held: nobody sees half of it, and nobody sweeps it away.
-        if _hold(number):
+        if hold(number):
             os.ftruncate(number, _SLOTS + wanted.members * _SLOT.size)
             os.pwrite(number, _HEADER.pack(_MAGIC, *attrs.astuple(said)), 0)
             os.link(new, path)
@@ -285,56 +266,7 @@ def _arrive(path: Path, number: int, wanted: _Wanted, asked: str) -> None:
     os.pwrite(number, _SLOT.pack(os.getpid()), at)
     slots = os.pread(number, wanted.members * _SLOT.size, _SLOTS)
     if all(pid for (pid,) in _SLOT.iter_unpack(slots)):
-        _remove(path, number)
-
-
-def _unheld(folder: Path) -> Iterator[tuple[Path, int]]:
-    for path in sorted(folder.glob(f"{_PREFIX}*")):
-        try:
-            number = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:  # gone by now, or not ours
-            continue
-        try:
-            if os.fstat(number).st_uid == os.geteuid() and _is_stale(number):
-                yield path, number
-        finally:
-            os.close(number)
-
-
-def _is_stale(number: int) -> bool:
-    """Whether nobody else holds the file."""
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _remove(path: Path, number: int) -> bool:
-    """Remove an open file's name, if it has it still."""
-    if not _is_at(path, number):
-        return False
-    path.unlink(missing_ok=True)
-    return True
-
-
-def _hold(number: int) -> bool:
-    """Whether the file is ours as well as others' from now on, until this process ends or closes it."""
-    try:
-        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:  # somebody sees whether it is stale
-        return False
-    return True
-
-
-def _is_at(path: Path, number: int) -> bool:
-    """Whether the open file is still the one of this name."""
-    here = os.fstat(number)
-    try:
-        there = path.stat(follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+        remove(path, number)
 
 
 def _started(pid: int) -> int | None:
@@ -344,12 +276,3 @@ def _started(pid: int) -> int | None:
     except OSError:
         return None
     return int(text.rpartition(")")[2].split()[19])
-
-
-def _folder() -> Path:
-    return _FOLDER if os.access(_FOLDER, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-
-
-def _name_of(engine: str) -> str:
-    """Nothing of what an engine is called becomes a path."""
-    return f"{_PREFIX}{os.geteuid()}-{hashlib.blake2b(engine.encode(), digest_size=16).hexdigest()}"
