@@ -6,7 +6,9 @@ import fcntl
 import os
 import signal
 import stat
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -300,6 +302,36 @@ def test_who_cannot_get_a_hold_gives_up_in_time(folder):
         rows_of(context(engine, "worker", 0, ranks=2, deadline=0.1))
 
     os.close(holder)
+
+
+def test_of_several_who_come_at_once_one_makes_rows_and_all_have_them(folder):
+    for _ in range(12):
+        engine, barrier = fresh(), threading.Barrier(5)
+        places = [("manager", 0), *(("worker", rank) for rank in range(4))]
+        abouts = [context(engine, role, rank, ranks=4, deadline=60.0) for role, rank in places]
+
+        def arrive(about, barrier=barrier):
+            barrier.wait()
+            return rows_of(about)
+
+        with ThreadPoolExecutor(5) as pool:
+            all_of = list(pool.map(arrive, abouts))
+
+        all_of[0].row(15, 4)[:] = b"once"
+        assert {b"once"} == {bytes(rows.row(15, 4)) for rows in all_of}
+        assert [] == listed(folder)
+        for rows in all_of:
+            rows.close()
+
+
+def test_a_folder_that_takes_no_file_is_told(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(MemoryInvalid, match="No space left"):
+        rows_of(context(fresh()))
+    assert [] == listed(folder)
 
 
 # -- memory

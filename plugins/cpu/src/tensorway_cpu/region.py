@@ -110,8 +110,8 @@ def open_rows(options: CPUOptions, context: OffloadContext, canon: Canon) -> Row
                 settle(buffer, huge_pages=options.huge_pages, populate=options.populate, until=until)
                 pinned = pin(buffer, said.row_bytes, options.pin)
             except BaseException:
+                remove(path, name)
                 os.close(name)
-                path.unlink(missing_ok=True)
                 raise
             return Rows(buffer, said.row_bytes, said.rows, path, name, pinned)
         if time.monotonic() >= until:
@@ -177,7 +177,10 @@ def _make(path: Path, wanted: _Wanted) -> tuple[memoryview, _Said, int] | None:
         pid, started, file.number, file.device, file.inode, len(buffer), row_bytes, rows, wanted.mark, wanted.members
     )
     new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    number = os.open(new, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        number = os.open(new, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise _no_name(path, error) from error
     try:
         # It gets its name when all of it is there and held: nobody sees half of it, and nobody sweeps it away.
         if hold(number):
@@ -188,6 +191,9 @@ def _make(path: Path, wanted: _Wanted) -> tuple[memoryview, _Said, int] | None:
             return buffer, said, number
     except (FileExistsError, FileNotFoundError):  # another was faster; or who sweeps took it for left behind
         pass
+    except OSError as error:
+        os.close(number)
+        raise _no_name(path, error) from error
     except BaseException:
         os.close(number)
         raise
@@ -195,6 +201,14 @@ def _make(path: Path, wanted: _Wanted) -> tuple[memoryview, _Said, int] | None:
         new.unlink(missing_ok=True)
     os.close(number)
     return None
+
+
+def _no_name(path: Path, error: OSError) -> MemoryInvalid:
+    return MemoryInvalid(
+        f"Rows were to be shared by way of {path}.",
+        f"It cannot be written: {error.strerror}.",
+        "See whether that folder has room, and may be written to.",
+    )
 
 
 def _count(wanted: _Wanted) -> int:
