@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import uuid
@@ -220,6 +221,10 @@ def test_a_tier_is_told_what_it_needs(shelves):
     assert (about.engine, (1024,), 4096, 8 * 4096) == (told.engine, told.nbytes, told.row_bytes, told.memory.nbytes)
     assert ({"model": "m"}, {"rendezvous": "r"}) == (dict(told.facts), dict(told.services))
     assert [None] == told.lender.lend(keys_of(1), 1.0)
+    prepared = manager.prepare_store(keys_of(1), REQ)
+    manager.complete_store(prepared.ticket)
+    assert list(prepared.target) == told.lender.lend(keys_of(1), 1.0)
+    told.lender.returned(keys_of(1))
     manager.close()
 
 
@@ -274,14 +279,17 @@ def test_a_closed_manager_says_so_and_workers_keep_their_rows():
 
 
 def test_a_forked_child_that_closes_the_manager_takes_nothing_from_its_parent():
-    engine = Pages.of(CACHES, Parallel(1))
-    with Offloading.open(context(engine), {"capacity_blocks": 4}) as off:
-        engine.fill([[1]], 4)
-        off.store(keys_of(1), [[1]], REQ)
-        child = os.fork()
-        if not child:
-            off.close()
-            os._exit(0)
-        os.waitpid(child, 0)
+    about = context(Pages.of(CACHES, Parallel(1)))
+    manager = CPUManager(CPUOptions(capacity_blocks=4), about)
+    child = os.fork()
+    if not child:
+        manager.close()
+        os._exit(0)
+    os.waitpid(child, 0)
 
-        assert 1 == off.load(keys_of(1), [[2]], REQ)
+    worker = CPUWorker(CPUOptions(capacity_blocks=4), attrs.evolve(about, role="worker"))
+
+    ctypes.memset(manager._host_rows.memory.address, 0x5A, 8)
+    assert b"Z" * 8 == ctypes.string_at(worker._rows.memory.address, 8), "the worker has found no rows of the parent's"
+    worker.close()
+    manager.close()

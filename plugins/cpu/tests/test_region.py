@@ -271,6 +271,35 @@ def test_a_header_that_was_changed_anywhere_is_never_mapped_wrongly(folder, plac
     rows.close()
 
 
+def test_another_process_of_the_same_number_is_not_who_made_the_rows(folder):
+    engine = fresh()
+    rows = rows_of(context(engine, ranks=2))
+    path = folder / names.name_of(engine)
+    said = list(region._HEADER.unpack_from(path.read_bytes()))
+    said[2] += 1  # when it began
+    path.write_bytes(region._HEADER.pack(*said) + path.read_bytes()[region._HEADER.size :])
+
+    with pytest.raises(PeerLost, match="is gone"):
+        rows_of(context(engine, "worker", 0, ranks=2))
+
+    rows.close()
+
+
+def test_another_file_of_the_same_number_is_not_the_rows(folder):
+    engine = fresh()
+    rows = rows_of(context(engine, ranks=2))
+    other = tensorway.memory.shared(rows.memory.nbytes)
+    path = folder / names.name_of(engine)
+    said = list(region._HEADER.unpack_from(path.read_bytes()))
+    said[3] = tensorway.memory.SharedFile.of(Region.of(other))[0].number
+    path.write_bytes(region._HEADER.pack(*said) + path.read_bytes()[region._HEADER.size :])
+
+    with pytest.raises(PeerLost, match="has closed them"):
+        rows_of(context(engine, "worker", 0, ranks=2))
+
+    rows.close()
+
+
 def test_a_link_in_place_of_the_name_is_not_followed(folder):
     engine = fresh()
     (folder / "target").write_bytes(b"precious")

@@ -243,6 +243,9 @@ def test_closing_waits_for_who_copies_and_tells_if_it_cannot():
         gate.opened.set()
         while gate.busy:
             time.sleep(0.001)
+        for thread in worker._jobs._threads:
+            thread.join(60.0)
+            assert not thread.is_alive()
         assert [1024] == gate.calls, "the second job was begun after the worker was closed"
 
 
