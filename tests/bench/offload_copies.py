@@ -4,19 +4,23 @@
 
 Bytes per second of the thread's own CPU time, as a share of what one memmove of as many bytes gets right before and
 after: the machine is shared, so that seconds on the wall say little, and what is printed are medians over rounds. First
-the copies alone: blocks of one length in random order out of a pool that is four times as large. Then whole blocks
-through what a worker does with a job, planning included, of a model's pages with all heads, and with a half of them, as
-a rank of two has. Rows are in the order of pages unless it is said, as a manager gives them while there is room.
+the copies alone: blocks of one length in random order out of pages of an engine that are four times as many, gathered
+into rows, and scattered from them; rows follow each other, or are in random order, too. The engine's memory is of small
+pages, or of huge ones where the kernel gives them. Then whole blocks through what a worker does with a job, planning
+included, of a model's pages with all heads, and with a half of them, as a rank of two has. There rows are in the order
+of pages unless it is said, as a manager gives them while there is room.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 
 import numpy as np
 
@@ -41,6 +45,15 @@ def filled(nbytes: int) -> Region:
     return Region.of(buffer)
 
 
+def of_engine(nbytes: int, huge: bool) -> Region:
+    """The same in memory of one process."""
+    private = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    private.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    array = np.frombuffer(private, np.uint8)
+    array[:] = 1
+    return Region.of(array)
+
+
 def spent(work: Callable[[], object]) -> float:
     """Seconds of this thread's CPU."""
     started = time.thread_time()
@@ -49,36 +62,44 @@ def spent(work: Callable[[], object]) -> float:
 
 
 def share(work: Callable[[], int], target: Region, source: Region, rounds: int) -> tuple[float, float]:
-    """The median of what one memmove takes over what `work` takes, for as many bytes; and bytes per second."""
+    """The median of what one memmove takes over what `work` takes, for as many bytes; and bytes per second.
+
+    Each memmove is of the next part of either memory, so that no more of it is in the caches than of what is copied.
+    """
     ratios, rates = [], []
     nbytes = work()
+    parts = cycle(range(min(target.nbytes, source.nbytes) // nbytes))
     for _ in range(rounds):
-        before = spent(lambda: ctypes.memmove(target.address, source.address, nbytes))
+        beside = [spent(partial(whole, target, source, nbytes, next(parts)))]
         took = spent(work)
-        after = spent(lambda: ctypes.memmove(target.address, source.address, nbytes))
-        ratios.append((before + after) / 2 / took)
+        beside.append(spent(partial(whole, target, source, nbytes, next(parts))))
+        ratios.append(sum(beside) / 2 / took)
         rates.append(nbytes / took)
     return statistics.median(ratios), statistics.median(rates)
 
 
-def alone(first: Region, second: Region, rounds: int) -> None:
+def whole(target: Region, source: Region, nbytes: int, part: int) -> None:
+    """One memmove of a part."""
+    ctypes.memmove(target.address + part * nbytes, source.address + part * nbytes, nbytes)
+
+
+def alone(rows: Region, pages: Region, what: str, rounds: int) -> None:
     """The copies alone."""
     rng = np.random.default_rng(1)
     for length, wanted in ((4 << 10, None), (16 << 10, 0.7), (64 << 10, 0.85), (1 << 20, 0.95)):
         count = MOVED // length
-        chosen = rng.permutation(POOL // length)[:count]
-        others = rng.permutation(POOL // length)[:count]
+        chosen, others = (rng.permutation(POOL // length)[:count] for _ in range(2))
         in_a_row = np.arange(count)
-        frm, to = (BlockTable((one.address,), length, length, POOL // length) for one in (first, second))
-        for what, to_ids, frm_ids in (
-            ("gathered", in_a_row, chosen),
-            ("scattered", chosen, in_a_row),
-            ("both", others, chosen),
+        of_rows, of_pages = (BlockTable((one.address,), length, length, POOL // length) for one in (rows, pages))
+        bar = f" (wanted: {wanted:.2f})" if wanted else ""
+        for how, move, target, source in (
+            (f"gathered{bar}", Move(of_rows, of_pages, in_a_row, chosen), rows, pages),
+            (f"scattered{bar}", Move(of_pages, of_rows, chosen, in_a_row), pages, rows),
+            ("to rows in random order", Move(of_rows, of_pages, others, chosen), rows, pages),
+            ("from rows in random order", Move(of_pages, of_rows, chosen, others), pages, rows),
         ):
-            move = Move(to, frm, to_ids, frm_ids)
-            ratio, rate = share(partial(copy, [move]), second, first, rounds)
-            bar = f" (wanted: {wanted:.2f})" if wanted and what != "both" else ""
-            print(f"{length >> 10:>5} KiB {what:>9}: {ratio:5.2f} of a memcpy{bar}, {rate / 1e9:.1f} GB/s")
+            ratio, rate = share(partial(copy, [move]), target, source, rounds)
+            print(f"{length >> 10:>5} KiB, {what}: {ratio:5.2f} of a memcpy, {rate / 1e9:5.1f} GB/s {how}")
 
 
 def as_jobs(rounds: int) -> None:
@@ -123,7 +144,9 @@ def job(worker: RankPages, sides: tuple[EngineSpec, CPULoadStoreSpec], what: Wha
 def main() -> None:
     """Print all rows."""
     rounds = 7 if "--short" in sys.argv else 31
-    alone(filled(POOL), filled(POOL), rounds)
+    rows = filled(POOL)
+    for what, huge in (("huge pages", True), ("small pages", False)):
+        alone(rows, of_engine(POOL, huge), what, rounds)
     as_jobs(rounds)
 
 

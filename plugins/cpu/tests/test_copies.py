@@ -53,10 +53,8 @@ PATTERNS = {
 def test_pieces_are_copied_as_one_would_by_hand(name, length, gaps, thresholds, monkeypatch):
     if thresholds == "all long":
         monkeypatch.setattr(copies, "_LONG", 1)
-        monkeypatch.setattr(copies, "_VERY_LONG", 1)
     elif thresholds == "all steps":
         monkeypatch.setattr(copies, "_LONG", 1 << 40)
-        monkeypatch.setattr(copies, "_VERY_LONG", 1 << 40)
         monkeypatch.setattr(copies, "_STEPS", 1)
     rng = np.random.default_rng(1)
     (to, to_table), (frm, frm_table) = side(rng, length, gaps[0]), side(rng, length, gaps[1])

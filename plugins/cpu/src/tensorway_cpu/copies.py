@@ -22,10 +22,8 @@ from tensorway.transport.blocks import BlockTable
 from tensorway_cpu.pages import Move
 from tensorway_kv.intersect import Numbers, Runs, joined
 
-#: From this length on a piece is worth a call of its own.
+#: From this length on a piece is worth a call of its own, unless all pieces of one side are an array for numpy.
 _LONG: Final = 32 << 10
-#: The same where numpy has an array on one side, and needs no call for each piece.
-_VERY_LONG: Final = 512 << 10
 #: From this length on pieces at equal distances are worth a slice of their own.
 _STEPS: Final = 4 << 10
 #: Pieces that are neither read nor written in a row go through so many bytes that stay in the cache.
@@ -55,10 +53,11 @@ def _copied(move: Move) -> int:
         return 0
     runs = _Runs.of(move)
     each = nbytes * count / len(runs.first)
-    if (runs.touch or len(runs.first) == count) and each >= (_VERY_LONG if _is_one_array(move) else _LONG):
+    alone = len(runs.first) == count
+    if each >= _LONG and (runs.touch if not alone else not _is_one_array(move)):
         _one_by_one(_places(move.to, runs.to), _places(move.frm, runs.frm), runs.counts * nbytes)
     else:
-        way = _in_steps if len(runs.first) < count and each >= _STEPS else _by_ids
+        way = _by_ids if alone or each < _STEPS else _in_steps
         for to, frm in zip(_items(move.to), _items(move.frm), strict=True):
             way(to, frm, move, runs)
     return count * nbytes * move.to.width
