@@ -137,11 +137,32 @@ def shared(nbytes: int) -> memoryview:
     try:
         os.ftruncate(file, whole)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
-        address = _map_somewhere(whole, file)
+        return _held(nbytes, whole, file)
     except OSError as error:
         os.close(file)
         true = f"The system has none: {error.strerror}."
         raise MemoryInvalid(f"Shared memory of {nbytes:,} bytes was to be made.", true, "Ask for less.") from error
+
+
+def shared_by(file: int, nbytes: int) -> memoryview:
+    """The same memory in another process, from an open file of it, which is this function's from now on.
+
+    Raises `MemoryInvalid` for any other file: one that can be made shorter would end who touches what is gone.
+    """
+    asked, whole = f"Shared memory of {nbytes!r} bytes was to be mapped.", -(-nbytes // PAGE) * PAGE
+    try:
+        if fcntl.fcntl(file, fcntl.F_GET_SEALS) & _SEALS == _SEALS and 0 < whole == os.fstat(file).st_size:
+            return _held(nbytes, whole, file)
+        true = "The file is of another length, or can still be made shorter."
+    except OSError as error:
+        true = f"The system refused: {error.strerror}."
+    os.close(file)
+    raise MemoryInvalid(asked, true, "Give a file of memory that `shared` made, and its length.")
+
+
+def _held(nbytes: int, whole: int, file: int) -> memoryview:
+    """A buffer over all of a file, which is closed with it."""
+    address = _map_somewhere(whole, file)
     buffer = (ctypes.c_char * nbytes).from_address(address)
     status = os.fstat(file)
     _files[address] = SharedFile(address, whole, file, status.st_dev, status.st_ino, weakref.ref(buffer))

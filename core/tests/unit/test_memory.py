@@ -6,11 +6,13 @@ import array
 import ctypes
 import gc
 import mmap
+import os
 import weakref
 
 import attrs
 import pytest
 
+from tensorway import memory
 from tensorway.errors import MemoryInvalid
 from tensorway.memory import ADDRESS_LIMIT, Region
 
@@ -285,3 +287,34 @@ def test_a_part_keeps_the_whole_alive():
     del whole
     gc.collect()
     assert (True, bytes(range(16, 24))) == (watched() is not None, seen(region))
+
+
+def test_another_process_can_map_what_shared_made():
+    first = memory.shared(5000)
+    file, _ = memory.SharedFile.of(Region.of(first))
+
+    second = memory.shared_by(os.open(f"/proc/self/fd/{file.number}", os.O_RDWR), 5000)
+    first[4999] = 7
+
+    assert 5000 == len(second) and 7 == second[4999]
+    assert Region.of(first).address != Region.of(second).address
+    assert memory.SharedFile.of(Region.of(second))[0].inode == file.inode
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 3 * memory.PAGE])
+def test_shared_memory_of_another_length_is_not_mapped(nbytes):
+    file, _ = memory.SharedFile.of(Region.of(memory.shared(2 * memory.PAGE)))
+
+    with pytest.raises(MemoryInvalid):
+        memory.shared_by(os.open(f"/proc/self/fd/{file.number}", os.O_RDWR), nbytes)
+
+
+def test_a_file_that_can_be_made_shorter_is_not_mapped_and_is_closed(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(memory.PAGE))
+    number = os.open(tmp_path / "file", os.O_RDWR)
+
+    with pytest.raises(MemoryInvalid, match=r"can still be made shorter|refused"):
+        memory.shared_by(number, memory.PAGE)
+
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(number)

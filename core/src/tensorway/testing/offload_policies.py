@@ -99,6 +99,8 @@ class EvictionPolicySuite(Suite):
     #: The backend's name, as `tensorway.create("eviction_policy", name)` takes it.
     name: str
     options: ClassVar[dict[str, object]] = {}
+    #: A sequence that is stored in steps goes tail first, too; queues in the order of arrival cannot promise that.
+    in_steps: ClassVar[bool] = False
 
     def make(self, context: PolicyContext) -> EvictionPolicy:
         """A new policy; override it for one that is not installed."""
@@ -175,6 +177,8 @@ class EvictionPolicySuite(Suite):
 
         *If this fails:* put a request's blocks in order in `ended`, which has all of them in the order of tokens.
         """
+        if not self.in_steps:
+            pytest.skip("it does not promise that: in_steps is False")
         shelf, keys, req = self.shelf(clock, 16), chain("only", 9), request("r")
         for stop in (2, 3, 7, 9):
             shelf.begin(keys[:stop], req)

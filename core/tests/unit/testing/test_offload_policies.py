@@ -48,6 +48,8 @@ class Recent:
 
 
 class TestRecent(EvictionPolicySuite):
+    in_steps = True
+
     def make(self, context):
         return Recent(context)
 
@@ -227,7 +229,7 @@ BREAKS = [
 @pytest.mark.parametrize(("policy", "test", "says"), BREAKS)
 def test_it_is_said(policy, test, says):
     suite = EvictionPolicySuite()
-    suite.make = policy
+    suite.make, suite.in_steps = policy, True
     what = {Ghosts: "stored", RemembersWanted: "only wanted", GhostsOfRemoved: "removed"}.get(policy, "stored")
     given = {"clock": Clock(), "capacity": 7, "seed": 0, "what": what}
     function = getattr(suite, test)

@@ -1,6 +1,6 @@
 """Can blocks be kept in host memory here, and how much? Pure Python, so it runs in the host's process.
 
-May import tensorway's ground.
+May import tensorway's ground and this package's names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tensorway.types import ProbeResult
+from tensorway_cpu.names import stale
 
 _SHARED: Final = Path("/dev/shm")
 _MIB: Final = 1 << 20
@@ -26,7 +27,7 @@ def probe() -> ProbeResult:
         return ProbeResult.failed(f"no memory can be mapped ({error})", "Look at ulimit -v and the memory limit.")
     meminfo = _meminfo()
     limit = memory_limit()
-    available = min(filter(None, [meminfo.get("MemAvailable"), limit]), default=None)
+    available = available_bytes()
     shared = _shared_bytes()
     with_shared = "no shared memory" if shared is None else f"{shared // _MIB} MiB of shared memory in {_SHARED}"
     memory = "host memory" if available is None else f"up to {available // _MIB} MiB of host memory"
@@ -38,7 +39,13 @@ def probe() -> ProbeResult:
         shared_bytes=shared,
         huge_page_bytes=meminfo.get("Hugepagesize"),
         huge_pages_free=meminfo.get("HugePages_Free"),
+        stale_names=len(stale()),
     )
+
+
+def available_bytes() -> int | None:
+    """How much more memory this process may have; None if nobody says it."""
+    return min(filter(None, [_meminfo().get("MemAvailable"), memory_limit()]), default=None)
 
 
 def memory_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:

@@ -1,0 +1,152 @@
+"""Copying many pieces between two tables of host memory, each length in the way that is fastest for it.
+
+May import the core, numpy and ctypes. The ways are those that were measured (tests/bench/offload_copies.py): numpy's
+own loops over items as long as a piece, by ids or by slices of equal distances, which cost a few nanoseconds for each
+and let other threads run; and a memmove for each piece, or for neighbors joined, where it is long enough for a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, Final
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorway.memory import libc
+from tensorway.transport.blocks import BlockTable
+from tensorway_cpu.pages import Move
+from tensorway_kv.intersect import Numbers, Runs, joined
+
+#: From this length on a piece is worth a call of its own, unless all pieces of one side are an array for numpy.
+_LONG: Final = 32 << 10
+#: From this length on pieces at equal distances are worth a slice of their own.
+_STEPS: Final = 4 << 10
+#: Pieces that are neither read nor written in a row go through so many bytes that stay in the cache.
+_BETWEEN: Final = 256 << 10
+_Items = NDArray[np.void]
+_NOTHING: Final = (np.zeros(0, np.int64),) * 3
+
+
+def copy(moves: Iterable[Move]) -> int:
+    """Copy all pieces; how many bytes."""
+    return sum(_copied(move) for move in moves)
+
+
+def pieces(moves: Iterable[Move]) -> Runs:
+    """All pieces as addresses, neighbors joined: for who copies to a device. `own` is where to, `theirs` where from."""
+    found = [_NOTHING]
+    for move in moves:
+        to, frm = _places(move.to, move.to_ids).ravel(), _places(move.frm, move.frm_ids).ravel()
+        found.append((to, frm, np.full(len(to), move.to.block_bytes, np.int64)))
+    to, frm, nbytes = (np.concatenate(side) for side in zip(*found, strict=True))
+    return joined(np.zeros(len(to), np.int64), to, frm, nbytes)
+
+
+def _copied(move: Move) -> int:
+    count, nbytes = len(move.to_ids), move.to.block_bytes
+    if not count:
+        return 0
+    runs = _Runs.of(move)
+    each = nbytes * count / len(runs.first)
+    alone = len(runs.first) == count
+    if each >= _LONG and (runs.touch if not alone else not _is_one_array(move)):
+        _one_by_one(_places(move.to, runs.to), _places(move.frm, runs.frm), runs.counts * nbytes)
+    else:
+        way = _by_ids if alone or each < _STEPS else _in_steps
+        for to, frm in zip(_items(move.to), _items(move.frm), strict=True):
+            way(to, frm, move, runs)
+    return count * nbytes * move.to.width
+
+
+@attrs.frozen(eq=False)
+class _Runs:
+    """Pieces that follow each other at equal distances on either side, such as those of half the heads of a page."""
+
+    #: Which pieces begin one, and how many it has.
+    first: Numbers
+    counts: Numbers
+    #: The ids of the first pieces, and how many ids later the next one is.
+    to: Numbers
+    frm: Numbers
+    to_step: int
+    frm_step: int
+    #: Whether pieces of a run are neighbors on both sides, without anything between them.
+    touch: bool
+
+    @classmethod
+    def of(cls, move: Move) -> _Runs:
+        count = len(move.to_ids)
+        steps = np.diff(move.to_ids), np.diff(move.frm_ids)
+        to_step, frm_step = (int(np.partition(step, count // 2)[count // 2]) if count > 2 else 1 for step in steps)
+        opens = np.ones(count, bool)
+        if to_step > 0 and frm_step > 0:
+            opens[1:] = (steps[0] != to_step) | (steps[1] != frm_step)
+        first = np.flatnonzero(opens)
+        counts = np.diff(np.append(first, count))
+        touch = to_step == frm_step == 1 and move.to.dense and move.frm.dense
+        return cls(first, counts, move.to_ids[first], move.frm_ids[first], to_step, frm_step, touch)
+
+
+def _one_by_one(to: Numbers, frm: Numbers, lengths: Numbers) -> None:
+    each = lengths.tolist()
+    memmove = _memmove()
+    for targets, sources in zip(to.tolist(), frm.tolist(), strict=True):
+        deque(map(memmove, targets, sources, each), 0)
+
+
+def _in_steps(to: _Items, frm: _Items, move: Move, runs: _Runs) -> None:
+    """A slice for each run."""
+    to_step, frm_step = runs.to_step, runs.frm_step
+    for target, source, count in zip(runs.to.tolist(), runs.frm.tolist(), runs.counts.tolist(), strict=True):
+        to[target : target + count * to_step : to_step] = frm[source : source + count * frm_step : frm_step]
+
+
+def _by_ids(to: _Items, frm: _Items, move: Move, runs: _Runs) -> None:
+    """All pieces in a few calls of numpy."""
+    to_ids, frm_ids = move.to_ids, move.frm_ids
+    if frm.flags.c_contiguous and to.flags.c_contiguous and _in_a_row(to_ids):
+        begin = int(to_ids[0])
+        np.take(frm, frm_ids, out=to[begin : begin + len(to_ids)], mode="clip")
+    elif _in_a_row(frm_ids):
+        begin = int(frm_ids[0])
+        to[to_ids] = frm[begin : begin + len(frm_ids)]
+    else:
+        each = max(1, _BETWEEN // move.to.block_bytes)
+        for begin in range(0, len(to_ids), each):
+            to[to_ids[begin : begin + each]] = frm[frm_ids[begin : begin + each]]
+
+
+def _is_one_array(move: Move) -> bool:
+    """Whether the pieces of a side are one piece of memory, which numpy knows how to cut or to put together."""
+    return (move.frm.dense and _in_a_row(move.frm_ids)) or (move.to.dense and move.frm.dense and _in_a_row(move.to_ids))
+
+
+def _in_a_row(ids: Numbers) -> bool:
+    return bool(ids[-1] - ids[0] == len(ids) - 1 and (np.diff(ids) == 1).all())
+
+
+def _places(table: BlockTable, ids: Numbers) -> Numbers:
+    """Addresses of pieces, plane by plane."""
+    places: Numbers = np.asarray(table.bases, np.int64)[:, None] + ids * table.stride
+    return places
+
+
+@lru_cache(maxsize=4096)
+def _items(table: BlockTable) -> list[_Items]:
+    """The pieces of each plane as items of an array, which knows nothing of what is in them."""
+    item = np.dtype((np.void, table.block_bytes))
+    spans: list[Any] = [(ctypes.c_ubyte * table.span).from_address(base) for base in table.bases]
+    return [np.ndarray((table.count,), item, span, 0, (table.stride,)) for span in spans]
+
+
+@lru_cache(maxsize=1)
+def _memmove() -> Any:
+    """That of the C library, told what numbers mean; it lets other threads run."""
+    function = libc().memmove
+    function.argtypes, function.restype = (ctypes.c_size_t,) * 3, None
+    return function
