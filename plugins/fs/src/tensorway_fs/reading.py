@@ -17,7 +17,7 @@ import attrs
 from tensorway.offload import Outcome
 from tensorway_fs.disk import MOST_BUFFERS, Disk
 from tensorway_fs.handles import Handles
-from tensorway_fs.records import ENTRY, PAGE, Entry, decoded, digest_of
+from tensorway_fs.records import DIRECT, ENTRY, PAGE, Entry, decoded, digest_of
 from tensorway_fs.segment import Block, Segment, read_table
 
 #: Bytes that are read before the deadline is looked at again.
@@ -118,7 +118,7 @@ class Reader:
             if rest:  # what follows a block is nobody's, so threads may write over each other's
                 buffers.append(memoryview(self._scratch)[:rest])
         at = segment.head.at(run[0].place)
-        if self._direct and len(buffers) == len(run):
+        if self._direct and len(buffers) == len(run) and len(run) * stride >= DIRECT:
             try:
                 with self._handles.reading(segment.path, direct=True) as other:
                     return self._disk.read(other, buffers, at)

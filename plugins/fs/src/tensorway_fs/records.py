@@ -25,6 +25,8 @@ ENTRY: Final = 128
 LONGEST_KEY: Final = ENTRY - 32
 #: Places of one segment: the table is read at once.
 MOST_PLACES: Final = 1 << 18
+#: Bytes that are read or written at once from which on a disk is faster without the page cache.
+DIRECT: Final = 128 << 10
 #: Bytes of a block; more is no block.
 LARGEST: Final = (1 << 32) - PAGE
 VERSION: Final = 1

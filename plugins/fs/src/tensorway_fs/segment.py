@@ -1,22 +1,25 @@
 """One segment file: what a process knows of it, and how it is written by the one process that holds its lock.
 
-May import attrs, the core's logging and this dist's disk and records. Order is all of the safety: blocks are written
-before their entries, entries before anybody is told. Who is killed between two of these leaves free places.
+May import attrs and this dist's disk, namespaces and records. Order is all of the safety: blocks are written before
+their entries, entries before anybody is told. Who is killed between two of these leaves free places.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import attrs
 
 from tensorway_fs.disk import Buffer, Disk
-from tensorway_fs.records import ENTRY, PAGE, STATE, STATE_BYTES, TOMBSTONE, Head, State, entry
+from tensorway_fs.namespace import Named, read_head
+from tensorway_fs.records import DIRECT, ENTRY, PAGE, STATE, STATE_BYTES, TOMBSTONE, Head, State, entry
 
 #: What lies between a block and the next place.
 _PADDING: Final = bytes(PAGE)
@@ -147,7 +150,8 @@ class Writer:
             rest = head.kind.stride - len(block.data)
             if rest:
                 buffers.append(_PADDING[:rest])
-        if self._direct is not None and len(buffers) == len(blocks):
+        large = len(blocks) * head.kind.stride >= DIRECT
+        if self._direct is not None and large and len(buffers) == len(blocks):
             try:
                 self._disk.write(self._direct, buffers, head.at(run.first))
             except OSError as error:
@@ -207,6 +211,21 @@ def adopt(disk: Disk, segment: Segment, *, direct: bool) -> Writer | None:
         disk.close(file)
         raise
     return Writer(disk, segment, file, other, segment.head.places)
+
+
+@contextmanager
+def claimed(disk: Disk, named: Named) -> Iterator[bool]:
+    """Whether a file may be removed, and that nobody begins to write it meanwhile; raises `OSError` if it is gone."""
+    file = disk.open(named.path, os.O_RDWR)
+    try:
+        yield stat.S_ISREG(disk.status_of(file).st_mode) and (disk.flock(file) or _is_sealed(disk, named, file))
+    finally:
+        disk.close(file)
+
+
+def _is_sealed(disk: Disk, named: Named, file: int) -> bool:
+    """Of a file that cannot be locked here: nobody writes it any more, or it is none of ours."""
+    return not isinstance(read_head(disk, named, file), str) and read_state(disk, file).sealed
 
 
 def read_state(disk: Disk, file: int) -> State:

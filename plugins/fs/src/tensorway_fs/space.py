@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +22,11 @@ from tensorway.offload import Outcome
 from tensorway_fs.disk import Disk, is_full
 from tensorway_fs.handles import Handles
 from tensorway_fs.index import Index
-from tensorway_fs.namespace import Named, Namespace, read_head
+from tensorway_fs.namespace import Named, Namespace
 from tensorway_fs.options import FsOptions
 from tensorway_fs.owner import myself
 from tensorway_fs.records import Head, Kind
-from tensorway_fs.segment import Block, Run, Segment, Writer, adopt, create, read_state
+from tensorway_fs.segment import Block, Run, Segment, Writer, adopt, claimed, create
 
 _log = logger("offload.fs")
 #: The first segment of a kind has one part in so many of the size that is set, and each further one twice the last.
@@ -103,6 +102,8 @@ class Space:
         """A run is written, or cannot be."""
         with self._lock:
             over = run.writer.give(run, failed=failed)
+            if over and self._writers.get(run.writer.segment.head.kind) is run.writer:
+                del self._writers[run.writer.segment.head.kind]
         if over:
             self._seal(run.writer)
 
@@ -174,7 +175,7 @@ class Space:
             if not writer.full:
                 segment.ours = True
                 return writer
-            self._seal(writer)
+            self._seal(writer)  # who wrote it was killed before it could say so
         return None
 
     def _created(self, kind: Kind, until: float) -> Writer:
@@ -252,34 +253,22 @@ class Space:
         if segment is not None and segment.ours:
             return False
         try:
-            file = self._disk.open(named.path, os.O_RDWR)
+            with claimed(self._disk, named) as free:
+                if not free:
+                    return False
+                if segment is not None and segment.head.kind == head.kind:
+                    rescued += self._rescue(segment, head.places // 4 - len(rescued))
+                self._disk.unlink(named.path)
         except FileNotFoundError:
             return True
         except OSError as error:
             _log.debug("%s cannot be removed: %s", named.path, error)
             return False
-        try:
-            if not stat.S_ISREG(self._disk.status_of(file).st_mode):
-                return False
-            if not self._disk.flock(file) and not self._is_sealed(named, file):
-                return False
-            if segment is not None and segment.head.kind == head.kind:
-                rescued += self._rescue(segment, head.places // 4 - len(rescued))
-            self._disk.unlink(named.path)
-        except FileNotFoundError:
-            return True
-        finally:
-            self._disk.close(file)
         self.removed.segments += 1
         if segment is not None:
             self._handles.forget(named.path)
             self.removed.blocks += self._index.drop(segment)
         return True
-
-    def _is_sealed(self, named: Named, file: int) -> bool:
-        """Of a file that cannot be locked here: nobody writes it any more, or it is none of ours."""
-        head = read_head(self._disk, named, file)
-        return not isinstance(head, str) and read_state(self._disk, file).sealed
 
     def _seal(self, writer: Writer) -> None:
         try:

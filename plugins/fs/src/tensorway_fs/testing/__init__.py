@@ -1,3 +1,3 @@
-"""Campaigns and helpers for the tests of this dist; nothing else imports it. May import all of the dist and the core."""
+"""Campaigns and helpers for the tests of this dist. May import all of the dist and the core."""
 
 from __future__ import annotations

@@ -10,14 +10,15 @@ import mmap
 import random
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 import attrs
 
 from tensorway.offload import OffloadKey, Outcome, Tier, TierContext, make_offload_key
 
-#: Lengths of blocks: pages, odd ones, small ones, more than one page.
-SIZES: Final = (4096, 4096, 8192, 12288, 5000, 700, 64, 1)
+#: Lengths of blocks: pages, odd ones, small ones, more than one page, and one that goes past the page cache.
+SIZES: Final = (4096, 131072, 8192, 12288, 5000, 700, 64, 1)
 CONTEXT: Final = TierContext("campaign", b"one fingerprint", (4096,), facts={"model": "campaign"}, deadline=60.0)
 DEADLINE: Final = 60.0
 
@@ -35,6 +36,7 @@ def size_of(number: int) -> int:
     return SIZES[number % len(SIZES)]
 
 
+@lru_cache(maxsize=256)
 def block_of(number: int) -> bytes:
     """What a block holds, for ever."""
     return random.Random(number).randbytes(size_of(number))

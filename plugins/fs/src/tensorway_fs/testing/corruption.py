@@ -2,8 +2,8 @@
 
     python -m tensorway_fs.testing.corruption [--count N] [--seed N] [--folder DIRECTORY]
 
-May import the core and this dist. After each damage a fresh tier opens the folder: nothing raises, no byte is wrong, what
-is stored again is there again, and files that are none of ours stay where they are.
+May import the core and this dist. After each damage a fresh tier opens the folder: nothing raises, no byte is wrong,
+and what is stored again is there again.
 """
 
 from __future__ import annotations
@@ -242,6 +242,11 @@ def campaign(folder: Path, count: int, seed: int, say: Callable[[str], None]) ->
     return counts
 
 
+def say(text: str) -> None:
+    """Progress."""
+    sys.stderr.write(f"{text}\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Damage a folder of blocks, and read it.")
@@ -251,8 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        counts = campaign(Path(folder), given.count, given.seed, lambda text: print(text, file=sys.stderr))
-    print(f"seed {given.seed}, {time.monotonic() - begun:.0f} s: {dict(counts)}")
+        counts = campaign(Path(folder), given.count, given.seed, say)
+    say(f"seed {given.seed}, {time.monotonic() - begun:.0f} s: {dict(counts)}")
     return 0
 
 

@@ -3,8 +3,8 @@
     python -m tensorway_fs.testing.crash [--kills N] [--seed N] [--folder DIRECTORY]
 
 May import the core and this dist. After each end the folder is opened again: not one wrong byte, no block lost that was
-said to be stored, none there that was said to be deleted. Rounds take turns: a system call (before it, after it, half of
-it), an instant, three processes on one folder, a quota that makes room all the time, and a loss of power.
+said to be stored, none there that was said to be deleted. Rounds take turns: a system call (before it, after it, half
+of it), an instant, three processes on one folder, a quota that makes room all the time, and a loss of power.
 """
 
 from __future__ import annotations
@@ -236,6 +236,11 @@ def one(scene: Scene, rng: random.Random, number: int, counts: Counter[str]) -> 
     return ends
 
 
+def say(text: str) -> None:
+    """Progress."""
+    sys.stderr.write(f"{text}\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Kill writers of a folder of segments, and read what they stored.")
@@ -245,8 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        counts = campaign(Path(folder), given.kills, given.seed, lambda text: print(text, file=sys.stderr))
-    print(f"seed {given.seed}, {time.monotonic() - begun:.0f} s: {dict(counts)}")
+        counts = campaign(Path(folder), given.kills, given.seed, say)
+    say(f"seed {given.seed}, {time.monotonic() - begun:.0f} s: {dict(counts)}")
     return 0
 
 

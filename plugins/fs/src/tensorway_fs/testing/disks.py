@@ -1,4 +1,4 @@
-"""Disks that stop: one kills its process at its n-th system call, one loses its power there, with all that was not synced.
+"""Disks that stop: one kills its process at its n-th system call, one loses its power and all that was not synced.
 
 May import this dist. Both take the place of `tensorway_fs.disk.Disk` and nothing else in a tier changes.
 """
@@ -161,9 +161,9 @@ class PowerDisk(_CountingDisk):
                 count += 1
         for (path, sector), versions in self._sectors.items():
             if path.exists():
-                with path.open("r+b") as file:
-                    file.seek(sector * _SECTOR)
-                    file.write(rng.choice(versions))
+                with path.open("r+b") as damaged:
+                    damaged.seek(sector * _SECTOR)
+                    damaged.write(rng.choice(versions))
                 count += 1
         for path in self._created:
             if rng.random() < 0.3 and path.exists():
