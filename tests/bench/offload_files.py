@@ -5,8 +5,8 @@
 A file for each block is laid out as the study describes vLLM 0.32: `<3 hex>/<2 hex>_g0/<hash>.bin`, written elsewhere
 and renamed, past the page cache. The plain file is preallocated, and written and read in order, a block a call. All
 read and write in turns, and what is printed are medians of ratios within a turn: disk and processors are shared, and
-seconds of one turn say little about those of another. CPU is of the calling thread. Cold means that the page cache was emptied of
-the files after they were synced. The last table is how long a folder takes to open.
+seconds of one turn say little about those of another. CPU is of the calling thread. Cold means that the page cache was
+emptied of the files after they were synced. The last table is how long a folder takes to open.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Final
 
 from tensorway._logging import logger
 from tensorway_fs.disk import Disk
-from tensorway_fs.namespace import Named, Namespace, named_in, read_head
+from tensorway_fs.namespace import Named, Namespace, Removals, named_in, read_head
 from tensorway_fs.records import MOST_PLACES, keys_of, used
 from tensorway_fs.segment import Segment, read_state, read_table
 
@@ -36,7 +36,7 @@ class Index:
         self._by_name: dict[str, Segment] = {}
         #: What could not be read, and how it looked: it is read again when that changes.
         self._odd: dict[str, tuple[int, int, int]] = {}
-        self._count = 0
+        self._count, self._removals = 0, Removals(disk, namespace.path)
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
         self._due = 0.0
@@ -146,6 +146,7 @@ class Index:
 
     def _look(self, until: float) -> list[Segment]:
         named = {each.path.name: each for each in named_in(self._disk, self._namespace.path)}
+        removed = self._removals.names()
         gone = [segment for segment in self.segments() if segment.path.name not in named and not segment.ours]
         for segment in gone:
             self.drop(segment)
@@ -155,6 +156,8 @@ class Index:
                 break
             known = self._by_name.get(name)
             try:
+                if known is not None and name in removed:
+                    self._recheck(known)
                 if known is None:
                     self._load(named[name])
                 elif not known.ours and not known.state.sealed:
@@ -201,6 +204,18 @@ class Index:
         segment.unsynced = True
         self.publish(segment, first, keys)
         segment.state = state
+
+    def _recheck(self, segment: Segment) -> None:
+        """Forget what was marked dead."""
+        file = self._disk.open(segment.path, os.O_RDONLY)
+        try:
+            table = read_table(self._disk, file, 0, segment.head.places)
+        finally:
+            self._disk.close(file)
+        now = keys_of(segment.head, table, segment.head.places)
+        dead = [place for place, (old, new) in enumerate(zip(segment.keys, now, strict=True)) if old and old != new]
+        for place in dead:
+            self.forget(segment, place)
 
     def _note_odd(self, named: Named, why: str) -> None:
         try:

@@ -5,6 +5,7 @@ look like ours is left alone, and nothing is opened through a link.
 
     FOLDER/v1/lock                      held while room is made; there is nothing in it
     FOLDER/v1/<32 hex>/facts.json       what the blocks are of, for people
+    FOLDER/v1/<32 hex>/removed          segments in which blocks were marked dead
     FOLDER/v1/<32 hex>/<number>-<nonce>.seg
     FOLDER/v1/<32 hex>/blocks/<2 hex>/  plain files, where the layout is `files`
 """
@@ -30,6 +31,10 @@ _TOP: Final = "v1"
 _SPACE: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _SEGMENT: Final = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.seg", re.ASCII)
 FACTS: Final = "facts.json"
+#: Which segments have lost blocks, one name after the other.
+REMOVED: Final = "removed"
+_RECORD: Final = 40
+_LONGEST_LOG: Final = _RECORD << 12
 #: Bytes of facts that are read; they are for people.
 _LONGEST: Final = 1 << 16
 
@@ -137,6 +142,49 @@ class Namespace:
         finally:
             disk.close(file)
         disk.replace(self.path / FACTS, fresh)
+
+
+def tell_removed(disk: Disk, segment: Path) -> None:
+    """Let other processes know that blocks of a segment are dead; who is not told learns it when it reads them."""
+    log = segment.parent / REMOVED
+    file = disk.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        over = disk.status_of(file).st_size >= _LONGEST_LOG
+        if not over:
+            disk.write(file, [segment.name.encode()[:_RECORD].ljust(_RECORD)], 0)
+    finally:
+        disk.close(file)
+    if over:
+        disk.unlink(log)  # who reads it begins anew, and so do we
+        tell_removed(disk, segment)
+
+
+class Removals:
+    """What others have told by `tell_removed` since it was asked last. One thread at a time uses it."""
+
+    def __init__(self, disk: Disk, space: Path) -> None:
+        self._disk, self._log = disk, space / REMOVED
+        self._file, self._at = 0, 0
+
+    def names(self) -> set[str]:
+        """Segments of which blocks are dead; whatever the file says, no more than it has."""
+        try:
+            file = self._disk.open(self._log, os.O_RDONLY)
+        except OSError:
+            return set()  # nobody has said anything, or it is no file of ours
+        try:
+            status = self._disk.status_of(file)
+            if not stat.S_ISREG(status.st_mode):
+                return set()
+            if status.st_ino != self._file or status.st_size < self._at:
+                self._file, self._at = status.st_ino, 0
+            raw = bytearray(max(0, min(status.st_size, _LONGEST_LOG + _RECORD) - self._at))
+            count = self._disk.read(file, [memoryview(raw)], self._at) // _RECORD
+            self._at += count * _RECORD
+        finally:
+            self._disk.close(file)
+        rows = (bytes(raw[at * _RECORD : (at + 1) * _RECORD]) for at in range(count))
+        return {row.decode("ascii", "replace").strip() for row in rows}
 
 
 def read_facts(disk: Disk, space: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Final
 import attrs
 
 from tensorway_fs.disk import Buffer, Disk
-from tensorway_fs.namespace import Named, read_head
+from tensorway_fs.namespace import Named, read_head, tell_removed
 from tensorway_fs.records import DIRECT, ENTRY, PAGE, STATE, STATE_BYTES, TOMBSTONE, Head, State, entry
 
 #: What lies between a block and the next place.
@@ -244,6 +244,11 @@ def read_table(disk: Disk, file: int, first: int, count: int) -> bytearray:
 
 def bury(disk: Disk, path: Path, places: Sequence[int], *, sync: bool) -> None:
     """Mark entries dead. Whoever may write a segment may do it: it is the only change that an entry ever sees."""
+    _mark_dead(disk, path, places, sync=sync)
+    tell_removed(disk, path)
+
+
+def _mark_dead(disk: Disk, path: Path, places: Sequence[int], *, sync: bool) -> None:
     file = disk.open(path, os.O_RDWR)
     try:
         for place in places:

@@ -88,12 +88,9 @@ class SegmentTier:
     def contains(self, keys: Sequence[OffloadKey], deadline: float) -> list[bool]:
         """Which of these there are, as far as tables say it."""
         self._check("asked")
-        index = self._index
-        found = [index.has(key) for key in keys]
-        if all(found) or deadline <= 0:
-            return found
-        self._refresh(time.monotonic() + deadline)
-        return [index.has(key) for key in keys]
+        if deadline > 0:
+            self._refresh(time.monotonic() + deadline)
+        return [self._index.has(key) for key in keys]
 
     def put(self, items: Items, deadline: float) -> list[Outcome]:
         """Store blocks: one after the other in a segment, those of a call in as few writes as they fit."""
@@ -219,11 +216,14 @@ class SegmentTier:
                 self._space.give(run, failed=True)
                 raise
             written.runs.append((run, run_blocks))
+            if self._options.durability != "strict":  # which waits for the disk once in a call, and not for each run
+                self._publish(written, outcomes)
 
     def _publish(self, written: _Written, outcomes: dict[bytes, Outcome]) -> None:
         """Say that blocks are stored, when they are as surely as they are to be."""
         synced: dict[int, bool] = {}
-        for run, blocks in written.runs:
+        runs, written.runs = written.runs, []
+        for run, blocks in runs:
             good = True
             if self._options.durability == "strict":
                 good = synced.get(id(run.writer), False) or self._sync(run)
@@ -246,10 +246,8 @@ class SegmentTier:
         """Blocks that were there are done; under `strict` when what another process wrote is on the disk."""
         for key in there:
             found = self._index.find(key)
-            if found is None:
-                outcomes[key] = "failed"  # removed this instant
-            elif self._options.durability != "strict" or not found[0].unsynced:
-                outcomes[key] = "done"
+            if found is None or self._options.durability != "strict" or not found[0].unsynced:
+                outcomes[key] = "done"  # if it is gone by now, then after it was stored
             elif time.monotonic() < until:
                 outcomes[key] = "done" if self._sync_other(found[0]) else "failed"
 
