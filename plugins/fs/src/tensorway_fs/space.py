@@ -73,6 +73,7 @@ class Space:
         self._lock, self._growing = threading.Lock(), threading.Lock()
         #: Why nothing can be written for now, and until when that is believed.
         self._trouble: tuple[Outcome, float] | None = None
+        self._said = ""
         self.removed = Removed()
 
     @property
@@ -110,14 +111,15 @@ class Space:
     def note(self, error: OSError) -> Outcome:
         """What an error means for blocks; nothing is written until it may be over."""
         outcome: Outcome = "full" if is_full(error) else "failed"
-        if self.trouble is None:
+        if self._said != str(error):  # once, and not as long as it lasts
             _log.warning("Blocks are not stored for now: %s", error)
+        self._said = str(error)
         self._trouble = (outcome, time.monotonic() + self._options.retry)
         return outcome
 
     def recovered(self) -> None:
         """Something could be written again."""
-        self._trouble = None
+        self._trouble, self._said = None, ""
 
     def segment_bytes(self) -> int:
         """Of a segment that is neither a first one nor small for its kind."""
@@ -158,6 +160,7 @@ class Space:
             raise NoRoom(self.note(error)) from error
         with self._lock:
             self._writers[kind] = fresh
+        self._said = ""
 
     def _adopted(self, kind: Kind) -> Writer | None:
         """A segment with places left that a process has left behind."""
@@ -244,8 +247,15 @@ class Space:
         return max((named.number for named in found), default=0) + 1
 
     def _remove_oldest(self, head: Head, rescued: list[Block]) -> bool:
-        """The disk is full: it is a quota that nobody has set."""
-        return any(self._remove(named, head, rescued) for named in self._namespace.root.segments())
+        """The disk is full, as if that was the quota: whether as much went as is needed."""
+        need, root = head.nbytes, self._namespace.root
+        for named in root.segments():
+            nbytes = root.nbytes(named.path)
+            if self._remove(named, head, rescued):
+                need -= nbytes
+            if need <= 0:
+                return True
+        return False
 
     def _remove(self, named: Named, head: Head, rescued: list[Block]) -> bool:
         """Whether a segment could go, for nobody writes it."""
