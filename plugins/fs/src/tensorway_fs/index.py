@@ -69,22 +69,30 @@ class Index:
         return self._by_name.get(name)
 
     def add(self, segment: Segment) -> None:
-        """A segment with all that its table has."""
+        """A segment with all that its table has. When all are read, the newest says where a block is."""
         with self._lock:
+            if self._due and not segment.ours:
+                known = self._places
+                segment.keys = [None if key in known else key for key in segment.keys]
             segment.ident = self._count
             self._count += 1
             self._segments[segment.ident] = segment
             self._by_name[segment.path.name] = segment
             self._learn(segment, 0, segment.keys)
 
-    def publish(self, segment: Segment, first: int, keys: Sequence[bytes | None]) -> None:
-        """These places of a segment have blocks from now on."""
+    def publish(self, segment: Segment, first: int, keys: Sequence[bytes | None], *, certain: bool = True) -> None:
+        """These places of a segment have blocks from now on.
+
+        What is only read from a table is not `certain`, and does not come before a place that is known.
+        """
         with self._lock:
             base = (segment.ident << _SHIFT) + first
             for at, (old, new) in enumerate(zip(segment.keys[first:], keys, strict=False)):
                 if old is not None and old != new and self._places.get(old) == base + at:
                     del self._places[old]
             segment.keys[first : first + len(keys)] = keys
+            if not certain:
+                keys = [None if key in self._places else key for key in keys]
             self._learn(segment, first, keys)
 
     def forget(self, segment: Segment, place: int) -> None:
@@ -135,7 +143,7 @@ class Index:
             self._disk.close(file)
         count = used(table)
         segment.unsynced = True
-        self.publish(segment, 0, keys_of(segment.head, table, count))
+        self.publish(segment, 0, keys_of(segment.head, table, count), certain=False)
         return count
 
     def _learn(self, segment: Segment, first: int, keys: Iterable[bytes | None]) -> None:
@@ -202,7 +210,7 @@ class Index:
             self._disk.close(file)
         keys = keys_of(segment.head, table, end - first)
         segment.unsynced = True
-        self.publish(segment, first, keys)
+        self.publish(segment, first, keys, certain=False)
         segment.state = state
 
     def _recheck(self, segment: Segment) -> None:

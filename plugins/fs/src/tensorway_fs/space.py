@@ -25,8 +25,8 @@ from tensorway_fs.index import Index
 from tensorway_fs.namespace import Named, Namespace
 from tensorway_fs.options import FsOptions
 from tensorway_fs.owner import myself
-from tensorway_fs.records import Head, Kind
-from tensorway_fs.segment import Block, Run, Segment, Writer, adopt, claimed, create
+from tensorway_fs.records import Head, Kind, keys_of
+from tensorway_fs.segment import Block, Run, Segment, Writer, adopt, claimed, create, read_table
 
 _log = logger("offload.fs")
 #: The first segment of a kind has one part in so many of the size that is set, and each further one twice the last.
@@ -127,8 +127,12 @@ class Space:
         return min(self._options.segment_bytes, quota // _OF_QUOTA) if quota else self._options.segment_bytes
 
     def discard(self, segment: Segment) -> None:
-        """Remove a segment in which nothing is left."""
-        if not segment.ours and segment.state.sealed:
+        """Remove a segment in which nothing is left, as its table says and not only this process."""
+        if segment.ours or not segment.state.sealed:
+            return
+        with self._handles.reading(segment.path) as file:
+            table = read_table(self._disk, file, 0, segment.head.places)
+        if not any(keys_of(segment.head, table, segment.head.places)):
             self._disk.unlink(segment.path)
             self._handles.forget(segment.path)
             self._index.drop(segment)

@@ -173,13 +173,13 @@ def without_power(scene: Scene, rng: random.Random) -> int:
     return 0
 
 
-def sweep(scene: Scene, seed: int, counts: Counter[str]) -> None:
+def sweep(scene: Scene, seed: int, counts: Counter[str], steps: int = 8) -> None:
     """One short life that is ended at each of its system calls in turn, in each way."""
     for how in HOWS:
         for at in range(1, 10_000):
             scene.renew(random.Random(seed))
             disk = StoppingDisk(at, how)
-            killed = ended(forked(lambda disk=disk: live(scene, disk, seed, steps=8)))  # type: ignore[misc]
+            killed = ended(forked(lambda disk=disk: live(scene, disk, seed, steps=steps)))  # type: ignore[misc]
             counts[f"sweep {how}"] += killed
             judged(scene, Judge(keeps=True, deletes=True, damages=False), counts)
             if not killed:

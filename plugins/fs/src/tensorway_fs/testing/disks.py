@@ -82,7 +82,10 @@ class StoppingDisk(_CountingDisk):
             whole = b"".join(buffers)
             os.pwrite(file, whole[: len(whole) // 2 // _SECTOR * _SECTOR], offset)
         elif self._how != "before":
-            call(*arguments)
+            try:
+                return call(*arguments)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("the process has ended")
 
