@@ -25,7 +25,7 @@ from tensorway_fs.disk import Disk, is_full
 from tensorway_fs.namespace import Namespace
 from tensorway_fs.options import FsOptions
 from tensorway_fs.probe import writable
-from tensorway_fs.records import ENTRY, Entry, Head, Kind, decoded, digest_of, entry
+from tensorway_fs.records import ENTRY, PAGE, Entry, Head, Kind, decoded, digest_of, entry
 from tensorway_fs.tier import Items, bytes_of, check_block
 
 _log = logger("offload.fs")
@@ -49,8 +49,9 @@ class FilesTier:
         self._counts = Counters(METRICS)
         #: Bytes since the folder was counted, and what it had then.
         self._stored = 0
+        self._facts = dict(context.facts)
         try:
-            self._make(context)
+            self._make()
         except OSError as error:
             _log.warning("Blocks are not stored for now: %s", error)
         self._sweep()
@@ -131,8 +132,8 @@ class FilesTier:
         true = "It was closed." if self._closed else "It belongs to the process that this one was forked from."
         raise Closed(f"The tier {self._options.label} was to be {what}.", true, "Make another one.")
 
-    def _make(self, context: TierContext) -> None:
-        self._namespace.make(context.facts, sync=self._options.durability != "none")
+    def _make(self) -> None:
+        self._namespace.make(self._facts, sync=self._options.durability != "none")
         for folder in (self._blocks, self._fresh):
             self._disk.mkdir(folder)
 
@@ -152,7 +153,12 @@ class FilesTier:
 
     def _store(self, key: bytes, data: memoryview) -> None:
         fresh, path = self._fresh / secrets.token_hex(16), self._path(key)
-        file = self._disk.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            file = self._disk.open(fresh, flags)
+        except FileNotFoundError:  # they could not be made when the tier was
+            self._make()
+            file = self._disk.open(fresh, flags)
         try:
             head = self._head(key, len(data))
             try:
@@ -171,7 +177,7 @@ class FilesTier:
             for folder in (path.parent, self._blocks):
                 self._disk.sync_folder(folder)
         with self._lock:
-            self._stored += ENTRY + len(data)
+            self._stored += -(-(ENTRY + len(data)) // PAGE) * PAGE
 
     def _sync(self, path: Path) -> None:
         file = self._disk.open(path, os.O_RDONLY)
