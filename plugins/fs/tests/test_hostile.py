@@ -117,3 +117,22 @@ def test_every_single_bit_of_a_small_folder(tmp_path, layout):
             assert {"done", "corrupt", "missing"} >= set(read(tier, [number]).values())
             tier.close()
             path.write_bytes(whole)
+
+
+def test_a_link_is_not_followed_even_by_its_right_name(open_tier, put, segments, tmp_path):
+    tier = open_tier()
+    put(tier, MANY[:3])
+    tier.close()
+    (real,) = segments()
+    real.rename(tmp_path / "elsewhere")
+    real.symlink_to(tmp_path / "elsewhere")
+    assert {"missing"} == set(read(open_tier(), MANY[:3]).values())
+
+
+def test_what_a_table_says_does_not_hide_what_is_known(open_tier, put):
+    tier = open_tier()
+    put(tier, [MANY[0], 1])
+    index, known = tier._index, tier._index.find(key_of(MANY[0]))
+    other, _ = index.find(key_of(1))
+    index.publish(other, other.head.places - 1, [bytes(key_of(MANY[0]))], certain=False)
+    assert known == index.find(key_of(MANY[0]))

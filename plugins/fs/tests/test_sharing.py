@@ -73,6 +73,36 @@ def test_a_segment_in_which_nothing_is_left_goes(open_tier, put, segments):
     assert len(segments()) == 1 < before, "the one that is written to"
 
 
+def test_a_segment_is_not_removed_because_this_process_knows_of_nothing_in_it(open_tier, put, segments):
+    tier = open_tier()
+    put(tier, MANY)
+    sealed = next(segment for segment in tier._index.segments() if segment.state.sealed)
+    sealed.keys = [None] * len(sealed.keys)
+    tier._space.discard(sealed)
+    assert sealed.path in segments()
+
+
+def test_a_segment_that_is_removed_while_it_is_taken_over_is_not_written_to(open_tier, put, segments):
+    class Late(Disk):
+        armed = False
+
+        def flock(self, file):
+            for path in segments() if self.armed else []:
+                if os.stat(path).st_ino == os.fstat(file).st_ino:
+                    path.unlink()
+                    self.armed = False
+            return super().flock(file)
+
+    first, disk = open_tier(), Late()
+    put(first, MANY[:2])
+    tier = open_tier(disk)
+    first.close()
+    disk.armed = True
+    assert ["done"] == put(tier, [MANY[5]])
+    assert not disk.armed
+    assert ["done"] == list(read(open_tier(), [MANY[5]]).values())
+
+
 def test_others_notice_that_a_segment_is_gone(open_tier, put, segments):
     one, other = open_tier(), open_tier()
     put(one, MANY)

@@ -93,6 +93,14 @@ def test_engines_that_run_keep_what_they_write(open_tier, put, segments):
     assert ["done"] == put(one, [MANY[3]])
 
 
+def test_a_quota_is_not_passed_if_nothing_may_go(open_tier, put, segments):
+    one, other = open_tier(max_bytes=150_000), open_tier(max_bytes=150_000, retry=0.0)
+    assert {"done"} == set(put(one, MANY[:2]))
+    assert ["full"] == put(other, [1]), "of 128 KiB, beside a segment that is being written"
+    assert used(segments()) <= 150_000
+    assert {"done"} == set(read(one, MANY[1:2]).values())
+
+
 def test_a_disk_that_is_full_is_said_and_tried_again(open_tier, put):
     disk = Failing()
     tier = open_tier(disk, retry=3600.0)

@@ -149,6 +149,8 @@ class Space:
             try:
                 if self._options.durability != "none":
                     writer.sync()
+            except OSError as error:  # what had to be on the disk was synced before it was `done`
+                _log.warning("%s could not be synced: %s", writer.segment.path.name, error)
             finally:
                 writer.close()
 
@@ -218,6 +220,8 @@ class Space:
             self._index.publish(writer.segment, run.first, [block.key for block in blocks[: run.count]])
             # Unless they are synced, who is told that they are stored must do it first.
             writer.segment.unsynced = True
+        except OSError as error:  # they go, as the others of their segment did
+            _log.debug("Blocks could not be kept: %s", error)
         finally:
             writer.give(run, failed=False)
 
