@@ -1,0 +1,3 @@
+"""Campaigns and helpers for the tests of this dist. May import all of the dist and the core."""
+
+from __future__ import annotations
