@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import time
+
 import pytest
 
 import tensorway
+from tensorway.offload import PolicyContext
 from tensorway.plugins.scan import scan
 from tensorway.testing import EvictionPolicySuite, OffloadingManagerSuite, OffloadingWorkerSuite, TierSuite
+from tensorway.testing.offload_ground import Clock
 
 INSTALLED = {(row.kind, row.name) for row in scan().declarations}
 POLICIES = sorted(name for kind, name in INSTALLED if kind == "eviction_policy")
@@ -87,6 +92,44 @@ class TestCPUWorker(OffloadingWorkerSuite):
     """Pages of host memory."""
 
     name = "cpu"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorway_offload.below") is None, reason="needs tensorway-offload")
+class TestManagerOverTiers(OffloadingManagerSuite):
+    """The manager itself, with a clock of the test's, and over a tier that does as it is told."""
+
+    lease = 10.0
+
+    def make(self, capacity):
+        self.clock = Clock()
+        return self._manager(capacity, self.clock)
+
+    def make_over(self, capacity, tier):
+        from tensorway_offload.below import Below
+        from tensorway_offload.limits import NamedTier
+
+        rows = [bytearray(64) for _ in range(capacity)]
+        below = Below([NamedTier("shelves", tier)], lambda _key, row: memoryview(rows[row]))
+        return self._manager(capacity, time.monotonic, below)
+
+    def pass_time(self, seconds):
+        self.clock.pass_time(seconds)
+
+    @staticmethod
+    def _manager(capacity, clock, lower=None):
+        from tensorway_offload.manager import Manager
+        from tensorway_offload.manager_options import ManagerOptions
+
+        policy = tensorway.create("eviction_policy", "lru", {}, PolicyContext(capacity, clock))
+        return Manager(
+            medium="cpu",
+            capacity=capacity,
+            spec=tuple,
+            policy=policy,
+            options=ManagerOptions(),
+            lower=lower,
+            clock=clock,
+        )
 
 
 def test_every_tier_that_is_installed_is_here_or_is_left_out_for_a_reason():
