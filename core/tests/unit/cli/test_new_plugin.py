@@ -148,9 +148,12 @@ def test_planning_writes_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_has_the_same_files_and_a_transport_what_its_fabric_needs(kind):
-    more = {"src/tensorway_acme/wire.py", "tests/test_transport.py"} if kind == "transport" else set()
-    assert more | {
+def test_every_kind_has_the_same_files_and_some_what_their_suites_need(kind):
+    more = {
+        "transport": {"src/tensorway_acme/wire.py", "tests/test_transport.py"},
+        "eviction_policy": {"tests/test_policy.py"},
+    }
+    assert more.get(kind, set()) | {
         ".github/workflows/test.yml",
         ".gitignore",
         "README.md",
