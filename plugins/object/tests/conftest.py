@@ -88,7 +88,7 @@ def open_tier(context: Callable[..., TierContext]) -> Iterator[Callable[..., Any
 @pytest.fixture
 def tier_at(open_tier: Callable[..., Any], bucket: str) -> Callable[..., Any]:
     """A tier over this test's bucket, by way of a port; retries are quick."""
-    return lambda port, **options: open_tier(options_at(port, f"s3://{bucket}/a/b", pause=0.01, **options))
+    return lambda port, **options: open_tier(options_at(port, f"s3://{bucket}/a/b", **{"pause": 0.01, **options}))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeVar
 
 from tensorway_object import library
 from tensorway_object.options import ObjectOptions
-from tensorway_object.stores import words_of
+from tensorway_object.stores import said_by
 
 #: `missing`: no such object; `there`: one that was not to be; `gone`: the bucket is not there; `denied`: we may not;
 #: `refused`: the store does not take such a request; `full`: it has no room; `busy`: it is overloaded; `failed`:
@@ -46,6 +46,8 @@ REMEDIES: Final[Mapping[What, str]] = {
 }
 _T = TypeVar("_T")
 
+#: Characters of what a store says that are told to people.
+_WORDS: Final = 400
 #: The longest pause, in seconds.
 _LONGEST: Final = 5.0
 #: Requests that may be made again before any has succeeded.
@@ -112,15 +114,16 @@ class Requests:
 
 def trouble_of(error: Exception) -> Trouble:
     """What an exception of obstore means; what is not one of its is raised again."""
-    words = words_of(error)
+    text = said_by(error)
+    words = text[:_WORDS]
     if isinstance(error, library.AlreadyExists | library.Precondition):
         return Trouble("there", words)
     if isinstance(error, library.Denied | library.Unauthenticated | PermissionError):
         return Trouble("denied", words)
     if isinstance(error, FileNotFoundError):
-        return Trouble("gone" if _GONE.search(words) else "missing", words)
+        return Trouble("gone" if _GONE.search(text) else "missing", words)
     if isinstance(error, library.NotSupported | NotImplementedError):
         return Trouble("refused", words)
     if not isinstance(error, library.Trouble | OSError):
         raise error
-    return Trouble(next((what for sign, what in _SIGNS if sign.search(words)), "failed"), words)
+    return Trouble(next((what for sign, what in _SIGNS if sign.search(text)), "failed"), words)

@@ -62,15 +62,15 @@ def store_of(options: ObjectOptions) -> Any:
         # Without the URL and the configuration: there may be a key in them.
         raise OptionsInvalid(
             f"The tier object was to open a store of the kind {scheme}.",
-            f"obstore refuses its options: {words_of(error)}.",
+            f"obstore refuses its options: {said_by(error)[:300]}.",
             "See its page for what each kind needs, and `config` for what has no option of its own.",
         ) from error
 
 
-def words_of(error: BaseException) -> str:
+def said_by(error: BaseException) -> str:
     """What obstore says, in one line, without what it says for those who debug it."""
     text = str(error).partition("Debug source:")[0]
-    return " ".join(text.split())[:400].rstrip(". ") or type(error).__name__
+    return " ".join(text.split()).rstrip(". ") or type(error).__name__
 
 
 def _in_memory(url: str) -> Any:

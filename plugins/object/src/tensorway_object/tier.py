@@ -105,7 +105,8 @@ class ObjectTier:
         async def one(number: int) -> None:
             nonlocal removed
             if not isinstance(which, OfTenant):
-                removed += await self._has(names[number]) and await self._remove(names[number])
+                gone = await self._has(names[number]) and await self._remove(names[number])
+                removed += gone  # read after the wait: others have counted meanwhile
                 return
             while paths := await self._page(self._names.tenant(which.tenant)):
                 await self._remove(paths)
@@ -207,7 +208,9 @@ class ObjectTier:
         """Names of objects below a prefix, from the first on."""
 
         async def first() -> list[str]:
-            return [each["path"] for each in await anext(self._store.list(prefix, chunk_size=_PAGE), ())]
+            async for page in self._store.list(prefix, chunk_size=_PAGE):
+                return [each["path"] for each in page]
+            return []
 
         return await self._requests.make(first)
 
