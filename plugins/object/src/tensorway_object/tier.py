@@ -128,6 +128,10 @@ class ObjectTier:
         """Calls that are under way end, and what they have not done has failed."""
         self._flights.close(deadline)
 
+    def name_of(self, key: OffloadKey) -> str:
+        """What the object of a block is called, below the URL: for who looks for it there."""
+        return self._names.block(key)
+
     # -- one block
 
     async def _put(self, key: OffloadKey, block: memoryview) -> Outcome:
