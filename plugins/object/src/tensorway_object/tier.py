@@ -170,9 +170,7 @@ class ObjectTier:
         result = await self._store.get_async(name)
         if (size := result.meta["size"]) != nbytes:
             return memoryview(b""), f"it has {size} bytes, not {nbytes}"
-        async for data in result.stream(min_chunk_size=nbytes + 1):
-            return memoryview(data), ""
-        return memoryview(b""), "it is empty"
+        return memoryview(await result.bytes_async()), ""  # no answer is longer than its head says
 
     async def _has(self, name: str) -> bool:
         try:
@@ -273,9 +271,7 @@ class ObjectTier:
 
     async def _manifest(self, name: str) -> bytes:
         result = await self._store.get_async(name)
-        async for data in result.stream(min_chunk_size=manifest.MOST):
-            return bytes(memoryview(data)[: manifest.MOST])
-        return b""
+        return b"" if result.meta["size"] > manifest.MOST else bytes(await result.bytes_async())
 
     # -- what went wrong
 
