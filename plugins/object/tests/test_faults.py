@@ -369,7 +369,7 @@ def test_many_engines_share_a_bucket(s3, tier_at):
 # -- tenants, and what cannot be written
 
 
-def test_a_tenant_is_listed_and_removed_by_its_prefix_however_many_blocks_it_has(open_tier, tmp_path):
+def test_a_tenant_is_listed_and_removed_by_its_prefix_however_many_blocks_it_has(library, open_tier, tmp_path):
     tier = open_tier({"url": f"file://{tmp_path}/store"})
     ours, theirs = keys_of(1234, salt="a"), keys_of(3, salt="b")
     store(tier, ours + theirs)
