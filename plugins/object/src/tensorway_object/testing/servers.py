@@ -6,7 +6,7 @@ import http.client
 import sys
 from pathlib import Path
 
-from tensorway.testing import Server
+from tensorway.testing.servers import Server
 
 
 class S3(Server):
