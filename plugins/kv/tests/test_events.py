@@ -14,7 +14,6 @@ from engines import Shape
 from tensorway.errors import AddressInvalid, Closed
 from tensorway.kv import Event, Group, Part, Plane, RankGeometry, RequestView
 from tensorway.testing.possessions import open_files
-from tensorway.testing.ranks import Ranks
 from tensorway_kv.events import END, Publisher, encode
 from tensorway_kv.stored import Stored
 from tensorway_kv.testing.engine import Deployment, until
@@ -80,12 +79,6 @@ def said(about):
     stored = Stored(about)
     stored.kept(view("one"), 24)
     return stored.take()
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as made:
-        yield made
 
 
 def test_what_a_planner_keeps_is_stored_until_its_lease_ends(ranks):

@@ -8,18 +8,11 @@ import pytest
 from engines import TRANSPORTS, Shape, leftovers
 
 from tensorway.kv import RequestView
-from tensorway.testing.ranks import Ranks
 from tensorway_kv import messages
 from tensorway_kv.testing.engine import Deployment, counted, until, verify
 
 TOKENS = 19
 THEIRS, OURS = [[9, 3, 17, 5, 1]], [[2, 8, 4, 11, 7, 0, 12]]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as made:
-        yield made
 
 
 @pytest.fixture

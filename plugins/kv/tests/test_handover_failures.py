@@ -7,26 +7,15 @@ import signal
 import time
 
 import pytest
-from engines import TRANSPORTS, Shape, flush, let, life, open_faulty_mover, release, say, take_no_notifications
+from engines import Shape, flush, let, life, open_faulty_mover, release, say, take_no_notifications
 
 from tensorway.kv import RequestView
-from tensorway.testing.ranks import RankFailed, Ranks
+from tensorway.testing.ranks import RankFailed
 from tensorway_kv import messages
 from tensorway_kv.testing.engine import Deployment, counted, spoil, step, submit, turn, until, verify, wipe
 
 TOKENS = 19
 THEIRS, OURS = [[9, 3, 17, 5, 1]], [[2, 8, 4, 11, 7]]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as made:
-        yield made
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request):
-    return request.param
 
 
 @pytest.fixture

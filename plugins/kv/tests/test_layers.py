@@ -7,26 +7,14 @@ import random
 from itertools import pairwise
 
 import pytest
-from engines import TRANSPORTS, Shape
+from engines import Shape
 from test_push import MLA, OURS, STATES, THEIRS, WINDOW, cleared, pushed
 
 from tensorway.kv import RequestView
-from tensorway.testing.ranks import Ranks
 from tensorway_kv.testing.engine import Deployment, counted, fill, until, verify
 from tensorway_kv.testing.pushing import compute, pushing, sent_early, verify_several
 
 TOKENS = 19
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as made:
-        yield made
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request):
-    return request.param
 
 
 @pytest.fixture

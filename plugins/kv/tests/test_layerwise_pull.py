@@ -10,7 +10,7 @@ import pytest
 from engines import Shape, await_layer, let_pass, open_faulty_mover, release, verify_layers
 
 from tensorway.kv import RequestView
-from tensorway.testing.ranks import RankFailed, Ranks
+from tensorway.testing.ranks import RankFailed
 from tensorway_kv.layouts import Cache, Parallel, attention
 from tensorway_kv.reads import Held, Reads
 from tensorway_kv.testing.engine import Deployment, counted, spoil, until, verify
@@ -21,12 +21,6 @@ from tensorway_kv.topology import EngineTransferInfo, TransferTopology
 TOKENS, WHOLE = 19, 20
 THEIRS, OURS = [[9, 3, 17, 5, 1]], [[2, 8, 4, 11, 7, 0, 12]]
 SHAPE = Shape(layers=3)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as made:
-        yield made
 
 
 @pytest.fixture

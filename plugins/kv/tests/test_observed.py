@@ -15,7 +15,7 @@ from engines import Shape, leftovers
 from tensorway.errors import BackendUnavailable
 from tensorway.kv import METRICS, KVContext, RequestView, Result
 from tensorway.metrics import Counters, total
-from tensorway.testing.ranks import RankFailed, Ranks
+from tensorway.testing.ranks import RankFailed
 from tensorway.transport import State
 from tensorway_kv.observed import Ended, Observer, moved
 from tensorway_kv.testing.engine import Deployment, counted, until, verify
@@ -26,12 +26,6 @@ needs_sdk = pytest.mark.skipif(
     not importlib.util.find_spec("opentelemetry") or not importlib.util.find_spec("opentelemetry.sdk"),
     reason="needs OpenTelemetry: pip install opentelemetry-sdk",
 )
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as made:
-        yield made
 
 
 @pytest.fixture

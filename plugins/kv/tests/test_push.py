@@ -7,10 +7,9 @@ import time
 from itertools import chain
 
 import pytest
-from engines import TRANSPORTS, Shape, leftovers, life, say
+from engines import Shape, leftovers, life, say
 
 from tensorway.kv import RequestView
-from tensorway.testing.ranks import Ranks
 from tensorway_kv import messages
 from tensorway_kv.layouts import Cache, attention, latent
 from tensorway_kv.testing.engine import Deployment, counted, spoil, until, verify
@@ -28,17 +27,6 @@ from tensorway_kv.testing.shapes import STATE, Mixed
 TOKENS = 19
 THEIRS, OURS = [[9, 3, 17, 5, 1]], [[2, 8, 4, 11, 7, 0, 12]]
 STAGING = 16
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as made:
-        yield made
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request):
-    return request.param
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 from engines import Shape
 
 from tensorway.kv import RequestView
-from tensorway.testing.ranks import Ranks
 from tensorway_kv.several.tickets import merged
 from tensorway_kv.testing.engine import SECRET, counted, fill, until, verify
 from tensorway_kv.testing.several_engine import SeveralDeployment, verify_parts
@@ -22,12 +21,6 @@ HANDOVER = {"transport": "local", "secret": SECRET, "presence": 3.0, "deadline":
 #: Seconds that a request may take, whoever it tries.
 DEADLINE = 30.0
 HAS_STORE = any(one.name == "shared-store" for one in entry_points(group="tensorway.kv_connector"))
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as made:
-        yield made
 
 
 @pytest.fixture

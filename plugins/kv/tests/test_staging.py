@@ -10,7 +10,7 @@ import pytest
 from engines import Shape, await_layer, leftovers
 
 from tensorway.kv import RequestView
-from tensorway.testing.ranks import RankFailed, Ranks
+from tensorway.testing.ranks import RankFailed
 from tensorway_kv.layouts import Cache, attention
 from tensorway_kv.testing.devices import (
     copied,
@@ -25,12 +25,6 @@ from tensorway_kv.testing.shapes import STATE, Mixed
 TOKENS = 19
 THEIRS, OURS = [[9, 3, 17, 5, 1, 6, 14]], [[2, 8, 4, 11, 7, 0, 12]]
 STAGED = {"stage": True, "staging_blocks": 8}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as made:
-        yield made
 
 
 @pytest.fixture

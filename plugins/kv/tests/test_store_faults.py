@@ -9,7 +9,6 @@ import pytest
 from engines import Shape
 
 from tensorway.kv import RequestView
-from tensorway.testing.ranks import Ranks
 from tensorway_kv.store.folder import Folder
 from tensorway_kv.testing.engine import Deployment, counted, fill, until, verify, wipe
 from tensorway_kv.testing.stores import (
@@ -31,12 +30,6 @@ TOKENS, THEIRS, OURS = 16, [[9, 3, 17, 5]], [[2, 8, 4, 11]]
 LONG, BLOCKS = 240, [list(range(60))]
 WIDE = Shape(width=256)
 ROUNDS = 30
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as made:
-        yield made
 
 
 @pytest.fixture
