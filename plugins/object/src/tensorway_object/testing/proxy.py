@@ -51,6 +51,8 @@ class Proxy(ThreadingHTTPServer):
         self.fault: Faults = fine
         #: Methods and paths of what was asked.
         self.seen: list[tuple[str, str]] = []
+        #: How those were answered that were passed on: method and status.
+        self.answered: list[tuple[str, int]] = []
         #: Bytes of bodies that were sent back.
         self.sent = 0
         #: Ends what hangs.
@@ -96,6 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
             connection.request(self.command, self.path, body, dict(self.headers))
             response = connection.getresponse()
             said = response.read()
+            self.server.answered.append((self.command, response.status))
             if fault is None or fault.kind != "lose":
                 self._answer(response.status, dict(response.getheaders()), said, fault)
         finally:
