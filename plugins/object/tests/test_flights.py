@@ -41,31 +41,29 @@ def test_all_is_done_with_so_many_at_once(flights):
 
 
 def test_calls_share_what_there_is(flights):
-    counts, meet, lock = {}, threading.Barrier(2), threading.Lock()
-    began = threading.Event()
+    began, over, now, most = threading.Event(), threading.Event(), 0, 0
 
-    def call(name):
-        async def one(number):
-            with lock:
-                counts[name] = counts.get(name, 0) + 1
-            if name == "first" and counts[name] == 4:
-                began.set()
-            if name == "second" and counts[name] == 2:
-                for _ in range(50):  # time for a third
-                    await asyncio.sleep(0.001)
-                meet.wait(LONG)
-            if name == "first" and number == 3:
-                meet.wait(LONG)
-            await asyncio.sleep(0)
+    async def first(number):
+        began.set()
+        while not over.is_set():
+            await asyncio.sleep(0.001)
 
-        flights.run(one, 4 if name == "first" else 2, until(LONG))
+    async def second(number):
+        nonlocal now, most
+        now, most = now + 1, max(most, now + 1)
+        await asyncio.sleep(0.001)
+        now -= 1
 
-    first = threading.Thread(target=call, args=("first",))
-    first.start()
+    thread = threading.Thread(target=flights.run, args=(first, 4, until(LONG)))
+    thread.start()
     assert began.wait(LONG)
-    call("second")
-    first.join(LONG)
-    assert {"first": 4, "second": 2} == counts
+    assert "done" == flights.run(second, 20, until(LONG))
+    shared, most = most, 0
+    over.set()
+    thread.join(LONG)
+    assert "done" == flights.run(second, 20, until(LONG))
+
+    assert (2, 4) == (shared, most)
 
 
 def test_late_means_that_nothing_runs_any_more(flights):
