@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -36,8 +38,6 @@ LARGE, NBYTES = make_offload_key(b"large".ljust(32)), 11 << 20
 
 
 def python(code, options):
-    import json
-
     command = [sys.executable, "-c", PREPARE + code, json.dumps(options)]
     return subprocess.Popen(command, stderr=subprocess.PIPE)
 
@@ -76,7 +76,9 @@ def test_a_writer_that_is_killed_leaves_no_part_of_a_block_in_sight(s3, tier_at,
 def test_a_forked_child_is_refused_and_its_parent_goes_on(s3, tier_at):
     tier, key, content = tier_at(s3.port), make_offload_key(b"fork".ljust(32)), bytes(4096)
     assert ["done"] == tier.put([(key, memoryview(content))], 60.0)
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: that is what is tried
+        child = os.fork()
     if not child:
         code = 1
         try:
