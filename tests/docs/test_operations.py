@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import tensorway
+from tensorway import offload
 from tensorway.eplb import ExpertLayout, Group
 from tensorway.kv import CAUSES, METRICS
 from tensorway_eplb.background import Background, State
@@ -80,11 +81,15 @@ def test_every_counter_that_a_failure_shows_is_one(page, counted):
     assert {"mismatched_rows", "members_lost"} <= named
 
 
-def test_the_words_of_hand_over_are_those_of_the_code(page):
-    rows = page("operations.md").rows(3, "What a connector counts")
+@pytest.mark.parametrize(
+    ("title", "metrics"), [("What a connector counts", METRICS), ("What offloading counts", offload.METRICS)]
+)
+def test_the_words_of_a_movement_are_those_of_the_code(page, title, metrics):
+    rows = page("operations.md").rows(3, title)
     shown = {name.strip("`"): (kind, re.findall(r"`(\w+)`", labels), what) for name, kind, labels, what, _ in rows}
-    assert {name: (each.kind, [*each.labels], each.help) for name, each in METRICS.items()} == shown
-    assert [*METRICS] == [*shown]
+    assert {name: (each.kind, [*each.labels], each.help) for name, each in metrics.items()} == shown
+    assert [*metrics] == [*shown]
+    assert all(row[-1] for row in rows), "when to look closer"
 
 
 def test_alerts_ask_for_what_is_counted(page):
@@ -98,3 +103,20 @@ def test_alerts_ask_for_what_is_counted(page):
 def test_every_cause_of_a_request_is_explained_where_it_comes_from(page):
     rows = page("backends/handover.md").rows(2, "How a request fails")
     assert {row[0].strip("`") for row in rows} <= CAUSES
+
+
+def test_every_cause_of_offloading_is_explained(page):
+    rows = page("operations.md").rows(3, "Why blocks were not moved")
+    assert sorted(offload.CAUSES) == sorted(row[0].strip("`") for row in rows)
+    assert all(what and to_do for _, what, to_do in rows)
+
+
+def test_alerts_of_offloading_ask_for_what_is_counted(page):
+    text = page("operations.md").sections(3)["What to be woken for when blocks are offloaded"]
+    asked = re.findall(r"tensorway_(offload_\w+?)(?:\{(\w+)=~?\"([\w|]+)\"})?[\[)]", text)
+    assert {"offload_breaker", "offload_failures_total"} <= {name for name, _, _ in asked} <= set(offload.METRICS)
+    for name, label, values in asked:
+        assert not label or label in offload.METRICS[name].labels
+        assert not label or set(values.split("|")) <= offload.CAUSES
+    labels = {label for kept in re.findall(r"by \(([\w, ]+)\)", text) for label in kept.split(", ")}
+    assert labels <= {"engine", "medium"}

@@ -31,6 +31,7 @@ METRICS: Final = vocabulary(
     Metric("offload_leases_expired_total", "counter", (), "Leases that ended before anybody loaded."),
     Metric("offload_bytes_total", "counter", ("medium", "what"), "Bytes that were copied, to store or to load."),
     Metric("offload_seconds", "seconds", ("medium", "what"), "How long a call of a tier or a worker's job took."),
+    Metric("offload_retries_total", "counter", ("medium",), "Requests to a tier's store that were made once more."),
     Metric("offload_queue_blocks", "gauge", ("medium", "what"), "Blocks that wait for a tier."),
     Metric("offload_breaker", "gauge", ("medium",), "0: the tier is used; 1: it is tried; 2: it is left alone."),
     Metric("offload_used_bytes", "gauge", ("medium",), "Bytes that a tier has in use."),
