@@ -32,11 +32,14 @@ from tensorway.errors import BackendConflict, BackendUnavailable, PluginDefect, 
 from tensorway.plugins import host
 from tensorway.plugins.slots import Slot
 
-#: Kind -> the suite of what its backends construct. Every offer of every kind has `OfferSuite`.
+#: Kind -> the suites of what its backends construct. Every offer of every kind has `OfferSuite`.
 _SUITES: Final = {
-    "eplb_communicator": "SessionSuite",
-    "kv_connector": "ConnectorSuite",
-    "transport": "TransportSuite",
+    "eplb_communicator": ["SessionSuite"],
+    "eviction_policy": ["EvictionPolicySuite"],
+    "kv_connector": ["ConnectorSuite"],
+    "offload_tier": ["TierSuite"],
+    "offloading": ["OffloadingManagerSuite", "OffloadingWorkerSuite"],
+    "transport": ["TransportSuite"],
 }
 _MARKS: Final = {"passed": ("+", "good"), "failed": ("-", "bad"), "skipped": ("o", "strong")}
 _FILE: Final = "test_conformance.py"
@@ -129,12 +132,13 @@ def _plan(slot: Slot) -> tuple[list[str], list[dict[str, str]]]:
         true = "The suites of the kit run on pytest, and pytest is not installed."
         raise BackendUnavailable(_asked(slot), true, 'pip install "tensorway[testing]"')
     slot.load(host().context, host().settings.probe_timeout)
-    suite = _SUITES.get(slot.declaration.kind)
-    if suite is None:
+    suites = _SUITES.get(slot.declaration.kind)
+    if suites is None:
         return ["OfferSuite"], [{"suite": "", "reason": f"the kit has no suite for a {slot.declaration.kind} yet"}]
     if slot.offer is not None and slot.offer.factory is None:
-        return ["OfferSuite"], [{"suite": suite, "reason": "this version of the backend constructs nothing"}]
-    return ["OfferSuite", suite], []
+        reason = "this version of the backend constructs nothing"
+        return ["OfferSuite"], [{"suite": suite, "reason": reason} for suite in suites]
+    return ["OfferSuite", *suites], []
 
 
 def _examine(slot: Slot) -> None:

@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "ConnectorSuite",
+    "EvictionPolicySuite",
     "Faults",
     "FaultyFabric",
     "OfferSuite",
+    "OffloadingManagerSuite",
+    "OffloadingWorkerSuite",
     "PeerProcess",
     "RendezvousSuite",
     "ServedRendezvousSuite",
     "Server",
     "SessionSuite",
+    "TierSuite",
     "TransportSuite",
     "launching",
     "probe_elsewhere",
@@ -26,14 +30,18 @@ __all__ = [
 
 _HOMES = {
     "ConnectorSuite": "connectors",
+    "EvictionPolicySuite": "offload_policies",
     "Faults": "faults",
     "FaultyFabric": "faults",
     "OfferSuite": "offers",
+    "OffloadingManagerSuite": "offload_managers",
+    "OffloadingWorkerSuite": "offload_workers",
     "PeerProcess": "peer",
     "RendezvousSuite": "rendezvous",
     "ServedRendezvousSuite": "rendezvous",
     "Server": "servers",
     "SessionSuite": "sessions",
+    "TierSuite": "offload_tiers",
     "TransportSuite": "transports",
     "launching": "servers",
     "probe_elsewhere": "elsewhere",
@@ -53,6 +61,10 @@ if TYPE_CHECKING:
     from tensorway.testing.elsewhere import probe_elsewhere
     from tensorway.testing.faults import Faults, FaultyFabric
     from tensorway.testing.offers import OfferSuite
+    from tensorway.testing.offload_managers import OffloadingManagerSuite
+    from tensorway.testing.offload_policies import EvictionPolicySuite
+    from tensorway.testing.offload_tiers import TierSuite
+    from tensorway.testing.offload_workers import OffloadingWorkerSuite
     from tensorway.testing.peer import PeerProcess
     from tensorway.testing.rendezvous import RendezvousSuite, ServedRendezvousSuite
     from tensorway.testing.servers import Server, launching

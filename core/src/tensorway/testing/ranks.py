@@ -207,8 +207,8 @@ class Rank:
         return found
 
 
-def _function(module: str, file: str, name: str) -> Callable[..., Any]:
-    """A function of an installed module, or of a test file, which is loaded once."""
+def located(module: str, file: str, name: str) -> Callable[..., Any]:
+    """A function or class of an installed module, or of a test file, which is loaded once."""
     if module not in sys.modules:
         try:
             found = importlib.util.find_spec(module)
@@ -237,7 +237,7 @@ def main() -> None:
         frame = sys.stdin.buffer.read(_LENGTH.unpack(head)[0])
         try:
             module, file, name, arguments = pickle.loads(frame)
-            answer = (True, _function(module, file, name)(rank, *arguments))
+            answer = (True, located(module, file, name)(rank, *arguments))
         except BaseException:  # it goes to the test, which shows it
             answer = (False, traceback.format_exc())
         data = pickle.dumps(answer)
