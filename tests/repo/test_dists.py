@@ -21,7 +21,14 @@ OTHER_EXTRAS = {"testing"}
 #: Dists of a movement: what they offer has names of its own.
 MOVEMENTS = {"eplb", "kv", "offload"}
 #: What the mathematics of a dist needs: small, and on every index.
-MATHEMATICS = {"cpu": {"numpy"}, "eplb": {"numpy", "xxhash"}, "fs": {"xxhash"}, "kv": {"numpy"}, "object": {"xxhash"}}
+MATHEMATICS = {
+    "cpu": {"numpy"},
+    "eplb": {"numpy", "xxhash"},
+    "fs": {"xxhash"},
+    "kv": {"numpy"},
+    "object": {"xxhash"},
+    "offload": {"xxhash"},
+}
 
 
 def project(folder):

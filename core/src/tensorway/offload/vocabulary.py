@@ -11,9 +11,11 @@ from tensorway.metrics import Metric, vocabulary
 
 #: Why something failed or was not done. `late`: it took longer than it may; `full`: there was no room; `failed`: the
 #: copy or the tier failed; `corrupt`: bytes were not what had been stored; `missing`: it was gone; `refused`: what was
-#: asked cannot be; `pressure`: the tier is slower than what comes; `open`: the tier's breaker is; `lost`: a worker or
-#: this life of the engine is over.
-CAUSES: Final = frozenset({"late", "full", "failed", "corrupt", "missing", "refused", "pressure", "open", "lost"})
+#: asked cannot be; `pressure`: the tier is slower than what comes; `quota`: the tenant has what it may have there;
+#: `open`: the tier's breaker is; `lost`: a worker or this life of the engine is over.
+CAUSES: Final = frozenset(
+    {"late", "full", "failed", "corrupt", "missing", "refused", "pressure", "quota", "open", "lost"}
+)
 
 #: `medium` is `cpu` or a tier's name; `tenant` is what keys say of it, in hexadecimal, or `none`.
 METRICS: Final = vocabulary(

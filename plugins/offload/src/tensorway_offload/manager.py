@@ -169,9 +169,10 @@ class Manager:
     def close(self, deadline: float = 5.0) -> None:
         """See `OffloadingManager`. `quiet` says afterwards whether the rows may go."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self.quiet = self._lower is None or self._lower.close(deadline)
+            closed, self._closed = self._closed, True
+        if not closed:
+            # Not under the lock: a tier that ends may wait for a thread of its own which borrows from here, or returns.
+            self.quiet = self._lower is None or self._lower.close(deadline)
 
     def _now(self, asked: str) -> float:
         """What time it is; whatever is overdue by then has been given up."""
