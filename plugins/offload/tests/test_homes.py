@@ -11,7 +11,7 @@ from tensorway_offload.homes import FEW, ManyHomes, OneHome
 from tensorway_offload.index import Index
 
 
-@pytest.mark.parametrize("homes", [OneHome(), ManyHomes()])
+@pytest.mark.parametrize("homes", [OneHome(), ManyHomes(0), ManyHomes(1 << 20), ManyHomes(1 << 31)])
 def test_rows_are_found_by_key_until_they_are_popped(homes):
     rng, model = random.Random(1), {}
     for turn in range(200):

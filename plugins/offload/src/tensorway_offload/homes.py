@@ -14,8 +14,9 @@ from typing import Final, Protocol
 
 from tensorway.offload import OffloadKey
 
-#: Blocks that are few.
+#: Blocks that are few, and how many are in each of many dicts.
 FEW: Final = 1 << 17
+_OF_ONE: Final = 1 << 16
 #: Which of many dicts a key is in: that of the last byte of its hash, which is before its tenant and its group.
 _number_of: Final = itemgetter(-13)
 #: Does all that an iterator does, and keeps nothing of it.
@@ -64,11 +65,13 @@ class OneHome:
 
 
 class ManyHomes:
-    """A dict for each byte."""
+    """A power of two of dicts, 256 at the most; the fewer they are, the more of them are in the processor's cache."""
 
-    def __init__(self) -> None:
-        self._homes: list[dict[OffloadKey, int]] = [{} for _ in range(256)]
-        self._home = self._homes.__getitem__
+    def __init__(self, capacity: int) -> None:
+        count = min(256, 1 << (max(capacity, 1) // _OF_ONE).bit_length())
+        self._homes: list[dict[OffloadKey, int]] = [{} for _ in range(count)]
+        #: The dict of each byte.
+        self._home = [self._homes[byte % count] for byte in range(256)].__getitem__
 
     def get(self, keys: Sequence[OffloadKey]) -> list[int | None]:
         """See `Homes`."""

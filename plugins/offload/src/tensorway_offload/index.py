@@ -28,7 +28,7 @@ class Index:
         self.idle = self.reserved = self.gone = 0
         #: Blocks that are here, also those that are being written.
         self.present = 0
-        self._homes: Homes = OneHome() if capacity <= FEW else ManyHomes()
+        self._homes: Homes = OneHome() if capacity <= FEW else ManyHomes(capacity)
         self._states = bytearray(capacity)
         self._holds = [0] * capacity
         self._keys: list[OffloadKey] = [OffloadKey(b"")] * capacity
