@@ -29,7 +29,7 @@ _CLEAN: Final = 64
 class Span:
     """Keys that were used together, the next to go first; a link of a ring."""
 
-    __slots__ = ("after", "before", "keys", "live", "number")
+    __slots__ = ("after", "before", "keys", "live", "number", "since")
 
     def __init__(self, number: int, keys: tuple[OffloadKey, ...] = ()) -> None:
         #: What stands for it where its keys are looked up.
@@ -38,6 +38,8 @@ class Span:
         self.keys = keys
         #: How many of them are still of this span.
         self.live = 0
+        #: When that was, by its owner's clock.
+        self.since = 0
         self.before = self.after = self
 
     def join(self, end: Span) -> None:
