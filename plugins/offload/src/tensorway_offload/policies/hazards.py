@@ -133,7 +133,9 @@ class Hazards:
         turn, gap, new = self._gone_on_from(keys)
         self._length += (len(keys) - self._length) / min(1000, self.now + 10)
         tables = self._of(_class(turn, gap, new, len(keys)))
-        self._wait(_End(self.now, turn, float(len(keys)), tables, tuple(keys[-1:-3:-1])))
+        self._wait(
+            _End(self.now, turn, float(len(keys)), tables, tuple(keys[-1:-3:-1] if len(keys) > 2 else keys[-1:]))
+        )
         self._expose()
         if not self._queue:
             self._queue = sorted(self._tables.values(), key=lambda table: -_depth(table))
