@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -24,14 +24,62 @@ EDGES: Final = tuple(sorted({math.ceil(16 * (2 ** (at / 4) - 1)) for at in range
 _WIDTHS: Final = tuple(float(end - start) for start, end in zip(EDGES, (*EDGES[1:], EDGES[-1] * 2), strict=True))
 #: What has waited longer than this is not waited for any more.
 HORIZON: Final = EDGES[-1] + 1
-#: Prompts whose end is remembered, at most.
-_ENDS: Final = HORIZON
 #: Until this much was seen of a class, it is taken for what its parent class is.
 _TRUST: Final = 30.0
 #: A chance of two per cent in 4,000 requests, before anything was seen.
 _LEAST: Final = 0.02 / 4000
+#: What was expected before anything was seen counts as much as so many prompts.
+_PRIOR_PROMPTS: Final = 3000
 #: Of what was seen so many requests ago, half counts.
 _HALF: Final = 20_000
+
+
+@attrs.frozen
+class Prior:
+    """What is expected before anything was seen. Empty, it expects what would be the least of everything."""
+
+    #: Blocks of a prompt.
+    length: float = 16.0
+    #: The hazard of all.
+    hazard: tuple[float, ...] = ()
+    #: By turn: its share of all, and its hazard.
+    turns: Mapping[int, tuple[float, tuple[float, ...]]] = attrs.field(factory=dict)
+    #: By class: its share of all, and by how much its hazard is that of its turn.
+    classes: Mapping[Class, tuple[float, float]] = attrs.field(factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Prior:
+        """From words: `length N all` and hazards, `turn N SHARE` and hazards, `class T G L SHARE FACTOR`."""
+        words = iter(text.split())
+        length, hazard = 16.0, ()
+        turns, classes = {}, {}
+        for word in words:
+            if word == "class":
+                name = tuple(int(next(words)) for _ in range(3))
+                classes[name] = (float(next(words)), float(next(words)))
+                continue
+            number, share = next(words), next(words)
+            row = tuple(float(next(words)) for _ in EDGES)
+            if word == "length":
+                length, hazard = float(number), row
+            else:
+                turns[int(number)] = (float(share), row)
+        return cls(length, hazard, turns, classes)
+
+    def seen(self, words: Class) -> tuple[list[float], list[float]]:
+        """As if so much had been seen of this class: what came back, and what had not by each age."""
+        share, hazard = 1.0, self.hazard
+        if words and words[0] in self.turns:
+            share, hazard = self.turns[words[0]]
+        if len(words) > 1:
+            share, factor = self.classes.get(words, (0.0, 1.0))
+            hazard = tuple(min(0.9, chance * factor) for chance in hazard)
+        left = share * _PRIOR_PROMPTS * self.length if hazard else 0.0
+        back, exposed = [0.0] * len(EDGES), [0.0] * len(EDGES)
+        for at, chance in enumerate(hazard):
+            back[at], exposed[at] = left * chance, left
+            left *= 1 - chance
+        return back, exposed
 
 
 @attrs.define(eq=False)
@@ -51,24 +99,30 @@ class Table:
         """What keeping a block of this class is worth, at this age in requests."""
         return self.index[bisect_right(EDGES, age) - 1]
 
-    def refresh(self, now: int, weight: float) -> None:
+    def fade(self, now: int) -> None:
+        """What was seen long ago counts less."""
+        left = 0.5 ** ((now - self.faded) / _HALF)
+        self.back = [value * left for value in self.back]
+        self.exposed = [value * left for value in self.exposed]
+        self.faded = now
+
+    def refresh(self, weight: float) -> None:
         """Bring hazards and index up to date; `weight` is how many blocks a prompt has."""
-        if now > self.faded:
-            left = 0.5 ** ((now - self.faded) / _HALF)
-            self.back = [value * left for value in self.back]
-            self.exposed = [value * left for value in self.exposed]
-            self.faded = now
         self.hazard = self._hazard(weight)
         self.index = _index(self.hazard)
+
+    def often(self, trust: float) -> float:
+        """How often it came back, by what its parent class makes expect; `trust` blocks' worth of evidence for 1."""
+        expected = sum(map(float.__mul__, self.exposed, self.parent.hazard)) if self.parent is not None else 0.0
+        return (sum(self.back) + trust) / (expected + trust)
 
     def _hazard(self, weight: float) -> list[float]:
         if self.parent is None:
             rows = zip(self.back, self.exposed, _WIDTHS, strict=True)
             return [min(0.9, (back + width * _LEAST) / (exposed + 1.0)) for back, exposed, width in rows]
         trust = _TRUST * weight
-        expected = sum(map(float.__mul__, self.exposed, self.parent.hazard))
         # First how often it comes back at all, as a factor; then when, as far as enough was seen.
-        factor = (sum(self.back) + 0.3 * trust) / (expected + 0.3 * trust)
+        factor = self.often(0.3 * trust)
         own = [min(0.9, hazard * factor) for hazard in self.parent.hazard]
         rows = zip(self.back, self.exposed, own, strict=True)
         return [(back + trust * hazard) / (exposed + trust) for back, exposed, hazard in rows]
@@ -110,15 +164,16 @@ class _End:
 class Hazards:
     """Classes of prompts, and what is known of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, prior: Prior, forget: bool = True) -> None:
+        self._prior, self._forget_old = prior, forget
         self.now = 0
-        self._root = Table(None)
-        self._root.refresh(0, 1.0)
-        self._tables: dict[Class, Table] = {(): self._root}
+        #: Blocks of a prompt, of the last thousand.
+        self.length = prior.length
+        self._tables: dict[Class, Table] = {}
+        self._root = self._table((), None)
         self._queue: list[Table] = []
         self._ends: dict[OffloadKey, _End] = {}
         self._ring: list[_End | None] = [None] * HORIZON
-        self._length = 16.0
         #: Of prompts that were gone on from: at all, and those of them that were with their very last block.
         self._gone_on, self._whole = 0.0, 0.0
 
@@ -131,7 +186,7 @@ class Hazards:
         """A prompt has ended: learn from what it goes on from; its class."""
         self.now += 1
         turn, gap, new = self._gone_on_from(keys)
-        self._length += (len(keys) - self._length) / min(1000, self.now + 10)
+        self.length += (len(keys) - self.length) / min(1000, self.now + 10)
         tables = self._of(_class(turn, gap, new, len(keys)))
         self._wait(
             _End(self.now, turn, float(len(keys)), tables, tuple(keys[-1:-3:-1] if len(keys) > 2 else keys[-1:]))
@@ -139,8 +194,17 @@ class Hazards:
         self._expose()
         if not self._queue:
             self._queue = sorted(self._tables.values(), key=lambda table: -_depth(table))
-        self._queue.pop().refresh(self.now, self._length)
+        table = self._queue.pop()
+        if self._forget_old:
+            table.fade(self.now)
+        table.refresh(self.length)
         return tables[-1]
+
+    def settled(self) -> dict[Class, Table]:
+        """All classes, each up to date with what is above it."""
+        for table in sorted(self._tables.values(), key=_depth):
+            table.refresh(self.length)
+        return dict(self._tables)
 
     def cuts_last(self) -> bool:
         """Whether the last block of a prompt is one that nobody goes on from, since it was cut in the middle."""
@@ -192,14 +256,13 @@ class Hazards:
 
     def _of(self, words: Class) -> tuple[Table, ...]:
         """The tables of a class, what is common to all first."""
-        found = [self._root]
-        for depth in (1, len(words)):
-            table = self._tables.get(words[:depth])
-            if table is None:
-                table = self._tables[words[:depth]] = Table(found[-1], faded=self.now)
-                table.refresh(self.now, self._length)
-            found.append(table)
-        return tuple(found)
+        turn = self._tables.get(words[:1]) or self._table(words[:1], self._root)
+        return self._root, turn, self._tables.get(words) or self._table(words, turn)
+
+    def _table(self, words: Class, parent: Table | None) -> Table:
+        table = self._tables[words] = Table(parent, *self._prior.seen(words), faded=self.now)
+        table.refresh(self.length)
+        return table
 
 
 def _depth(table: Table) -> int:
