@@ -51,8 +51,10 @@ class Prior:
     def parse(cls, text: str) -> Prior:
         """From words: `length N all` and hazards, `turn N SHARE` and hazards, `class T G L SHARE FACTOR`."""
         words = iter(text.split())
-        length, hazard = 16.0, ()
-        turns, classes = {}, {}
+        length = 16.0
+        hazard: tuple[float, ...] = ()
+        turns: dict[int, tuple[float, tuple[float, ...]]] = {}
+        classes: dict[Class, tuple[float, float]] = {}
         for word in words:
             if word == "class":
                 name = tuple(int(next(words)) for _ in range(3))

@@ -62,9 +62,10 @@ class S3Fifo:
     def victims(self) -> Iterator[OffloadKey]:
         """See `EvictionPolicy`. What is passed over is moved when somebody was evicted behind it."""
         short, waiting = iter(self._short), len(self._short)
-        long = self._rounds(promoted := deque())
+        promoted: deque[tuple[OffloadKey, int]] = deque()
+        long = self._rounds(promoted)
         while True:
-            if waiting and (waiting >= self._short_target or not self._long and not promoted):
+            if waiting and (waiting >= self._short_target or (not self._long and not promoted)):
                 waiting -= 1
                 key = next(short)
                 if self._uses.get(key, 0) > 1:

@@ -55,7 +55,7 @@ def source(prior: Prior) -> str:
         words.append(f"class {' '.join(map(str, name))} {share} {factor}")
     lines = "\n".join(textwrap.wrap(" ".join(words), 118))
     return (
-        '"""What `foresight` expects before it has seen anything. Data: `tensorway_offload.testing.prior` wrote it, from\n'
+        '"""What `foresight` expects before it has seen anything. Data that `tensorway_offload.testing.prior` made of\n'
         "the conversation trace that was published with Mooncake (FAST 2025, Apache-2.0). May import `hazards`.\n"
         '"""\n\nfrom __future__ import annotations\n\nfrom typing import Final\n\n'
         "from tensorway_offload.policies.hazards import Prior\n\n"
