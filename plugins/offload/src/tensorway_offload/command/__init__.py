@@ -31,9 +31,9 @@ def command(arguments: list[str], out: Output) -> int:
 
         return commands.run_one_of(rows, name, f"The command 'offload {name}' was asked for.", "fs", arguments[1:], out)
     given = parser({row.name: f"From {row.dist} {row.version}." for row in rows}).parse_args(arguments)
-    from tensorway_offload.command import replay
+    from tensorway_offload.command.replay import run
 
-    return replay.run(given, out)
+    return run(given, out)
 
 
 def parser(others: dict[str, str] | None = None) -> argparse.ArgumentParser:

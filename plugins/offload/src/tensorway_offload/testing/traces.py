@@ -28,7 +28,8 @@ def _in_order(rows: list[tuple[float, _Blocks]]) -> list[Request]:
 
 def agentic(rng: random.Random, size: int) -> list[Request]:
     """Sessions of many turns, each a few blocks longer than the last, and cut when they are too long."""
-    numbers, rows, began = count(), [], 0.0
+    numbers, began = count(), 0.0
+    rows: list[tuple[float, _Blocks]] = []
     system = _blocks(numbers, 8)
     while len(rows) < size:
         began += rng.expovariate(1 / 60)
@@ -44,7 +45,8 @@ def agentic(rng: random.Random, size: int) -> list[Request]:
 
 def chats(rng: random.Random, size: int) -> list[Request]:
     """Conversations: a question, an answer that is part of the next prompt, and a last block that was cut."""
-    numbers, rows, began = count(), [], 0.0
+    numbers, began = count(), 0.0
+    rows: list[tuple[float, _Blocks]] = []
     while len(rows) < size:
         began += rng.expovariate(1.0)
         at, keys = began, _blocks(numbers, max(1, int(rng.lognormvariate(2.0, 1.0))))
@@ -95,7 +97,8 @@ def noise(rng: random.Random, size: int) -> list[Request]:
 
 def documents(rng: random.Random, size: int) -> list[Request]:
     """Long documents, about each of which a few questions come soon after each other."""
-    numbers, rows, began = count(), [], 0.0
+    numbers, began = count(), 0.0
+    rows: list[tuple[float, _Blocks]] = []
     while len(rows) < size:
         began += rng.expovariate(1 / 8)
         document, at = _blocks(numbers, rng.randint(50, 400)), began
