@@ -51,6 +51,10 @@ class _Progress:
 
         return tell
 
+    def end(self) -> None:
+        """All of it is done."""
+        self.out.progress(f"[{'#' * _BAR}] 100% done")
+
     def _bar(self, part: float, begun: int | None = None) -> str:
         share = ((self.done if begun is None else begun) + part) / self.steps
         full = int(share * _BAR)
@@ -74,6 +78,7 @@ def run(given: argparse.Namespace, out: Output) -> int:
         for capacity in capacities
     ]
     rows = [_row(name, options, requests, capacities, progress) for name, options in made_with]
+    progress.end()
     answer = {
         "trace": str(given.trace),
         "requests": len(requests),
