@@ -24,12 +24,16 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).parents[2]
 #: Dists of a movement: what they offer has names of its own, and those that move have a page.
-MOVEMENTS = {"eplb": ["onesided"], "kv": ["handover", "shared-store", "several"]}
+MOVEMENTS = {"eplb": ["onesided"], "kv": ["handover", "shared-store", "several"], "offload": ["foresight"]}
 FOLDERS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
 #: By the name of their page, which is that of the backend.
 BACKENDS = {page: folder for name, folder in FOLDERS.items() for page in MOVEMENTS.get(name, [name])}
 #: A page with examples, and the package whose commands print them.
-SCHEMAS = {"reference/cli.md": "tensorway.cli", "rebalance-planning.md": "tensorway_eplb.command"}
+SCHEMAS = {
+    "reference/cli.md": "tensorway.cli",
+    "rebalance-planning.md": "tensorway_eplb.command",
+    "offload-replay.md": "tensorway_offload.command",
+}
 
 
 def commands(parser, words=("tensorway",)):
@@ -111,7 +115,7 @@ def test_a_page_of_a_backend_says_how_to_get_it_and_lists_its_options(name, page
         for requirement in requirements:
             assert f"`{requirement}`" in text, "the requirement of its extra"
     for group, entries in table["entry-points"].items():
-        if group not in {"tensorway.api", "tensorway.command", "tensorway.demo"}:
+        if group not in {"tensorway.api", "tensorway.command", "tensorway.demo", "tensorway.offload_command"}:
             assert f"../hooks/{group.removeprefix('tensorway.')}.md" in text
             if name not in entries:  # a movement's policies are on the page of their hook
                 continue
