@@ -27,14 +27,14 @@ class Foresight:
 
     def __init__(self, options: ForesightOptions, context: PolicyContext) -> None:
         self._prior = CONVERSATIONS if options.prior else Prior()
-        self._capacity = max(1, context.capacity)
+        self._capacity, self._caution = max(1, context.capacity), options.caution
         self.reset()
 
     def reset(self) -> None:
         """See `EvictionPolicy`."""
         self._hazards = Hazards(self._prior)
         self._runs = Runs(self._capacity)
-        self._guard = Guard(self._capacity, (self._by_value, Runs.by_use))
+        self._guard = Guard(self._capacity, (self._by_value, Runs.by_use), self._caution)
 
     def used(self, keys: Sequence[OffloadKey], req: ReqContext) -> None:
         """Until its request has ended, a block is of no class."""

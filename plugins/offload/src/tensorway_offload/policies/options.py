@@ -19,3 +19,5 @@ class ForesightOptions:
 
     #: Begin with what a published trace of conversations showed, and not with nothing.
     prior: bool = True
+    #: How sure it must be to be better than recency before it is anything else: standard errors of the lead.
+    caution: float = attrs.field(default=2.0, validator=[attrs.validators.ge(1), attrs.validators.le(10)])

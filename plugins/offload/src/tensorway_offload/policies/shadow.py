@@ -19,8 +19,6 @@ from tensorway_offload.policies.runs import Runs
 _ROOM: Final = 4096
 #: Requests after which what was found counts for a third.
 _MEMORY: Final = 1500.0
-#: By how many times what chance explains one order must be better.
-_SURE: Final = 1.0
 
 
 class Shadow:
@@ -51,7 +49,9 @@ class Shadow:
 class Guard:
     """Compares two orders while they run, and says whether the first is the better one here."""
 
-    def __init__(self, capacity: int, orders: Sequence[Callable[[Runs], Iterator[OffloadKey]]]) -> None:
+    def __init__(self, capacity: int, orders: Sequence[Callable[[Runs], Iterator[OffloadKey]]], caution: float) -> None:
+        """`caution`: by how many times what chance explains the first must be better; by one less to stay so."""
+        self._caution = caution
         self._shift = max(0, (capacity // _ROOM).bit_length() - 1)
         self._shadows = [Shadow(capacity >> self._shift, order) for order in orders]
         #: What each would have found, of all keys.
@@ -71,6 +71,4 @@ class Guard:
         self.found = [total + (count << self._shift) for total, count in zip(self.found, found, strict=True)]
         lead, left = found[0] - found[1], 1 - 1 / _MEMORY
         self._lead, self._noise = self._lead * left + lead, self._noise * left + lead * lead
-        margin = _SURE * math.sqrt(self._noise)
-        if abs(self._lead) > margin:
-            self.better = self._lead > 0
+        self.better = self._lead > (self._caution - self.better) * math.sqrt(self._noise)
