@@ -26,14 +26,15 @@ def replayed(name, requests, share, **options):
 
 
 @pytest.mark.parametrize("generator", sorted(GENERATORS))
-def test_it_is_never_more_than_a_point_below_recency(generator):
+def test_it_is_never_below_recency_by_more_than_a_point_or_one_filling_of_the_cache(generator):
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     requests = GENERATORS[generator](random.Random(seed), 800)
     for share in (0.01, 0.03, 0.1, 0.3):
         expected, found = replayed("lru", requests, share)[0], replayed("foresight", requests, share)[0]
-        # Of so few requests chance decides more than of a trace; the benchmark has the longer ones.
-        assert found > expected - 0.02, (share, seed)
+        asked, unique = blocks(requests)
+        # What was kept for a workload that has ended is in the way once.
+        assert found >= expected - max(0.01, share * unique / asked), (share, seed)
 
 
 def test_it_finds_more_than_recency_where_conversations_go_on_or_not():
