@@ -99,6 +99,8 @@ def install(session: nox.Session, dists: list[str], *requirements: str) -> None:
 
 #: For tests that mostly wait, for processes and deadlines: those of one file in one of so many workers.
 AT_ONCE = ["-n", "3", "--dist", "loadfile"]
+#: The plugins whose tests do.
+WAITING = {"cpu", "fs", "kv", "object", "offload"}
 
 
 def pytest(session: nox.Session, *arguments: str | Path, **environment: str) -> None:
@@ -205,7 +207,7 @@ def backend(session: nox.Session, name: str, library: str) -> None:
         folder = Path(session.create_tmp()).resolve() / variable
         session.run("python", "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), requirement)
         environment[variable] = str(next(folder.glob("*.whl")))
-    pytest(session, ROOT / "plugins" / name / "tests", *(AT_ONCE if name == "kv" else []), **environment)
+    pytest(session, ROOT / "plugins" / name / "tests", *(AT_ONCE if name in WAITING else []), **environment)
 
 
 @nox.session(requires=["build"])
@@ -300,6 +302,12 @@ CAMPAIGNS = {
     # What peers and clients may send.
     "kv-hostile": ["tensorway_kv.testing.fuzz"],
     "kv-strangers": ["tensorway_kv.testing.strangers"],
+    # Offloading: processes that are killed at any system call, damaged files and objects, tiers that misbehave.
+    "offload": ["tensorway_offload.testing.campaign", "--count", "20000"],
+    "offload-peers": ["tensorway_offload.testing.peer_campaign", "--count", "1000"],
+    "offload-kills": ["tensorway_fs.testing.crash", "--kills", "10000"],
+    "offload-files": ["tensorway_fs.testing.corruption", "--count", "10000"],
+    "offload-objects": ["tensorway_object.testing.corruption", "--count", "10000"],
     # Mooncake opens up to four connections to a peer, as it needs them.
     "endurance-mooncake": ["endurance", "mooncake", "--kept-files", "3"],
     "hostile-mooncake": ["hostile", "mooncake", *MOONCAKE_KEEPS, "--kinds", "descriptions,notes"],
@@ -312,8 +320,8 @@ def campaign(session: nox.Session) -> None:
     wanted = session.posargs or list(CAMPAIGNS)
     if unknown := set(wanted) - set(CAMPAIGNS):
         session.error(f"there is no campaign {', '.join(sorted(unknown))}; there is: {', '.join(CAMPAIGNS)}")
-    install(session, ["tensorway", "tensorway-nixl", "tensorway-mooncake", "tensorway-eplb", "tensorway-kv"])
-    for library in ("nixl", "mooncake"):
+    install(session, list(DISTS))
+    for library in ("nixl", "mooncake", "object"):
         if any(library in "".join(CAMPAIGNS[name]) for name in wanted):
             session.install(*CONSTRAINTS, *LIBRARIES[library])
     session.chdir(session.create_tmp())

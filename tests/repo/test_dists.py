@@ -20,6 +20,8 @@ DISTS = {"tensorway": CORE} | {f"tensorway-{name}": folder for name, folder in P
 OTHER_EXTRAS = {"testing"}
 #: Dists of a movement: what they offer has names of its own.
 MOVEMENTS = {"eplb", "kv", "offload"}
+#: Groups whose names are words of a command.
+WORDS = {"tensorway.offload_command"}
 #: What the mathematics of a dist needs: small, and on every index.
 MATHEMATICS = {"cpu": {"numpy"}, "eplb": {"numpy", "xxhash"}, "fs": {"xxhash"}, "kv": {"numpy"}, "object": {"xxhash"}}
 
@@ -97,7 +99,7 @@ def test_folder_and_entry_point_and_dist_and_import_share_one_name(name):
     assert hooks, "offers nothing"
     for group, entries in hooks.items():
         assert group.startswith("tensorway.")
-        assert name in MOVEMENTS or [name] == list(entries), group
+        assert name in MOVEMENTS or group in WORDS or [name] == list(entries), group
         assert all(value.startswith(f"tensorway_{name}.") for value in entries.values()), group
 
 
