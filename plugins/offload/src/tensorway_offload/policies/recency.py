@@ -1,4 +1,4 @@
-"""Keys in the order of their last use, kept in batches: what every policy here is made of. May import the offload room.
+"""Keys in the order of their last use, in batches: what most policies here are made of. May import the offload room.
 
 A batch of keys that are used together is one `Span`, which costs a list and a few words for all of them. A key that is
 used again only changes its place; what is left of it in its old span is stale, and is cleaned away a bounded number at
