@@ -24,12 +24,16 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).parents[2]
 #: Dists of a movement: what they offer has names of its own, and those that move have a page.
-MOVEMENTS = {"eplb": ["onesided"], "kv": ["handover", "shared-store", "several"]}
+MOVEMENTS = {"eplb": ["onesided"], "kv": ["handover", "shared-store", "several"], "offload": ["foresight"]}
 FOLDERS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
 #: By the name of their page, which is that of the backend.
 BACKENDS = {page: folder for name, folder in FOLDERS.items() for page in MOVEMENTS.get(name, [name])}
 #: A page with examples, and the package whose commands print them.
-SCHEMAS = {"reference/cli.md": "tensorway.cli", "rebalance-planning.md": "tensorway_eplb.command"}
+SCHEMAS = {
+    "reference/cli.md": "tensorway.cli",
+    "rebalance-planning.md": "tensorway_eplb.command",
+    "offload-replay.md": "tensorway_offload.command",
+}
 
 
 def commands(parser, words=("tensorway",)):

@@ -29,6 +29,8 @@ API_GROUP: Final = "tensorway.api"
 COMMAND: Final = "command"
 #: The same for what a movement's dist adds to `tensorway demo`: `tensorway.cli.demo` runs it.
 DEMO: Final = "demo"
+#: The same for the words after `tensorway offload`, which the dist `tensorway-offload` runs.
+OFFLOAD_COMMAND: Final = "offload_command"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

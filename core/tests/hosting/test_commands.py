@@ -165,3 +165,10 @@ def test_the_list_of_our_commands_is_that_of_the_parser():
 def test_a_line_without_a_command_in_front_is_usage(site, arguments):
     done = run(site, *arguments)
     assert (exits.USAGE, True) == (done.returncode, "usage: tensorway" in done.stderr)
+
+
+def test_commands_below_offload_are_no_backends_and_no_commands(site):
+    site.dist("acme-fs", {"tensorway.offload_command": {"ls": "acme_fs:ls"}})
+    found = site.scan()
+    assert ((), (), ()) == (found.declarations, found.complaints, found.commands)
+    assert [("offload_command", "ls", "acme-fs")] == [(row.kind, row.name, row.dist) for row in found.offload_commands]

@@ -43,8 +43,14 @@ def listed() -> tuple[Declaration, ...]:
 
 def run(name: str, arguments: list[str], out: Output) -> int:
     """Load one command and run it; returns its exit code."""
-    asked = f"The command {printable(name)!r} was asked for."
-    row = brought.declared(host().commands, name, asked, extra=name)
+    return run_one_of(host().commands, name, f"The command {printable(name)!r} was asked for.", name, arguments, out)
+
+
+def run_one_of(
+    rows: Sequence[Declaration], name: str, asked: str, extra: str, arguments: list[str], out: Output
+) -> int:
+    """The same for a command among these, for who has commands below its own; `extra` brings it if none does."""
+    row = brought.declared(rows, name, asked, extra)
     code = brought.called(row, asked, out, arguments, out)
     if not isinstance(code, int) or not 0 <= code <= 255:
         true = f"{row.dist} {row.version} brings it, and it returned {printable(repr(code))}, which is no exit code."

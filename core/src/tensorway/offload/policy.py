@@ -17,6 +17,9 @@ from tensorway.offload.base import OffloadKey, ReqContext
 class EvictionPolicy(Protocol):
     """An order of the blocks that can be evicted. One thread at a time uses it.
 
+    It may also have `statistics() -> Sequence[Sample]`: `offload_policy_hits_total`, of itself and of orders that it
+    compares itself with. Nobody needs it.
+
     Lists are in the order of tokens: the first key is the head of a prefix, without which the others are worth nothing.
     Within one request the calls come in the order `used`, `wanted`, `victims` and `evicted` if there is no room,
     `stored`, and these again as it goes on; at last `ended`.

@@ -54,6 +54,7 @@ class Host:
         #: What dists bring for the command line, which loads it itself.
         self.commands: tuple[Declaration, ...] = found.commands
         self.demos: tuple[Declaration, ...] = found.demos
+        self.offload_commands: tuple[Declaration, ...] = found.offload_commands
         self.context = HookContext(api=hookspecs.API, core_version=tensorway.__version__)
         self._slots: dict[tuple[str, str], Slot] = {}
         self._lock = threading.RLock()
@@ -243,7 +244,8 @@ class Host:
         return ""
 
     def _apply_lists(self) -> None:
-        rows = [*(slot.declaration for slot in self._slots.values()), *self.commands, *self.demos]
+        for_people = (*self.commands, *self.demos, *self.offload_commands)
+        rows = [*(slot.declaration for slot in self._slots.values()), *for_people]
         for item in self.settings.allow:
             if not any(_selects(item, row) for row in rows):
                 names = sorted({row.name for row in rows})

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tensorway.cli.charts import Chart, Series, draw, drawable
 from tensorway.errors import PlacementInvalid
 from tensorway_eplb.command import inputs
-from tensorway_eplb.command.charts import Chart, Series, draw, drawable
 from tensorway_eplb.gate import Gate
 from tensorway_eplb.placement import Loads, Placement
 from tensorway_eplb.plan import TransferPlan

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
+from tensorway.cli.charts import Chart, Series, draw, drawable
 from tensorway_eplb.command import inputs
-from tensorway_eplb.command.charts import Chart, Series, draw, drawable
 from tensorway_eplb.placement import Loads
 from tensorway_eplb.plan import TransferPlan
 from tensorway_eplb.policy import PlacementPolicy, ask

@@ -1,4 +1,4 @@
-"""Keys in the order of their last use, kept in batches: what every policy here is made of. May import the offload room.
+"""Keys in the order of their last use, in batches: what most policies here are made of. May import the offload room.
 
 A batch of keys that are used together is one `Span`, which costs a list and a few words for all of them. A key that is
 used again only changes its place; what is left of it in its old span is stale, and is cleaned away a bounded number at
@@ -29,7 +29,7 @@ _CLEAN: Final = 64
 class Span:
     """Keys that were used together, the next to go first; a link of a ring."""
 
-    __slots__ = ("after", "before", "keys", "live", "number")
+    __slots__ = ("after", "before", "keys", "live", "number", "since")
 
     def __init__(self, number: int, keys: tuple[OffloadKey, ...] = ()) -> None:
         #: What stands for it where its keys are looked up.
@@ -38,6 +38,8 @@ class Span:
         self.keys = keys
         #: How many of them are still of this span.
         self.live = 0
+        #: When that was, by its owner's clock.
+        self.since = 0
         self.before = self.after = self
 
     def join(self, end: Span) -> None:

@@ -1,7 +1,7 @@
 """Pictures of a plan or a replay: one page of HTML that needs nothing else, or a PNG where matplotlib is installed.
 
-May import the core's errors and settings, and matplotlib when a PNG is asked for. The page follows the reader's light
-or dark, shows values where the pointer is, and has every number in a table.
+Room `cli`, for commands of dists; imports matplotlib when a PNG is asked for. The page follows the reader's light or
+dark, shows values where the pointer is, and has every number in a table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import attrs
 
-from tensorway.errors import BackendUnavailable, PlacementInvalid
+from tensorway.errors import BackendUnavailable, OptionsInvalid
 
 
 @attrs.frozen
@@ -33,6 +33,12 @@ class Chart:
     #: What is counted from left to right.
     along: str
     series: tuple[Series, ...]
+    #: What the values of a series are at, if not 0, 1, 2, ...
+    places: tuple[str, ...] = ()
+
+    def place(self, at: int) -> str:
+        """What one of the values is at, for people."""
+        return self.places[at] if self.places else str(at)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -47,9 +53,9 @@ def drawable(path: Path) -> None:
     """Raise now what `draw` would raise after all the work."""
     asked = f"A picture was asked for as {path}."
     if path.suffix.lower() not in (".html", ".png"):
-        raise PlacementInvalid(asked, f"Its name ends with {path.suffix!r}.", "Name it .html or .png.")
+        raise OptionsInvalid(asked, f"Its name ends with {path.suffix!r}.", "Name it .html or .png.")
     if path.suffix.lower() == ".png" and find_spec("matplotlib") is None:
-        to_do = 'pip install "tensorway-eplb[plot]", or ask for .html, which needs nothing.'
+        to_do = "pip install matplotlib, or ask for .html, which needs nothing."
         raise BackendUnavailable(asked, "A PNG needs matplotlib, which is not installed.", to_do)
 
 
@@ -62,7 +68,7 @@ def draw(path: Path, title: str, charts: list[Chart]) -> None:
         else:
             path.write_text(page(title, charts), "utf-8")
     except OSError as error:
-        raise PlacementInvalid(
+        raise OptionsInvalid(
             f"A picture was asked for as {path}.",
             f"The system does not write it: {error.strerror}.",
             "Name a file in a folder that can be written to.",
@@ -84,7 +90,10 @@ def _png(path: Path, title: str, charts: list[Chart]) -> None:
             axis.plot(range(len(series.values)), series.values, marker="o", markersize=3, label=series.name)
         axis.set_title(chart.title, fontsize=10)
         axis.set_xlabel(chart.along)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if chart.places:
+            axis.set_xticks(range(len(chart.places)), chart.places)
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
@@ -144,6 +153,9 @@ def _svg(chart: Chart) -> str:
     def y(value: float) -> float:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low)
 
+    def named(at: int) -> str:
+        return html.escape(chart.place(at))
+
     label = html.escape(chart.title, quote=True)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">']
     for value in _ticks(low, high):
@@ -151,7 +163,7 @@ def _svg(chart: Chart) -> str:
         parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
     step = max(1, math.ceil(longest / 12))
     for at in range(0, longest, step):
-        parts.append(f'<text x="{x(at):.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{at}</text>')
+        parts.append(f'<text x="{x(at):.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{named(at)}</text>')
     parts.append(
         f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{html.escape(chart.along)}</text>'
     )
@@ -159,7 +171,7 @@ def _svg(chart: Chart) -> str:
         points = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in enumerate(series.values))
         parts.append(f'<polyline fill="none" stroke="{_color(number)}" stroke-width="2" points="{points}"/>')
         for at, value in enumerate(series.values):
-            text = f"<title>{html.escape(f'{series.name}, {chart.along} {at}: {value:.4f}')}</title>"
+            text = f"<title>{html.escape(f'{series.name}, {chart.along} {chart.place(at)}: {value:.4f}')}</title>"
             parts.append(f'<circle cx="{x(at):.1f}" cy="{y(value):.1f}" r="3" fill="{_color(number)}">{text}</circle>')
     return "".join([*parts, "</svg>"])
 
@@ -176,5 +188,5 @@ def _table(chart: Chart) -> str:
     rows = [f"<tr><th>{html.escape(chart.along)}</th>{head}</tr>"]
     for at in range(max(len(series.values) for series in chart.series)):
         cells = "".join(f"<td>{series.values[at]:.4f}</td>" for series in chart.series)
-        rows.append(f"<tr><td>{at}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{html.escape(chart.place(at))}</td>{cells}</tr>")
     return f"<details><summary>Numbers</summary><div><table>{''.join(rows)}</table></div></details>"

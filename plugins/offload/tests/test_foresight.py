@@ -1,0 +1,138 @@
+"""What `foresight` learns, that its guard keeps it from harm, and what it says of both."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+import tensorway
+from tensorway.offload import PolicyContext, ReqContext, make_offload_key
+from tensorway_offload.policies.hazards import EDGES, Hazards, Prior, Table, _index
+from tensorway_offload.policies.prior import CONVERSATIONS
+from tensorway_offload.replay import Clock, blocks, hits, ratio
+from tensorway_offload.testing.prior import fitted, source
+from tensorway_offload.testing.traces import GENERATORS
+
+
+def key(number):
+    return make_offload_key(number.to_bytes(8, "big"))
+
+
+def replayed(name, requests, share, **options):
+    capacity, clock = max(1, int(blocks(requests)[1] * share)), Clock()
+    policy = tensorway.create("eviction_policy", name, options, PolicyContext(capacity, clock))
+    return ratio(hits(policy, requests, capacity, clock), requests), policy
+
+
+@pytest.mark.parametrize("generator", sorted(GENERATORS))
+def test_it_is_never_below_recency_by_more_than_a_point_or_one_filling_of_the_cache(generator):
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    requests = GENERATORS[generator](random.Random(seed), 800)
+    for share in (0.01, 0.03, 0.1, 0.3):
+        expected, found = replayed("lru", requests, share)[0], replayed("foresight", requests, share)[0]
+        asked, unique = blocks(requests)
+        # What was kept for a workload that has ended is in the way once.
+        assert found >= expected - max(0.01, share * unique / asked), (share, seed)
+
+
+def test_it_finds_more_than_recency_where_conversations_go_on_or_not():
+    requests = GENERATORS["chats"](random.Random(1), 3000)
+    for share in (0.01, 0.03):
+        assert replayed("foresight", requests, share)[0] > 1.1 * replayed("lru", requests, share)[0]
+
+
+def test_it_finds_what_recency_never_finds_of_a_loop():
+    requests = GENERATORS["loop"](random.Random(1), 3000)
+    assert 0 == replayed("lru", requests, 0.3)[0]
+    assert replayed("foresight", requests, 0.3)[0] > 0.1
+
+
+def test_it_says_what_it_and_recency_would_have_found():
+    requests = GENERATORS["chats"](random.Random(1), 600)
+    share = 0.1
+    _, policy = replayed("foresight", requests, share)
+    found = {dict(row.labels)["policy"]: row.value for row in policy.statistics()}
+    expected = replayed("lru", requests, share)[0] * blocks(requests)[0]
+    assert {"foresight", "lru"} == set(found)
+    # Few enough blocks that all of them are in the sample.
+    assert expected == pytest.approx(found["lru"], abs=1)
+
+
+def test_the_same_trace_is_the_same_order_in_every_process():
+    requests = GENERATORS["chats"](random.Random(4), 400)
+    assert replayed("foresight", requests, 0.05)[0] == replayed("foresight", requests, 0.05)[0]
+
+
+def test_the_index_is_the_best_rate_of_hits_of_any_stopping_age():
+    rng = random.Random(3)
+    hazard = [rng.random() * 0.2 for _ in EDGES]
+    widths = [float(end - start) for start, end in zip(EDGES, (*EDGES[1:], EDGES[-1] * 2), strict=True)]
+    for start in range(len(EDGES)):
+        alive, found, time, best = 1.0, 0.0, 0.0, 0.0
+        for chance, width in zip(hazard[start:], widths[start:], strict=True):
+            found, time = found + alive * chance, time + alive * width * (1 - chance / 2)
+            alive *= 1 - chance
+            best = max(best, found / time)
+        assert best == pytest.approx(_index(hazard)[start])
+
+
+def test_a_class_that_comes_back_is_worth_more_than_one_that_does_not():
+    hazards, numbers = Hazards(Prior()), iter(range(1 << 30))
+    talks = [[key(next(numbers)) for _ in range(4)] for _ in range(30)]
+    went_on = came_once = None
+    for round_ in range(40):
+        for talk in talks:
+            talk += [key(next(numbers)) for _ in range(2)]
+            went_on = hazards.ended(talk)
+            came_once = hazards.ended([key(next(numbers)) for _ in range(40)])
+        assert round_ or went_on is not None
+    assert isinstance(went_on, Table) and went_on.value(10) > 3 * came_once.value(10)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_whether_last_blocks_are_cut_is_learned(cut):
+    hazards, numbers = Hazards(Prior()), iter(range(1 << 30))
+    talks = [[key(next(numbers)) for _ in range(4)] for _ in range(30)]
+    for _ in range(10):
+        for talk in talks:
+            talk += [key(next(numbers))]
+            hazards.ended([*talk, key(next(numbers))] if cut else talk)
+    assert cut == hazards.cuts_last()
+
+
+def test_ends_that_are_remembered_are_bounded_and_forgotten_together():
+    hazards = Hazards(Prior())
+    for number in range(20_000):
+        hazards.ended([key(3 * number), key(3 * number + 1), key(3 * number + 2)])
+    assert len(hazards._ends) <= 2 * len(hazards._ring)
+    assert {id(end) for end in hazards._ends.values()} == {id(end) for end in hazards._ring if end and end.open}
+
+
+def test_a_prior_is_what_a_trace_showed_and_its_module_says_the_same():
+    prior = fitted(GENERATORS["chats"](random.Random(2), 1500))
+    assert {0, 1} <= set(prior.turns) and prior.classes and len(EDGES) == len(prior.hazard)
+    space = {}
+    exec(source(prior).replace("from __future__ import annotations", ""), space)
+    assert prior == space["CONVERSATIONS"]
+
+
+def test_the_prior_that_is_shipped_is_chances_of_classes_that_exist():
+    rows = [CONVERSATIONS.hazard, *(hazard for _, hazard in CONVERSATIONS.turns.values())]
+    assert all(len(EDGES) == len(row) and all(0 <= chance < 1 for chance in row) for row in rows)
+    shares = [share for share, _ in CONVERSATIONS.turns.values()]
+    assert 1 == pytest.approx(sum(shares), abs=0.01)
+    assert all(words[0] in CONVERSATIONS.turns and factor > 0 for words, (_, factor) in CONVERSATIONS.classes.items())
+
+
+def test_an_option_begins_with_nothing():
+    requests = GENERATORS["chats"](random.Random(1), 300)
+    _, policy = replayed("foresight", requests, 0.1, prior=False)
+    assert Prior() == policy._hazards._prior
+
+
+def test_a_request_without_keys_is_nothing():
+    policy = tensorway.create("eviction_policy", "foresight", None, PolicyContext(4, Clock()))
+    policy.ended([], ReqContext("a"))
+    assert [] == list(policy.victims()) and 0 == policy._hazards.now
