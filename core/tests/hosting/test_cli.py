@@ -370,8 +370,8 @@ def test_probe_of_a_transport_that_cannot_be_used_is_an_error(site, name, code):
 def test_demo_says_what_it_does_while_it_does_it(site):
     site.good("alpha", "rendezvous")
     done = tensorway(site, "demo")
-    steps = [line for line in done.stdout.splitlines() if line[1:3] == "/5"]
-    names = ["1/5 discover", "2/5 probe", "3/5 select", "4/5 move", "5/5 hand over"]
+    steps = [line for line in done.stdout.splitlines() if line[1:3] == "/6"]
+    names = ["1/6 discover", "2/6 probe", "3/6 select", "4/6 move", "5/6 hand over"]
     assert names == [line.partition(":")[0] for line in steps]
     assert "rendezvous: alpha from alpha-dist" in done.stdout
     assert "every byte is right" in done.stdout
@@ -418,10 +418,10 @@ def test_demo_shows_a_hand_over_if_a_dist_does(site, same):
 
 def test_demo_says_how_to_get_a_hand_over(site):
     text = tensorway(site, "demo").stdout
-    assert '5/5 hand over: nothing here does it. Install what does: pip install "tensorway[kv]"\n' in text
+    assert '5/6 hand over: nothing here does it. Install what does: pip install "tensorway[kv]"\n' in text
     shows(site, "raise AssertionError")
     text = tensorway(site, "demo", TENSORWAY_PLUGINS="-handover").stdout
-    assert "5/5 hand over: nothing here does it. Change TENSORWAY_PLUGINS to use it.\n" in text
+    assert "5/6 hand over: nothing here does it. Change TENSORWAY_PLUGINS to use it.\n" in text
 
 
 def test_demo_of_a_transport_that_cannot_says_so(site):
@@ -439,6 +439,28 @@ def test_a_part_of_the_demo_that_is_broken_is_the_dist_s_defect(site, body, word
     data, code = answer(site, "demo")
     assert (exits.BROKEN, "PluginDefect") == (code, data["error"])
     assert "acme-kv" in data["true"] and words in data["true"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_demo_shows_offloading_if_a_dist_does(site, same):
+    site.good("acme", "offloading")
+    site.dist("acme-shows", {"tensorway.demo": {"offload": "acme_shows:shows"}})
+    result = f"Offloaded('acme', ('fs',), 8, 1 << 20, {same}, 0.02, 0.04)"
+    site.module("acme_shows", f"from tensorway.cli.demo import Offloaded\ndef shows(out):\n    return {result}\n")
+    data, code = answer(site, "demo")
+    assert (exits.OK if same else exits.BROKEN) == code
+    seen = data["offloaded"]
+    assert ("acme", ["fs"], 8, 1 << 20, same) == tuple(seen.values())[:5]
+    assert seen["load_ratio"] > seen["store_ratio"] > 0
+    text = tensorway(site, "demo").stdout
+    assert "6/6 offload: " in text and "8 blocks, 1 MiB" in text
+    assert same is ("IS NOT" not in text)
+
+
+def test_demo_says_how_to_get_offloading(site):
+    site.good("acme", "offloading")
+    said = '6/6 offload: nothing here does it. Install what does: pip install "tensorway[cpu]"\n'
+    assert said in tensorway(site, "demo").stdout
 
 
 def test_parts_of_the_demo_are_no_backends(site):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import attrs
 
@@ -39,19 +39,37 @@ class HandedOver:
     recomputing: float
 
 
+@attrs.frozen
+class Offloaded:
+    """What was kept outside an engine and came back, and how long each way took, in seconds."""
+
+    backend: str
+    #: Tiers below it, through which some of it has come back.
+    tiers: tuple[str, ...]
+    blocks: int
+    nbytes: int
+    #: Whether every byte is as it was.
+    same: bool
+    storing: float
+    loading: float
+
+
 #: What an entry point `handover` refers to: a function of the `Output`, for progress, and of the transport's name.
 Demonstration = Callable[[Output, str], HandedOver]
+#: What an entry point `offload` refers to.
+OffloadDemonstration = Callable[[Output], Offloaded]
+_ShownT = TypeVar("_ShownT", HandedOver, Offloaded)
 
 
 def run(out: Output) -> int:
     """Discover, probe, select, move; print each step while it happens."""
     started = time.monotonic()
-    out.progress("1/5 discover: reading the metadata of what is installed, importing nothing")
+    out.progress("1/6 discover: reading the metadata of what is installed, importing nothing")
     the_host = host()
     slots = the_host.slots()
     dists = sorted({slot.declaration.dist for slot in slots})
     out.text(f"{len(slots)} backends from {len(dists)} dists: {', '.join(dists)}", indent=4)
-    out.progress("2/5 probe: asking each backend whether it works here")
+    out.progress("2/6 probe: asking each backend whether it works here")
     for kind in hookspecs.HOOKS:
         the_host.probe_all(kind)
         for slot in the_host.slots(kind):
@@ -59,19 +77,20 @@ def run(out: Output) -> int:
             mark = "+" if result and result.usable else "-"
             reason = slot.record.reason if slot.record else (result.reason if result else "")
             out.text(f"{mark} {kind} {slot.declaration.name}: {reason}", indent=4, hang=2)
-    out.progress("3/5 select: what `auto` chooses for each kind")
+    out.progress("3/6 select: what `auto` chooses for each kind")
     rows = report.choices(the_host)
     for row in rows:
         show_winner(out, row)
     chosen = {row["request"]["kind"]: row["winner"]["name"] for row in rows if row["winner"]}
     moved = _move(out, chosen["transport"]) if "transport" in chosen else None
     handed_over = _hand_over(out, chosen["transport"]) if "transport" in chosen else None
+    offloaded = _offload(out) if "offloading" in chosen else None
     seconds = round(time.monotonic() - started, 2)
     fields = {"backends": len(slots), "choices": rows, "chosen": chosen, "moved": moved, "handed_over": handed_over}
-    out.json("tensorway.demo/1", {**fields, "seconds": seconds})
+    out.json("tensorway.demo/1", {**fields, "offloaded": offloaded, "seconds": seconds})
     out.text(f"Done in {seconds} s. Reasons: tensorway why KIND. Remedies: tensorway doctor.")
     right = (moved is None or moved["verified"]) and (handed_over is None or handed_over["same_tokens"])
-    return exits.OK if right else exits.BROKEN
+    return exits.OK if right and (offloaded is None or offloaded["same_bytes"]) else exits.BROKEN
 
 
 def _move(out: Output, name: str) -> dict[str, Any]:
@@ -80,7 +99,7 @@ def _move(out: Output, name: str) -> dict[str, Any]:
     from tensorway.transport import BlockTable
 
     nbytes = _BLOCK * _COUNT
-    out.progress(f"4/5 move: {_COUNT} blocks of 64 KiB from another process, over {name}")
+    out.progress(f"4/6 move: {_COUNT} blocks of 64 KiB from another process, over {name}")
     peer = PeerProcess(name)
     try:
         peer.register(nbytes, seed=1)
@@ -111,21 +130,10 @@ def _move(out: Output, name: str) -> dict[str, Any]:
 
 def _hand_over(out: Output, transport: str) -> dict[str, Any] | None:
     """Prefill in one engine and decode in another, if a dist is here that shows it."""
-    asked = "A hand-over was to be shown."
-    try:
-        row = brought.declared(host().demos, "handover", asked, extra="kv")
-    except (BackendNotFound, BackendUnavailable) as error:
-        out.progress(f"5/5 hand over: nothing here does it. {error.to_do}")
+    title = f"prefill in one engine, decode in another, over {transport}"
+    seen = _shown(out, "5/6 hand over", title, "handover", "kv", HandedOver, transport)
+    if seen is None:
         return None
-    out.progress(f"5/5 hand over: prefill in one engine, decode in another, over {transport}")
-    try:
-        seen = brought.called(row, asked, out, out, transport)
-    except Unsupported as error:
-        out.text(f"{error.asked} {error.true}", indent=4)
-        return None
-    if not isinstance(seen, HandedOver):
-        true = f"{row.dist} {row.version} brings it, and it returned no HandedOver."
-        raise PluginDefect(asked, true, "Report this to the plugin's author.")
     recompute, copy = seen.seconds / seen.recomputing, seen.seconds / _memmove(seen.nbytes)
     out.text(
         f"{seen.tokens} tokens of a prompt in {seen.blocks} blocks, {seen.nbytes / (1 << 20):.2f} MiB: the tokens that "
@@ -143,6 +151,51 @@ def _hand_over(out: Output, transport: str) -> dict[str, Any] | None:
         "recompute_ratio": round(recompute, 3),
         "memmove_ratio": round(copy, 1),
     }
+
+
+def _offload(out: Output) -> dict[str, Any] | None:
+    """Keep blocks outside an engine, if a dist is here that shows it."""
+    title = "blocks of an engine in host memory and files, and back"
+    seen = _shown(out, "6/6 offload", title, "offload", "cpu", Offloaded)
+    if seen is None:
+        return None
+    store, load = (seconds / _memmove(seen.nbytes) for seconds in (seen.storing, seen.loading))
+    text = f"every byte {'is right' if seen.same else 'IS NOT RIGHT'}; storing took {store:.1f} x the time of a memmove"
+    out.text(
+        f"{seen.blocks} blocks, {seen.nbytes / (1 << 20):.0f} MiB: {text}, and loading {load:.1f} x",
+        indent=4,
+    )
+    return {
+        "backend": seen.backend,
+        "tiers": list(seen.tiers),
+        "blocks": seen.blocks,
+        "bytes": seen.nbytes,
+        "same_bytes": seen.same,
+        "store_ratio": round(store, 1),
+        "load_ratio": round(load, 1),
+    }
+
+
+def _shown(
+    out: Output, step: str, title: str, name: str, extra: str, result: type[_ShownT], *given: object
+) -> _ShownT | None:
+    """What a dist shows of a movement; None, and a line that says why, if nothing does or it cannot here."""
+    asked = f"The step {step.partition(' ')[2]!r} was to be shown."
+    try:
+        row = brought.declared(host().demos, name, asked, extra=extra)
+    except (BackendNotFound, BackendUnavailable) as error:
+        out.progress(f"{step}: nothing here does it. {error.to_do}")
+        return None
+    out.progress(f"{step}: {title}")
+    try:
+        seen = brought.called(row, asked, out, out, *given)
+    except Unsupported as error:
+        out.text(f"{error.asked} {error.true}", indent=4)
+        return None
+    if not isinstance(seen, result):
+        true = f"{row.dist} {row.version} brings it, and it returned no {result.__name__}."
+        raise PluginDefect(asked, true, "Report this to the plugin's author.")
+    return seen
 
 
 def _memmove(nbytes: int) -> float:
