@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import chain
+from itertools import chain, islice
 
 import pytest
 
@@ -23,10 +23,10 @@ def both(capacity):
     return index, order, ByKey(policy, index)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(30))
 def test_rows_go_in_the_order_in_which_the_policy_lru_says_that_their_keys_go(seed):
     rng = random.Random(seed)
-    capacity, longest = rng.choice(((40, 8), (300, 40), (2500, 700)))
+    capacity, longest = rng.choice(((16, 4), (40, 8), (300, 40), (2500, 700)))
     index, rows_of, keys_of = both(capacity)
     for _ in range(600):
         keys = blocks(rng.randint(0, longest), rng.randrange(2 * capacity))
@@ -38,7 +38,9 @@ def test_rows_go_in_the_order_in_which_the_policy_lru_says_that_their_keys_go(se
             for order in (rows_of, keys_of):
                 order.ended(keys, REQ)
         elif what == "store":
-            gone = list(chain.from_iterable(rows_of.victims()))[: max(0, len(new) - index.free)]
+            short = max(0, len(new) - index.free)
+            # Not further than there is need to: whoever looks at all of it cleans all of it.
+            gone = list(islice(chain.from_iterable(rows_of.victims()), short)) if short else []
             assert gone == list(chain.from_iterable(keys_of.victims()))[: len(gone)]
             lost = index.evict(gone)
             for order in (rows_of, keys_of):
@@ -54,7 +56,8 @@ def test_rows_go_in_the_order_in_which_the_policy_lru_says_that_their_keys_go(se
                 index.forget(some)
             for order in (rows_of, keys_of):
                 order.used(some, rows, REQ) if what == "used" else order.removed(some, rows)
-        assert list(chain.from_iterable(rows_of.victims())) == list(chain.from_iterable(keys_of.victims()))
+        if rng.random() < 0.1:
+            assert list(chain.from_iterable(rows_of.victims())) == list(chain.from_iterable(keys_of.victims()))
 
 
 @pytest.mark.parametrize("count", [1, 20, 400])

@@ -116,6 +116,8 @@ class LruRows:
     def removed(self, keys: Sequence[OffloadKey], rows: Sequence[int]) -> None:
         """These have no place any more."""
         of, self._last = self._of, ()
+        if any(of[row] == self._number for row in rows):
+            self._number += 1  # or what is stale of a row would belong to the newest span again, once it is put there
         for row in rows:
             of[row] = 0
 
