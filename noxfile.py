@@ -218,6 +218,7 @@ def everything(session: nox.Session) -> None:
     pytest(session, ROOT / "tests", *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
     # Of the movements: what their own legs skip for want of NIXL, torch and their plugins.
     pytest(session, ROOT / "plugins" / "eplb" / "tests", "-k", "nixl or gloo")
+    pytest(session, ROOT / "plugins" / "offload" / "tests", "-k", "nixl")
     session.install(*CONSTRAINTS, *LIBRARIES["mooncake"])
     pytest(session, ROOT / "plugins" / "kv" / "tests", "-k", "nixl or mooncake or observed", *AT_ONCE)
 

@@ -298,9 +298,9 @@ def test_rows_that_a_peer_has_not_are_refused_before_anything_is_read(engines):
 # -- other processes
 
 
-def reader_of(ranks, **options):
+def reader_of(ranks, transport="local", **options):
     rendezvous = tensorway.create("rendezvous", "direct", {"address": ranks.rendezvous.address, "secret": SECRET})
-    return Engine(rendezvous, "reader", options=options), rendezvous
+    return Engine(rendezvous, "reader", options=options, services={"transport": transport}), rendezvous
 
 
 @pytest.fixture
@@ -308,9 +308,9 @@ def abroad(ranks):
     """A reader here, and a lender in another process."""
     made = []
 
-    def make(**options):
-        ranks[0].call(peers.open_engine, "lender", KEYS)
-        reader, rendezvous = reader_of(ranks, **options)
+    def make(transport="local", **options):
+        ranks[0].call(peers.open_engine, "lender", KEYS, peers.FINGERPRINT, transport)
+        reader, rendezvous = reader_of(ranks, transport, **options)
         made.append((reader, rendezvous))
         meet(reader)
         return reader
@@ -321,8 +321,8 @@ def abroad(ranks):
         rendezvous.close()
 
 
-def test_blocks_of_another_process_are_read_and_given_back(abroad, ranks):
-    reader = abroad()
+def test_blocks_of_another_process_are_read_and_given_back(abroad, ranks, transport):
+    reader = abroad(transport)
     assert (["done"] * 8, [True] * 8) == reader.get(KEYS)
     until(lambda: ranks[0].call(peers.returns)[0] >= 16)
     assert 0 == ranks[0].call(peers.close_engine)[1]

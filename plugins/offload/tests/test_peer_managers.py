@@ -43,7 +43,7 @@ class Late:
 
 
 class Engine:
-    def __init__(self, rendezvous, name):
+    def __init__(self, rendezvous, name, transport):
         self.rows, lender = Rows(ROWS, NBYTES), Late()
         context = TierContext(
             name,
@@ -52,7 +52,7 @@ class Engine:
             memory=self.rows.region,
             row_bytes=NBYTES,
             lender=lender,
-            services={"rendezvous": rendezvous},
+            services={"rendezvous": rendezvous, "transport": transport},
         )
         self.tier = tensorway.create("offload_tier", "peer", {"answer": 10.0}, context)
         below = Below([NamedTier("peer", self.tier)], self.rows.row, BelowOptions(remember=0.1))
@@ -95,9 +95,9 @@ def end(engine):
 
 
 @pytest.fixture
-def engines():
+def engines(transport):
     with tensorway.create("rendezvous", "direct", {"secret": "a secret of these tests"}) as rendezvous:
-        made = [Engine(rendezvous, name) for name in ("one", "other")]
+        made = [Engine(rendezvous, name, transport) for name in ("one", "other")]
         yield made
         for engine in made:
             end(engine)

@@ -128,10 +128,15 @@ class Engine:
 
 
 def open_engine(
-    rank: Rank, name: str, kept: Sequence[OffloadKey], fingerprint: bytes = FINGERPRINT, **options: Any
+    rank: Rank,
+    name: str,
+    kept: Sequence[OffloadKey],
+    fingerprint: bytes = FINGERPRINT,
+    transport: str = "local",
+    **options: Any,
 ) -> None:
     """Be an engine that keeps these."""
-    engine = Engine(rank.rendezvous(), name, fingerprint, options=options)
+    engine = Engine(rank.rendezvous(), name, fingerprint, options=options, services={"transport": transport})
     engine.shelf.put(kept)
     rank.notes["engine"] = engine
 
