@@ -213,7 +213,7 @@ def backend(session: nox.Session, name: str, library: str) -> None:
 @nox.session(requires=["build"])
 def everything(session: nox.Session) -> None:
     """All plugins in one environment, with NIXL and torch: what crosses dists, and the conformance kit."""
-    install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"], SPANS)
+    install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"], SPANS, LIBRARIES["object"][0])
     elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("repo", "wheels", "bench", "hosts")]
     pytest(session, ROOT / "tests", *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
     # Of the movements: what their own legs skip for want of NIXL, torch and their plugins.
