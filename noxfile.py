@@ -213,7 +213,7 @@ def backend(session: nox.Session, name: str, library: str) -> None:
 @nox.session(requires=["build"])
 def everything(session: nox.Session) -> None:
     """All plugins in one environment, with NIXL and torch: what crosses dists, and the conformance kit."""
-    install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"], SPANS)
+    install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"], SPANS, LIBRARIES["object"][0])
     elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("repo", "wheels", "bench", "hosts")]
     pytest(session, ROOT / "tests", *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
     # Of the movements: what their own legs skip for want of NIXL, torch and their plugins.
@@ -304,8 +304,9 @@ CAMPAIGNS = {
     "kv-hostile": ["tensorway_kv.testing.fuzz"],
     "kv-strangers": ["tensorway_kv.testing.strangers"],
     # Offloading: processes that are killed at any system call, damaged files and objects, tiers that misbehave.
-    "offload": ["tensorway_offload.testing.campaign", "--count", "20000"],
-    "offload-peers": ["tensorway_offload.testing.peer_campaign", "--count", "1000"],
+    "offload": ["tensorway_offload.testing.campaign", "--count", "3000"],
+    "offload-peers": ["tensorway_offload.testing.peer_campaign", "--count", "200"],
+    "offload-memory": ["tensorway_cpu.testing.campaign", "--rounds", "200"],
     "offload-kills": ["tensorway_fs.testing.crash", "--kills", "10000"],
     "offload-files": ["tensorway_fs.testing.corruption", "--count", "10000"],
     "offload-objects": ["tensorway_object.testing.corruption", "--count", "10000"],
