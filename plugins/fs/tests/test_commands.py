@@ -40,7 +40,7 @@ def test_segments_are_listed_and_counted(open_tier, put, said, segments):
     tier = open_tier()
     put(tier, MANY)
     code, listed = said("ls")
-    assert 0 == code and "tensorway.offload.ls" == listed["schema"]
+    assert 0 == code and "tensorway.offload-ls/1" == listed["schema"]
     assert [path.name for path in segments()] == [row["file"] for row in listed["segments"]]
     assert ["sealed", "written"] == sorted({row["state"] for row in listed["segments"]})
     assert len(MANY) == sum(row["blocks"] for row in listed["segments"])
