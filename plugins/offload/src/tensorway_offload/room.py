@@ -120,16 +120,17 @@ class Room:
     def _remembered(self, left: dict[bytes, int], kept: AbstractSet[int]) -> dict[int, None]:
         """Rows of tenants that were found to be the next ones to go; there are so many fewer to look for."""
         chosen: dict[int, None] = {}
-        for name in left:
-            known = self._next.get(name, {})
-            while left[name] and known:
-                some = list(islice(known, left[name]))
+        for name, count in left.items():
+            known, wanted = self._next.get(name, {}), count
+            while wanted and known:
+                some = list(islice(known, wanted))
                 for key in some:
                     del known[key]
                 rows = [row for row in self._index.find(some) if row is not None]
                 taken = self._free_to_go(rows, kept, [])
                 chosen.update(dict.fromkeys(taken))
-                left[name] -= len(taken)
+                wanted -= len(taken)
+            left[name] = wanted
             if not known:
                 self._next.pop(name, None)
         return chosen
