@@ -630,3 +630,14 @@ def test_what_is_stored_anew_is_not_the_next_to_go_since_it_was_before():
     made.complete_load(load.ticket, keys[1:2])
     stored(made, keys[1:2])
     assert stored(made, blocks(1, 60)).evicted == keys[2:]
+
+
+def test_whoever_borrows_and_returns_without_end_leaves_nothing_behind():
+    made, keys = manager(4, lend_share=1.0), blocks(2)
+    stored(made, keys)
+    assert made.lend(keys[:1], 30.0) == [0]
+    for _ in range(3000):
+        assert made.lend(keys[1:], 30.0) == [1]
+        made.returned(keys[1:])
+    assert len(made._blocks.lending._ends) <= 1100
+    assert states(made)["used"] == 1
