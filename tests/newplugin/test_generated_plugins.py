@@ -268,7 +268,7 @@ BREAKS = {
         "max_in_flight=1, synchronous=True",
         "max_notification=1 << 21",
         "test_notifications_keep_their_order_and_their_bytes",
-        "PeerLost",
+        "PeerLost|DeadlineExceeded",  # the second where the machine is busy
         ("tests/test_transport.py", "-k", "test_notifications"),
     ),
     "the metadata does not say which API": Break(
@@ -314,7 +314,7 @@ def test_its_own_tests_fail_when(lab, overlay, what):
     done = lab.own_tests("transport", *broken.which, overlay=overlay)
     output = done.stdout + done.stderr
     assert done.returncode == 1, output
-    assert broken.says in output
+    assert any(said in output for said in broken.says.split("|")), output
     failed = {
         line.split(" - ")[0].rsplit("::", 1)[-1] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))
     }
