@@ -99,6 +99,8 @@ def install(session: nox.Session, dists: list[str], *requirements: str) -> None:
 
 #: For tests that mostly wait, for processes and deadlines: those of one file in one of so many workers.
 AT_ONCE = ["-n", "3", "--dist", "loadfile"]
+#: Fewer, for fabrics whose own threads need a core as well.
+TWO = ["-n", "2", "--dist", "loadfile"]
 #: The plugins whose tests do.
 WAITING = {"cpu", "fs", "kv", "object", "offload"}
 
@@ -220,7 +222,7 @@ def everything(session: nox.Session) -> None:
     pytest(session, ROOT / "plugins" / "eplb" / "tests", "-k", "nixl or gloo")
     pytest(session, ROOT / "plugins" / "offload" / "tests", "-k", "nixl")
     session.install(*CONSTRAINTS, *LIBRARIES["mooncake"])
-    pytest(session, ROOT / "plugins" / "kv" / "tests", "-k", "nixl or mooncake or observed", *AT_ONCE)
+    pytest(session, ROOT / "plugins" / "kv" / "tests", "-k", "nixl or mooncake or observed", *TWO)
 
 
 @nox.session(requires=["build"])
