@@ -44,6 +44,7 @@ class WorkerAdapter(theirs.OffloadingWorker):
         self.heard = False
         self._outcomes: list[Outcome] = []
         self._bad: set[int] = set()
+        self._bad_jobs: set[int] = set()
 
     def submit_store(self, job_id: int, src_spec: theirs.GPULoadStoreSpec, dst_spec: theirs.LoadStoreSpec) -> bool:
         """Begin to copy pages away."""
@@ -78,7 +79,8 @@ class WorkerAdapter(theirs.OffloadingWorker):
             _log.warning(
                 "%d of %d blocks were not %s: %s %s", len(places), len(job.engine), what, result.cause, result.why
             )
-        if job.load:
+        if job.load and places:
+            self._bad_jobs.add(result.job)
             self._bad.update(page for place in places for page in job.engine.pages[place] if page >= 0)
         if self.heard:
             self._outcomes.append(Outcome({job.ticket: 1}, {job.ticket: places} if places else {}))
@@ -97,6 +99,11 @@ class WorkerAdapter(theirs.OffloadingWorker):
     def bad_pages(self) -> set[int]:
         """Pages that were to be loaded and were not, since the last call."""
         bad, self._bad = self._bad, set()
+        return bad
+
+    def bad_jobs(self) -> set[int]:
+        """Loads of which something failed, since the last call."""
+        bad, self._bad_jobs = self._bad_jobs, set()
         return bad
 
     def wait(self, job_ids: Collection[int]) -> None:

@@ -1,0 +1,74 @@
+"""What vLLM calls at start; factories of its are imitated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from tensorway_vllm.options import options_of
+from tensorway_vllm.plugin import register
+
+from tensorway.errors import OptionsInvalid
+
+
+class Factory:
+    """Refuses a name that it has, as vLLM's do."""
+
+    def __init__(self):
+        self._registry = {}
+
+    def register_connector(self, name, module, cls):
+        if name in self._registry:
+            raise ValueError(name)
+        self._registry[name] = module
+
+    register_spec = register_connector
+
+
+@pytest.fixture
+def factories(monkeypatch):
+    made = {}
+    for path, name in (
+        ("vllm.distributed.kv_transfer.kv_connector.factory", "KVConnectorFactory"),
+        ("vllm.v1.kv_offload.factory", "OffloadingSpecFactory"),
+    ):
+        parts = path.split(".")
+        for end in range(1, len(parts) + 1):
+            package = ".".join(parts[:end])
+            module = ModuleType(package)
+            module.__path__ = []
+            monkeypatch.setitem(sys.modules, package, sys.modules.get(package, module))
+        made[name] = Factory()
+        monkeypatch.setattr(sys.modules[path], name, made[name], raising=False)
+    return made
+
+
+def test_names_are_registered_once(factories):
+    register()
+    register()
+    assert factories["KVConnectorFactory"]._registry == {"TensorwayOffloadingConnector": "tensorway_vllm.connector"}
+    assert factories["OffloadingSpecFactory"]._registry == {"TensorwayOffloadingSpec": "tensorway_vllm.spec"}
+
+
+def test_factories_that_are_others_do_not_end_the_engine(factories, monkeypatch, caplog):
+    monkeypatch.delattr(Factory, "register_connector")
+    register()
+    assert "tensorway vllm doctor" in caplog.text
+
+
+@pytest.mark.parametrize("module", ["plugin", "options", "probes", "command", "pages"])
+def test_nothing_of_vllm_is_imported_before_it_is_needed(module):
+    code = f"import sys, tensorway_vllm.{module}; sys.exit(any(m.split('.')[0] in ('vllm', 'torch') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_misspelt_option_is_an_error_with_the_nearest_name():
+    with pytest.raises(OptionsInvalid, match="flush_seconds"):
+        options_of({"flush_secnds": 3})
+
+
+def test_options_that_vllm_reads_are_known():
+    options = options_of({"spec_name": "TensorwayOffloadingSpec", "blocks_per_chunk": 2, "options": {"threads": 1}})
+    assert (options.backend, options.options, options.blocks_per_chunk) == ("cpu", {"threads": 1}, 2)
