@@ -17,6 +17,7 @@ with warnings.catch_warnings():  # those of importing vLLM are not ours
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm.v1.kv_offload.base", reason="needs vLLM", exc_type=ImportError)
     import vllm.v1.kv_offload.base as theirs
+
     from tensorway_vllm.manager import ManagerAdapter, _req
     from tensorway_vllm.pages import geometries
     from tensorway_vllm.words import Outcome

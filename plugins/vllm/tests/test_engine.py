@@ -58,7 +58,7 @@ def _known():
 def without(run, _known):
     """What the engine says when nothing is offloaded."""
     if not _known:
-        [told], log = run(None, [""])
+        [told], _ = run(None, [""])
         _known["tokens"] = told["tokens"]
     return _known["tokens"]
 
@@ -108,3 +108,12 @@ def test_it_is_used_by_its_module_where_the_plugin_is_left_out(run, without):
 def test_a_misspelt_option_ends_the_start_with_the_nearest_name(run):
     rounds, log = run(offloading(flush_secnds=1), [""])
     assert not rounds and "Did you mean 'flush_seconds'?" in log
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="vLLM binds each rank to a processor of its own")
+def test_ranks_of_several_processes_share_the_rows(run, without):
+    one, other, *_ = sorted(os.sched_getaffinity(0))
+    ranks = {"engine": {"tensor_parallel_size": 2}, "environment": {"VLLM_CPU_OMP_THREADS_BIND": f"{one}|{other}"}}
+    rounds, log = run(offloading(), ["", "reset", "reset_all"], **ranks)
+    assert [each["hits"] for each in rounds] == [0, ALL, 0], log[-3000:]
+    assert all(each["tokens"] == rounds[0]["tokens"] for each in rounds)

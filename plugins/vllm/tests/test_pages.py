@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tensorway_cpu.canonical import canonical
-from tensorway_vllm.pages import facts_of, geometries, page_bytes, pages_of
 
 from tensorway.errors import LayoutInvalid, Unsupported
+from tensorway_cpu.canonical import canonical
+from tensorway_vllm.pages import facts_of, geometries, page_bytes, pages_of
 
 
 def configured(*groups, nbytes=4096, world=1, rank=0, **parallel):

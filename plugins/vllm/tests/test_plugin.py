@@ -7,10 +7,10 @@ import sys
 from types import ModuleType
 
 import pytest
-from tensorway_vllm.options import options_of
-from tensorway_vllm.plugin import register
 
 from tensorway.errors import OptionsInvalid
+from tensorway_vllm.options import options_of
+from tensorway_vllm.plugin import register
 
 
 class Factory:
@@ -60,7 +60,9 @@ def test_factories_that_are_others_do_not_end_the_engine(factories, monkeypatch,
 
 @pytest.mark.parametrize("module", ["plugin", "options", "probes", "command", "pages"])
 def test_nothing_of_vllm_is_imported_before_it_is_needed(module):
-    code = f"import sys, tensorway_vllm.{module}; sys.exit(any(m.split('.')[0] in ('vllm', 'torch') for m in sys.modules))"
+    code = (
+        f"import sys, tensorway_vllm.{module}; sys.exit(any(m.split('.')[0] in ('vllm', 'torch') for m in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

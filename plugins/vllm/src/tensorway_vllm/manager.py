@@ -71,9 +71,7 @@ class ManagerAdapter(theirs.OffloadingManager):
 
     def _key(self, key: theirs.OffloadKey) -> OffloadKey:
         """Ours of theirs. Tenants are in vLLM's hash already, which begins with the request's salt."""
-        return make_offload_key(
-            theirs.get_offload_block_hash(key), self._groups[theirs.get_offload_group_idx(key)]
-        )
+        return make_offload_key(theirs.get_offload_block_hash(key), self._groups[theirs.get_offload_group_idx(key)])
 
     def _back(self, key: OffloadKey) -> theirs.OffloadKey:
         return theirs.make_offload_key(key_hash(key), self._original[key_group(key)])
@@ -207,7 +205,7 @@ class ManagerAdapter(theirs.OffloadingManager):
 
 def _req(context: theirs.ReqContext) -> ReqContext:
     """Ours for vLLM's, made once. vLLM's filter knows media; ours names: storage is all tiers, and no storage none."""
-    known = context.get_state(_Request)
+    known: _Request | None = context.get_state(_Request)
     if known is None:
         below = context.load_tier_filter.allows(theirs.Medium.STORAGE, None)
         known = _Request(ReqContext(context.req_id, tiers=None if below else frozenset()))

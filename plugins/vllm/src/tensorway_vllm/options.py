@@ -24,9 +24,7 @@ class SpecOptions:
     #: Engines share tiers only if they say the same.
     facts: dict[str, str] = attrs.field(factory=dict)
     #: Seconds for which the engine waits for copies of pages that it wants back.
-    flush_seconds: float = attrs.field(
-        default=60.0, validator=[attrs.validators.gt(0.0), attrs.validators.le(3600.0)]
-    )
+    flush_seconds: float = attrs.field(default=60.0, validator=[attrs.validators.gt(0.0), attrs.validators.le(3600.0)])
     #: Seconds that opening the backend may take.
     open_seconds: float = attrs.field(default=60.0, validator=[attrs.validators.gt(0.0), attrs.validators.le(3600.0)])
     # What vLLM itself reads of the same mapping; named here so that what nobody reads is an error.

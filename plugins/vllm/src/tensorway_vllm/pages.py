@@ -36,7 +36,7 @@ def check_supported(config: Any) -> None:
 def page_bytes(config: Any) -> int:
     """Of one page of one layer on one rank. Layers of all groups lie in the same pages, as many as the longest has."""
     layers = max(len(group.layer_names) for group in config.groups)
-    whole, rest = divmod(config.worker_kv_bytes_per_block, layers)
+    whole, rest = divmod(int(config.worker_kv_bytes_per_block), layers)
     if not whole or rest:
         true = f"A block has {config.worker_kv_bytes_per_block} bytes in {layers} layers, which are not of one size."
         raise LayoutInvalid(_ASKED, true, "Offload models whose layers have pages of one size.")
@@ -56,7 +56,7 @@ def geometries(config: Any, tensors: Sequence[Sequence[Any]] | None = None) -> l
 
 
 def _of_rank(config: Any, rank: int, nbytes: int, tensors: Sequence[Sequence[Any]] | None) -> RankGeometry:
-    planes = []
+    planes: list[Plane] = []
     for number, group in enumerate(config.groups):
         width, rest = divmod(nbytes, group.tokens_per_block)
         if rest:

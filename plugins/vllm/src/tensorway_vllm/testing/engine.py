@@ -2,8 +2,8 @@
 
 PLAN is JSON: `model`, a folder; `kv`, a KVTransferConfig or null; `rounds`, what is done before each round: `""`,
 `reset` (the engine's own cache) or `reset_all` (the connector's, too); `fail`, a round in which every block's load
-fails, or null; `wait`, seconds between rounds. The last line that it prints is JSON: of each round tokens, external hits and
-seconds. May import vllm; an engine in one process, without a GPU.
+fails, or null; `wait`, seconds between rounds. The line that begins with `{"start"` tells, in JSON, tokens, external
+hits and seconds of each round. May import vllm; an engine in one process, without a GPU.
 """
 
 from __future__ import annotations
@@ -105,4 +105,5 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    print(json.dumps(main(json.loads(sys.argv[1]))), flush=True)
+    sys.stdout.write(f"{json.dumps(main(json.loads(sys.argv[1])))}\n")
+    sys.stdout.flush()
