@@ -28,18 +28,22 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def run(model, tmp_path):
+def surroundings(tmp_path):
+    return {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def run(model, surroundings):
     def carried_out(kv, rounds, **plan):
-        environment = {
-            **os.environ,
-            "HOME": str(tmp_path),
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_HOST_IP": "127.0.0.1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "OMP_NUM_THREADS": "1",
-            **plan.pop("environment", {}),
-        }
+        environment = {**surroundings, **plan.pop("environment", {})}
         whole = {"model": str(model), "kv": kv, "rounds": rounds, "wait": 0.5, **plan}
         command = [sys.executable, "-m", "tensorway_vllm.testing.engine", json.dumps(whole)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
@@ -117,3 +121,26 @@ def test_ranks_of_several_processes_share_the_rows(run, without):
     rounds, log = run(offloading(), ["", "reset", "reset_all"], **ranks)
     assert [each["hits"] for each in rounds] == [0, ALL, 0], log[-3000:]
     assert all(each["tokens"] == rounds[0]["tokens"] for each in rounds)
+
+
+def test_windows_and_full_attention_are_offloaded_together(run, tmp_path):
+    from tensorway_vllm.testing.tiny import make
+
+    folder = str(make(tmp_path / "gemma", "gemma2"))
+    kv = offloading(options={"capacity_blocks": 256})
+    [alone], _ = run(None, [""], model=folder)
+    rounds, log = run(kv, ["", "reset", "reset", "reset", "reset"], model=folder, fail=2)
+    assert all(each["tokens"] == alone["tokens"] for each in rounds), log[-3000:]
+    assert [each["hits"] for each in rounds if each is not rounds[2]] == [0, ALL, 0, ALL]
+
+
+def test_a_request_is_handed_over_between_engines_in_processes(model, surroundings):
+    command = [sys.executable, "-m", "tensorway_vllm.testing.disaggregated", str(model)]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=800, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]
+    assert lines, done.stdout[-2000:] + done.stderr[-3000:]
+    *handed, orphaned = json.loads(lines[-1])["tokens"]
+    for each in handed:
+        assert each["handed"] == each["alone"] == each["forged"] and each["first"] == each["alone"][:1]
+        assert each["hits"] == [9 * 32, 0, 0]
+    assert orphaned["had_ticket"] and orphaned["orphaned"] == orphaned["alone"]

@@ -48,7 +48,10 @@ def factories(monkeypatch):
 def test_names_are_registered_once(factories):
     register()
     register()
-    assert factories["KVConnectorFactory"]._registry == {"TensorwayOffloadingConnector": "tensorway_vllm.connector"}
+    assert factories["KVConnectorFactory"]._registry == {
+        "TensorwayConnector": "tensorway_vllm.handover",
+        "TensorwayOffloadingConnector": "tensorway_vllm.connector",
+    }
     assert factories["OffloadingSpecFactory"]._registry == {"TensorwayOffloadingSpec": "tensorway_vllm.spec"}
 
 

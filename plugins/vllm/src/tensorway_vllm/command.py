@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from tensorway_vllm import probes
-from tensorway_vllm.plugin import CONNECTOR, PLUGIN, SPEC
+from tensorway_vllm.plugin import CONNECTOR, HANDOVER, PLUGIN, SPEC
 
 if TYPE_CHECKING:
     from tensorway.cli.output import Output
@@ -40,7 +40,7 @@ def _doctor(out: Output) -> int:
     tried = any(found == each or found.startswith(f"{each}.") for each in probes.TRIED)
     out.line(f"vLLM {found}: {'tried with this release' if tried else 'untried with this release'}")
     good = _plugin(out)
-    for kind, (name, module) in (("connector", CONNECTOR), ("offloading spec", SPEC)):
+    for kind, (name, module) in (("connector", CONNECTOR), ("connector", HANDOVER), ("offloading spec", SPEC)):
         out.line(f"{kind} {name}: {module}")
     out.line("Nothing of vLLM is patched.")
     for each in probes.offloading():

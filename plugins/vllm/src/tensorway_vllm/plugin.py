@@ -11,6 +11,7 @@ from typing import Any, Final
 
 SPEC: Final = ("TensorwayOffloadingSpec", "tensorway_vllm.spec")
 CONNECTOR: Final = ("TensorwayOffloadingConnector", "tensorway_vllm.connector")
+HANDOVER: Final = ("TensorwayConnector", "tensorway_vllm.handover")
 #: As the entry point is called, and so as `VLLM_PLUGINS` must name it.
 PLUGIN: Final = "tensorway"
 
@@ -23,7 +24,8 @@ def register() -> None:
         from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
         from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-        _add(KVConnectorFactory, "register_connector", *CONNECTOR)
+        for connector in (CONNECTOR, HANDOVER):
+            _add(KVConnectorFactory, "register_connector", *connector)
         _add(OffloadingSpecFactory, "register_spec", *SPEC)
     except Exception as error:  # of any vLLM, which may have moved what is used here
         _log.warning(
