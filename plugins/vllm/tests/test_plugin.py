@@ -55,6 +55,34 @@ def test_names_are_registered_once(factories):
     assert factories["OffloadingSpecFactory"]._registry == {"TensorwayOffloadingSpec": "tensorway_vllm.spec"}
 
 
+def test_factories_that_come_later_are_told_when_they_do(tmp_path):
+    """In a process of its own, for it is about what was imported."""
+    for path in ("vllm/distributed/kv_transfer/kv_connector", "vllm/v1/kv_offload"):
+        (tmp_path / path).mkdir(parents=True)
+    for folder in (each for each in (tmp_path / "vllm", *(tmp_path / "vllm").rglob("*")) if each.is_dir()):
+        (folder / "__init__.py").touch()  # or the real one would be found first
+    factory = (
+        "class {0}:\n    _registry = {{}}\n    @classmethod\n    def {1}(cls, *told): cls._registry[told[0]] = told\n"
+    )
+    connectors = tmp_path / "vllm/distributed/kv_transfer/kv_connector/factory.py"
+    connectors.write_text(factory.format("KVConnectorFactory", "register_connector"))
+    (tmp_path / "vllm/v1/kv_offload/factory.py").write_text(factory.format("OffloadingSpecFactory", "register_spec"))
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tensorway_vllm.plugin import register
+register()
+register()
+assert not [name for name in sys.modules if name.startswith("vllm")]
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+print(sorted([*KVConnectorFactory._registry, *OffloadingSpecFactory._registry]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "['TensorwayConnector', 'TensorwayOffloadingConnector', 'TensorwayOffloadingSpec']\n", done
+
+
 def test_factories_that_are_others_do_not_end_the_engine(factories, monkeypatch, caplog):
     monkeypatch.delattr(Factory, "register_connector")
     register()
