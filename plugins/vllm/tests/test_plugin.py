@@ -45,13 +45,14 @@ def factories(monkeypatch):
     return made
 
 
-def test_names_are_registered_once(factories):
+def test_names_are_registered_once(factories, caplog):
     register()
     register()
     assert factories["KVConnectorFactory"]._registry == {
         "TensorwayConnector": "tensorway_vllm.handover",
         "TensorwayOffloadingConnector": "tensorway_vllm.connector",
     }
+    assert not caplog.text, "vLLM's factories refuse what they have"
     assert factories["OffloadingSpecFactory"]._registry == {"TensorwayOffloadingSpec": "tensorway_vllm.spec"}
 
 
