@@ -20,8 +20,8 @@ DISTS = {"tensorway": CORE} | {f"tensorway-{name}": folder for name, folder in P
 OTHER_EXTRAS = {"testing"}
 #: Dists of a movement: what they offer has names of its own.
 MOVEMENTS = {"eplb", "kv", "offload"}
-#: Groups whose names are words of a command.
-WORDS = {"tensorway.offload_command"}
+#: Groups whose names are words of a command, or movements.
+WORDS = {"tensorway.command", "tensorway.demo", "tensorway.offload_command"}
 #: What the mathematics of a dist needs: small, and on every index.
 MATHEMATICS = {
     "cpu": {"numpy"},

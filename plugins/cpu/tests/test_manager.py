@@ -293,3 +293,31 @@ def test_a_forked_child_that_closes_the_manager_takes_nothing_from_its_parent():
     assert b"Z" * 8 == ctypes.string_at(worker._rows.memory.address, 8), "the worker has found no rows of the parent's"
     worker.close()
     manager.close()
+
+
+def test_what_ends_after_the_manager_has_changes_nothing_and_reads_no_row(shelves):
+    engine = Pages.of(CACHES, Parallel(1))
+    made = CPUManager(CPUOptions(capacity_blocks=4, tiers=[{"backend": "shelf"}]), context(engine))
+    first, second = (made.prepare_store(keys_of(1, number), REQ).ticket for number in range(2))
+    made.complete_store(first)
+    load = made.prepare_load(keys_of(1), REQ)
+    made.close()
+    made.complete_store(second)
+    made.complete_load(load.ticket, keys_of(1))
+    made.ended(REQ)
+    made.reset()
+    made.poll()
+    made.close()
+
+
+def test_keys_that_are_none_cost_neither_rows_nor_calls_that_raise(shelves):
+    engine = Pages.of(CACHES, Parallel(1))
+    made = CPUManager(CPUOptions(capacity_blocks=4, tiers=[{"backend": "shelf"}]), context(engine))
+    wrong = [*keys_of(1, group=7), b"a hash, and not a key"]
+    try:
+        made.complete_store(made.prepare_store(wrong, REQ).ticket)
+        made.ended(REQ)
+        assert made.prepare_store(keys_of(4), REQ) is not None
+    finally:
+        made.close()
+    assert shelves[0].blocks == {}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pkgutil
 import subprocess
 import sys
+import uuid
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_it_serves_engines_with_and_without_accelerators():
 
 @pytest.mark.parametrize(("role", "wanted"), [("manager", CPUManager), ("worker", CPUWorker)])
 def test_the_contexts_role_says_which_side_it_is(role, wanted):
-    context = OffloadContext(f"offer-{role}", role, engine_pages(1).geometries)
+    context = OffloadContext(f"offer-{role}-{uuid.uuid4().hex}", role, engine_pages(1).geometries)
 
     made = tensorway.create("offloading", "auto", {"capacity_blocks": 4}, context)
 

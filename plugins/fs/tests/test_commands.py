@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import random
 
 import pytest
 
 from tensorway.cli.output import Output
 from tensorway.errors import OptionsInvalid
+from tensorway.offload import key_tenant
 from tensorway_fs import command
+from tensorway_fs.command.removing import Which, remove
+from tensorway_fs.command.verifying import verify_all
+from tensorway_fs.disk import Disk
+from tensorway_fs.namespace import Root
 from tensorway_fs.records import PAGE, Head
 from tensorway_fs.testing.blocks import DEADLINE, key_of, read
 
@@ -33,7 +40,7 @@ def test_segments_are_listed_and_counted(open_tier, put, said, segments):
     tier = open_tier()
     put(tier, MANY)
     code, listed = said("ls")
-    assert 0 == code and "tensorway.offload.ls" == listed["schema"]
+    assert 0 == code and "tensorway.offload-ls/1" == listed["schema"]
     assert [path.name for path in segments()] == [row["file"] for row in listed["segments"]]
     assert ["sealed", "written"] == sorted({row["state"] for row in listed["segments"]})
     assert len(MANY) == sum(row["blocks"] for row in listed["segments"])
@@ -129,3 +136,65 @@ def test_a_folder_of_others_is_not_touched(said, tmp_path):
         with pytest.raises(OptionsInvalid):
             said(action)
     assert ["mine"] == [path.name for path in tmp_path.iterdir()]
+
+
+class Vanishing(Disk):
+    """Whoever wants to write to a segment finds that an engine has just removed it."""
+
+    def open(self, path, flags):
+        if flags & os.O_RDWR and path.suffix == ".seg":
+            path.unlink(missing_ok=True)
+        return super().open(path, flags)
+
+
+def test_what_engines_remove_meanwhile_stops_neither_gc_nor_verify(open_tier, put, segments, tmp_path):
+    put(open_tier(), MANY)
+    damaged = segments()[-1]
+    head = Head.decoded(damaged.read_bytes()[:PAGE])
+    with damaged.open("r+b") as file:
+        file.seek(head.at(0))
+        file.write(b"\xa5\x5a")
+    root = Root(tmp_path, Vanishing())
+    assert 1 == verify_all(root, lambda text: None, repair=True).damaged
+    assert damaged not in segments()
+    assert 0 == remove(root, Which(tenant=key_tenant(key_of(OTHER[0]))), dry=False).blocks
+    assert not segments()
+
+
+def test_what_cannot_be_read_is_a_problem_and_the_rest_is_verified(open_tier, put, segments, tmp_path):
+    put(open_tier(), MANY)
+
+    first = Head.decoded(segments()[0].read_bytes()[:PAGE])
+
+    class Unreadable(Disk):
+        def preadv(self, file, buffers, offset):
+            if os.fstat(file).st_ino == segments()[0].stat().st_ino and offset >= first.at(3):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().preadv(file, buffers, offset)
+
+    whole = verify_all(Root(tmp_path, Disk()), lambda text: None, repair=False)
+    part = verify_all(Root(tmp_path, Unreadable()), lambda text: None, repair=False)
+    assert not whole.damaged and 0 < part.damaged and whole.sound == part.sound + part.damaged
+
+
+def test_segments_in_use_do_not_count_as_removed(open_tier, put, said, segments):
+    put(open_tier(), MANY[:1])  # the oldest, which stays
+    put(open_tier(), MANY[1:])
+    oldest, most = segments()[0], sum(path.stat().st_blocks * 512 for path in segments()) - 4096
+    _, done = said("gc", "--max-bytes", str(most))
+    assert 1 == done["kept"] == done["segments"] and oldest in segments()
+    assert most >= sum(path.stat().st_blocks * 512 for path in segments())
+
+
+def test_a_segment_that_is_being_made_is_not_damaged(open_tier, put, said, segments):
+    answers = []
+
+    class Slow(Disk):
+        def fallocate(self, file, nbytes):
+            answers.append(said("verify")[0])
+            super().fallocate(file, nbytes)
+            answers.extend((said("verify")[0], said("gc", "--damaged", "--max-bytes", "0")[1]["segments"]))
+
+    tier = open_tier(Slow())
+    put(tier, MANY[:2])
+    assert [0, 0, 0] == answers and {"done"} == set(read(tier, MANY[:2]).values())

@@ -136,3 +136,11 @@ def test_what_a_table_says_does_not_hide_what_is_known(open_tier, put):
     other, _ = index.find(key_of(1))
     index.publish(other, other.head.places - 1, [bytes(key_of(MANY[0]))], certain=False)
     assert known == index.find(key_of(MANY[0]))
+
+
+def test_a_name_with_the_highest_number_stops_nobody(open_tier, put, segments):
+    put(open_tier(), MANY[:1])
+    (segments()[0].parent / f"{'f' * 16}-{'0' * 16}.seg").write_bytes(b"")
+    tier = open_tier()
+    assert {"done"} == set(put(tier, MANY[1:]))
+    assert {"done"} == set(read(open_tier(), MANY).values())

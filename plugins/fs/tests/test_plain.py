@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import attrs
 import pytest
 
@@ -49,8 +52,6 @@ def test_a_block_under_another_s_name_is_not_read(open_files, put, tmp_path):
 
 
 def test_what_was_not_used_for_longest_goes_first(open_files, put, tmp_path):
-    import os
-
     tier = open_files(max_bytes=1 << 18)
     put(tier, MANY[:20])
     for number, path in enumerate(sorted(tmp_path.rglob("*.kv"), key=lambda path: path.stat().st_mtime_ns)):
@@ -76,3 +77,43 @@ def test_a_write_that_fails_leaves_nothing_behind(open_files, put, tmp_path):
     ]
     assert ["done"] == put(open_files(), [0])
     assert block_of(0)
+
+
+def test_who_cannot_say_that_a_block_was_used_reads_it_all_the_same(open_files, put):
+    class Mounted(Disk):
+        def touch(self, file):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    put(open_files(), MANY[:2])
+    assert {"done"} == set(read(open_files(Mounted()), MANY[:2]).values())
+
+
+def test_what_may_not_be_read_has_failed(open_files, put):
+    class Forbidding(Disk):
+        def preadv(self, file, buffers, offset):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    put(open_files(), MANY[:1])
+    assert ["failed"] == list(read(open_files(Forbidding()), MANY[:1]).values())
+
+
+def test_every_folder_on_the_way_to_a_block_is_on_the_disk_before_it_is_stored(open_files, put, tmp_path):
+    made, synced = [], set()
+
+    class Told(Disk):
+        def mkdir(self, path):
+            if not path.exists():
+                made.append(path)
+                synced.discard(path.parent)
+            super().mkdir(path)
+
+        def sync_folder(self, path):
+            synced.add(path)
+            super().sync_folder(path)
+
+    tier = open_files(Told(), durability="strict")
+    put(tier, MANY[:1])
+    assert 5 == len(made) and {path.parent for path in made} <= synced
+    synced.clear()
+    put(tier, MANY[:1])  # which somebody else may have made who was killed then
+    assert {path.parent for path in tmp_path.rglob("*.kv")} | {next(tmp_path.rglob("blocks"))} <= synced

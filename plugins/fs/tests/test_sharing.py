@@ -8,7 +8,9 @@ import threading
 import pytest
 
 from tensorway.errors import Closed
+from tensorway.offload import OfTenant, key_tenant
 from tensorway_fs.disk import Disk
+from tensorway_fs.records import PAGE
 from tensorway_fs.testing.blocks import DEADLINE, aligned, block_of, key_of, read
 from tensorway_fs.testing.crash import ended, forked
 
@@ -178,3 +180,123 @@ def test_time_that_jumps_changes_nothing(open_tier, put, monkeypatch):
         numbers = [8 * (100 + int(now) % 97 + each) for each in range(3)]
         assert {"done"} == set(put(tier, numbers))
         assert {"done"} == set(read(open_tier(), numbers).values())
+
+
+def test_what_another_has_removed_is_stored_again(open_tier, put):
+    one, other = open_tier(), open_tier()
+    put(one, MANY[:2])
+    assert all(other.contains([key_of(number) for number in MANY[:2]], DEADLINE))
+    one.delete([key_of(MANY[0])], DEADLINE)
+    assert ["done", "done"] == put(other, MANY[:2])
+    assert {"done"} == set(read(open_tier(), MANY[:2]).values())
+
+
+def test_what_is_deleted_is_deleted_wherever_it_was_stored(open_tier, put):
+    for tier in [open_tier(refresh=3600.0) for _ in range(3)]:  # none knows of the others
+        put(tier, [0, 8, 16])
+    late = open_tier(refresh=3600.0)
+    for tier in [open_tier(refresh=3600.0) for _ in range(2)]:
+        put(tier, [24])
+    assert 2 == late.delete([key_of(0), key_of(24)], DEADLINE)
+    assert 2 == late.delete(OfTenant(key_tenant(key_of(8))), DEADLINE)
+    assert not any(open_tier().contains([key_of(number) for number in (0, 8, 16, 24)], DEADLINE))
+
+
+class Meanwhile(Disk):
+    """Something happens while a table is read."""
+
+    def __init__(self):
+        self.happens = None
+
+    def preadv(self, file, buffers, offset):
+        count = super().preadv(file, buffers, offset)
+        if self.happens is not None and offset == PAGE:
+            happens, self.happens = self.happens, None
+            happens()
+        return count
+
+
+def test_what_is_stored_while_deletions_are_looked_at_is_there(open_tier, put):
+    disk = Meanwhile()
+    one, other = open_tier(disk), open_tier()
+    put(one, MANY[:2])
+    other.delete([key_of(MANY[0])], DEADLINE)
+    disk.happens = lambda: put(one, MANY[2:3])
+    assert [False, True] == one.contains([key_of(number) for number in MANY[:2]], DEADLINE)
+    assert disk.happens is None
+    assert [True] == one.contains([key_of(MANY[2])], DEADLINE)
+
+
+def test_what_was_deleted_while_a_segment_is_taken_over_stays_deleted(open_tier, put, segments):
+    writer = open_tier()
+    put(writer, MANY[:2])
+    writer.close()
+    disk = Meanwhile()
+    one, other = open_tier(disk, refresh=3600.0), open_tier()
+
+    def happens():
+        assert 1 == other.delete([key_of(MANY[0])], DEADLINE)
+        assert {"missing"} == set(read(one, MANY[:1]).values())
+
+    disk.happens = happens
+    put(one, MANY[2:3])
+    assert disk.happens is None and 1 == len(segments())
+    assert [False, True, True] == one.contains([key_of(number) for number in MANY[:3]], DEADLINE)
+
+
+def test_a_forked_child_holds_nobody_up(open_tier, put, segments):
+    hold, let_go = os.pipe()
+    children = []
+
+    def life():
+        os.close(let_go)
+        os.read(hold, 1)
+
+    class Forking(Disk):
+        def fallocate(self, file, nbytes):
+            super().fallocate(file, nbytes)
+            children.append(forked(life))
+
+    one = open_tier(Forking())
+    try:
+        put(one, MANY[:2])
+        one.close()
+        other = open_tier()
+        small = [(key_of(1), memoryview(block_of(1)))]
+        assert ["done"] == other.put(small, 5.0)  # of another kind, so that it needs a segment of its own
+        assert ["done"] == put(other, MANY[2:3]) and 2 == len(segments())
+    finally:
+        os.close(let_go)
+        os.close(hold)
+        for child in children:
+            ended(child)
+
+
+def test_a_tier_that_is_closed_while_it_writes_writes_to_no_other_file(open_tier, put):
+    begun, go_on, found = threading.Event(), threading.Event(), []
+
+    class Slow(Disk):
+        def pwritev(self, file, buffers, offset):
+            before = os.fstat(file).st_ino
+            if not begun.is_set() and offset > PAGE:
+                begun.set()
+                go_on.wait(DEADLINE)
+                found.append(before == inode(file))
+            return super().pwritev(file, buffers, offset)
+
+    tier, before = open_tier(Slow(), direct=False), len(os.listdir("/proc/self/fd"))
+    thread = threading.Thread(target=lambda: found.append(put(tier, MANY)))
+    thread.start()
+    assert begun.wait(DEADLINE)
+    tier.close()
+    go_on.set()
+    thread.join(DEADLINE)
+    assert found[0] is True and "done" in found[1]
+    assert before == len(os.listdir("/proc/self/fd"))
+
+
+def inode(file):
+    try:
+        return os.fstat(file).st_ino
+    except OSError:
+        return None

@@ -256,3 +256,38 @@ def test_a_folder_that_may_only_be_read_is_read(open_tier, put):
         for path in (Path(folder), *Path(folder).rglob("*")):
             path.chmod(path.stat().st_mode | 0o555)
         assert not ended(forked(life))
+
+
+def test_a_block_that_never_fits_removes_nothing(open_tier, put):
+    tier = open_tier(max_bytes=QUOTA)
+    put(tier, MANY[:50])
+    assert ["full"] == tier.put([(key_of(MANY[50]), memoryview(bytes(2 * QUOTA)))], DEADLINE)
+    assert {"done"} == set(read(open_tier(max_bytes=QUOTA), MANY[:50]).values())
+
+
+def test_who_goes_on_with_a_segment_knows_that_its_name_is_on_the_disk(open_tier, put, tmp_path):
+    synced = []
+
+    class Told(Disk):
+        def sync_folder(self, path):
+            synced.append(path)
+            super().sync_folder(path)
+
+    tier, other = open_tier(Told(), durability="strict"), open_tier()
+    put(other, MANY[:2])
+    other.close()
+    tier.contains([key_of(MANY[2])], DEADLINE)
+    synced.clear()
+    put(tier, MANY[2:3])
+    assert 1 == len(list(tmp_path.rglob("*.seg"))) and [next(tmp_path.rglob("*.seg")).parent] == synced
+
+
+def test_where_files_cannot_be_locked_blocks_are_stored_all_the_same(open_tier, put, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("tensorway_fs.disk.fcntl.flock", flock)
+    tier = open_tier()
+    assert ["done"] == tier.put([(key_of(0), memoryview(block_of(0)))], 2.0)
+    tier.close()
+    assert ["done"] == list(read(open_tier(), [0]).values())

@@ -119,3 +119,22 @@ def test_nothing_to_do_is_done(flights):
         raise AssertionError
 
     assert "done" == flights.run(one, 0, until(LONG))
+
+
+def test_a_call_that_was_interrupted_does_not_go_on_in_the_next_one(flights):
+    done = []
+
+    async def interrupted(number):
+        if number == 3:
+            raise KeyboardInterrupt
+        await asyncio.sleep(0.01)
+        done.append(number)
+
+    async def quiet(number):
+        await asyncio.sleep(0.1)
+
+    with pytest.raises(KeyboardInterrupt):
+        flights.run(interrupted, 8, until(LONG))
+    before = list(done)
+    assert "done" == flights.run(quiet, 1, until(LONG))
+    assert before == done

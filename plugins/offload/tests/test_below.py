@@ -515,3 +515,32 @@ def test_tiers_have_names_of_their_own():
     for names in (["a", "a"], [""], ["cpu"]):
         with pytest.raises(OptionsInvalid):
             Below([NamedTier(name, FaultyTier()) for name in names], Rows(1).row)
+
+
+# -- careless callers
+
+
+def test_a_key_that_is_no_block_of_ours_reaches_no_tier_and_ends_as_what_is_not_there(rig):
+    r, keys = rig(FaultyTier()), keys_of("a", 3)
+    row = r.rows.row
+    r.below._row = lambda key, number: None if key == keys[1] else row(key, number)
+    assert {keys[0]: "done", keys[2]: "done"} == r.done(r.cascade(keys)).outcomes
+    assert keys[1] not in r.tiers[0].blocks
+    assert 1 == r.counted("offload_dropped_total", medium="t0", cause="refused")
+    assert r.below.cascade([(keys[1], 1)], REQ) is None
+    r.has(0, keys)
+    assert [HIT] * 3 == r.answers(keys)
+    assert {keys[0]: "done", keys[2]: "done"} == r.promoted(keys)
+    assert {} == r.promoted(keys[1:2])
+    assert not r.below.busy()
+
+
+def test_events_that_nobody_takes_are_bounded_for_each_tier(rig):
+    r = rig(FaultyTier(), FaultyTier(), events=4)
+    for name in "abc":
+        r.done(r.cascade(keys_of(name, 2)))
+    told = r.below.take_events()
+    assert ["t0", "t0", "t1", "t1"] == [event.medium for event in told]
+    assert ["cleared", "stored"] * 2 == [event.what for event in told]
+    assert keys_of("c", 2) == told[-1].keys
+    assert [] == r.below.take_events()

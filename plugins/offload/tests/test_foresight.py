@@ -8,8 +8,10 @@ import pytest
 
 import tensorway
 from tensorway.offload import PolicyContext, ReqContext, make_offload_key
-from tensorway_offload.policies.hazards import EDGES, Hazards, Prior, Table, _index
+from tensorway_offload.policies.hazards import EDGES, Hazards, Pair, Prior, _index
 from tensorway_offload.policies.prior import CONVERSATIONS
+from tensorway_offload.policies.runs import Runs
+from tensorway_offload.policies.shadow import Guard
 from tensorway_offload.replay import Clock, blocks, hits, ratio
 from tensorway_offload.testing.prior import fitted, source
 from tensorway_offload.testing.traces import GENERATORS
@@ -88,7 +90,7 @@ def test_a_class_that_comes_back_is_worth_more_than_one_that_does_not():
             went_on = hazards.ended(talk)
             came_once = hazards.ended([key(next(numbers)) for _ in range(40)])
         assert round_ or went_on is not None
-    assert isinstance(went_on, Table) and went_on.value(10) > 3 * came_once.value(10)
+    assert isinstance(went_on, Pair) and went_on.value(10) > 3 * came_once.value(10)
 
 
 @pytest.mark.parametrize("cut", [True, False])
@@ -112,18 +114,69 @@ def test_ends_that_are_remembered_are_bounded_and_forgotten_together():
 
 def test_a_prior_is_what_a_trace_showed_and_its_module_says_the_same():
     prior = fitted(GENERATORS["chats"](random.Random(2), 1500))
-    assert {0, 1} <= set(prior.turns) and prior.classes and len(EDGES) == len(prior.hazard)
+    # First turns by growth and length; later ones also by how long ago the turn before them was.
+    assert {(0, 3), (1, 3), (1, 2)} <= {(min(1, words[0]), len(words)) for words in prior.classes}
     space = {}
     exec(source(prior).replace("from __future__ import annotations", ""), space)
-    assert prior == space["CONVERSATIONS"]
+    written = space["CONVERSATIONS"]
+    assert prior.length == written.length and list(prior.classes) == list(written.classes)
+    for words, (blocks_, back) in prior.classes.items():
+        assert (blocks_, *back) == pytest.approx((written.classes[words][0], *written.classes[words][1]), abs=0.5)
 
 
-def test_the_prior_that_is_shipped_is_chances_of_classes_that_exist():
-    rows = [CONVERSATIONS.hazard, *(hazard for _, hazard in CONVERSATIONS.turns.values())]
-    assert all(len(EDGES) == len(row) and all(0 <= chance < 1 for chance in row) for row in rows)
-    shares = [share for share, _ in CONVERSATIONS.turns.values()]
-    assert 1 == pytest.approx(sum(shares), abs=0.01)
-    assert all(words[0] in CONVERSATIONS.turns and factor > 0 for words, (_, factor) in CONVERSATIONS.classes.items())
+def test_the_prior_that_is_shipped_is_counts_of_classes_that_exist():
+    assert CONVERSATIONS.classes and {2, 3} == set(map(len, CONVERSATIONS.classes))
+    for words, (blocks_, back) in CONVERSATIONS.classes.items():
+        assert len(back) <= len(EDGES) and all(count >= 0 for count in back) and sum(back) <= blocks_, words
+
+
+def test_what_classes_have_in_common_is_the_sum_of_them_and_each_block_counts_once():
+    prior = Prior.parse("8 ; 0 0 3 : 50 4 ; 1 1 3 : 20 0 6 ; 1 2 3 : 10 1 1 ; 1 2 : 12 0 5")
+    for words, blocks_, came in (((), 80, (5, 7)), ((1,), 30, (1, 7)), ((1, 2), 12, (0, 5)), ((1, 2, 3), 10, (1, 1))):
+        back, exposed = prior.seen(words)
+        assert list(came) == back[:2] and not any(back[2:])
+        assert [blocks_, blocks_ - came[0], blocks_ - sum(came)] == exposed[:3] and len(EDGES) == len(exposed)
+    assert not any(prior.seen((4, 4, 4))[1])
+
+
+def test_two_classes_with_one_parent_add_what_each_differs_in():
+    hazards, numbers = Hazards(Prior()), iter(range(1 << 30))
+    talk = [key(next(numbers)) for _ in range(4)]
+    for _ in range(50):
+        talk += [key(next(numbers))]
+        pair = hazards.ended(talk)
+    assert isinstance(pair, Pair)
+    pair.whole.hazard, pair.gap.hazard, common = [0.04] * len(EDGES), [0.03] * len(EDGES), [0.02] * len(EDGES)
+    pair.gap.parent.hazard = common
+    pair.refresh()
+    assert _index([0.06] * len(EDGES)) == pytest.approx(pair.index)
+
+
+def told(guard, leads):
+    """What a guard says after shadows that found so many more or fewer."""
+    said = []
+    for lead in leads:
+        first, second = guard._shadows
+        first.request = lambda keys, kinds, now, lead=lead: max(0, lead)
+        second.request = lambda keys, kinds, now, lead=lead: max(0, -lead)
+        guard.request([key(1)] * 10, None, None, 1)
+        said.append(guard.better)
+    return said
+
+
+def test_what_is_trusted_begins_as_better_and_the_other_has_to_prove_it():
+    orders = (Runs.by_use, Runs.by_use)
+    assert [True] * 3 == told(Guard(100, orders, 2.0, trusted=True), [0, 1, 0])
+    assert [False] * 3 == told(Guard(100, orders, 2.0), [0, 1, 0])
+    assert told(Guard(100, orders, 2.0), [1] * 6)[-1]
+
+
+def test_trust_ends_with_a_loss_or_two_fillings_without_a_proof_and_never_with_one():
+    orders = (Runs.by_use, Runs.by_use)
+    assert [False, False] == told(Guard(100, orders, 2.0, trusted=True), [-1, 0])
+    said = told(Guard(100, orders, 2.0, trusted=True), [0] * 25)
+    assert said == [True] * 19 + [False] * 6
+    assert all(told(Guard(100, orders, 2.0, trusted=True), [1] * 6 + [0] * 50))
 
 
 def test_an_option_begins_with_nothing():

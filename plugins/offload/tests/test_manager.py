@@ -263,7 +263,7 @@ def test_a_lease_of_a_block_that_was_forgotten_does_not_hold_the_one_that_was_st
     made.lookup_prefix(keys, B)
     made.complete_load(made.prepare_load(keys, A).ticket, keys)
     stored(made, keys, C)
-    assert states(made)["quarantined"] == 1
+    assert states(made) == {"ready": 1, "used": 0, "writing": 0, "quarantined": 0}
     made.lookup_prefix(keys, B)
     assert states(made) == {"ready": 0, "used": 1, "writing": 0, "quarantined": 0}
     load = made.prepare_load(keys, B)
@@ -566,3 +566,78 @@ def test_threads_may_share_it():
     assert not failures
     counts = states(made)
     assert counts["used"] == counts["writing"] == counts["quarantined"] == 0
+
+
+def test_what_could_not_be_loaded_gives_its_row_back_although_others_lease_it():
+    made, keys = manager(2), blocks(2)
+    stored(made, keys)
+    assert made.lookup_prefix(keys, A).ready == made.lookup_prefix(keys, B).ready == 2
+    load = made.prepare_load(keys, A)
+    made.complete_load(load.ticket, keys[:1])
+    assert states(made) == {"ready": 0, "used": 1, "writing": 0, "quarantined": 0}
+    assert made.prepare_store(blocks(1, 50), C) is not None
+    assert made.prepare_load(keys[1:], B) is not None
+
+
+@pytest.mark.parametrize("what", ["load", "store"])
+def test_a_list_of_failures_that_is_none_ends_no_job(what):
+    made, keys = manager(1), blocks(1)
+    store = made.prepare_store(keys, A)
+    if what == "store":
+        complete, ticket = made.complete_store, store.ticket
+    else:
+        made.complete_store(store.ticket)
+        complete, ticket = made.complete_load, made.prepare_load(keys, A).ticket
+    for none in (None, [[]]):
+        with pytest.raises(TypeError):
+            complete(ticket, none)
+    complete(ticket, keys)
+    assert sum(states(made).values()) == 0
+
+
+def test_tenants_that_have_gone_are_forgotten_with_their_next_victims():
+    made = manager(40, tenant_share=0.1)
+    for number in range(100):
+        keys = blocks(6, salt=f"tenant {number}")
+        stored(made, keys[:4])
+        stored(made, keys[4:])
+    assert len(made._blocks._room._next) <= 10
+
+
+def test_the_next_victims_of_a_tenant_are_not_looked_for_in_every_call():
+    class Counting(Plain):
+        walked = 0
+
+        def victims(self):
+            for key in super().victims():
+                Counting.walked += 1
+                yield key
+
+    made = manager(1000, policy=Counting(), tenant_share=0.1)
+    for number in range(10):
+        stored(made, blocks(100, salt=f"tenant {number}"))
+    for number in range(50):
+        stored(made, blocks(1, 1000 + number, "tenant 3"))
+    assert 0 < Counting.walked <= 1100
+
+
+def test_what_is_stored_anew_is_not_the_next_to_go_since_it_was_before():
+    made, keys = manager(6, tenant_share=0.5), blocks(3)
+    for key in keys:
+        stored(made, [key])
+    assert stored(made, blocks(1, 50)).evicted == keys[:1]  # and the others are known to be next
+    load = made.prepare_load(keys[1:2], A)  # which stored it itself, and so does not use it
+    made.complete_load(load.ticket, keys[1:2])
+    stored(made, keys[1:2])
+    assert stored(made, blocks(1, 60)).evicted == keys[2:]
+
+
+def test_whoever_borrows_and_returns_without_end_leaves_nothing_behind():
+    made, keys = manager(4, lend_share=1.0), blocks(2)
+    stored(made, keys)
+    assert made.lend(keys[:1], 30.0) == [0]
+    for _ in range(3000):
+        assert made.lend(keys[1:], 30.0) == [1]
+        made.returned(keys[1:])
+    assert len(made._blocks.lending._ends) <= 1100
+    assert states(made)["used"] == 1

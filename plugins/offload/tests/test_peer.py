@@ -13,12 +13,14 @@ import tensorway
 from tensorway.errors import OptionsInvalid, Unsupported
 from tensorway.metrics import total
 from tensorway.offload import OfTenant, TierContext, make_offload_key
+from tensorway.rendezvous import Directory, Fact
 from tensorway.testing import Faults, FaultyFabric
 from tensorway.testing.ranks import SECRET, Ranks
 from tensorway.transport import Endpoint
 from tensorway.transport.local import LocalFabric
 from tensorway_offload.peer import messages
 from tensorway_offload.peer.messages import Answer, Ask, Returned, decode, encode
+from tensorway_offload.peer.options import PeerOptions
 from tensorway_offload.testing import peer_campaign, peers
 from tensorway_offload.testing.peers import NBYTES, Engine, churned
 from tensorway_offload.testing.rows import content, keys_of, until
@@ -455,3 +457,53 @@ def test_over_a_fabric_that_misbehaves_nothing_is_wrong_and_nothing_is_written_a
         faults.rates = {}
         until(lambda: reader.get(KEYS) == (["done"] * 8, [True] * 8))
         reader.tier.close()
+
+
+def test_what_nobody_had_is_found_once_a_peer_has_it(engines):
+    reader, lender = pair(engines)
+    more = keys_of("later", 2)
+    assert ["missing"] * 2 == reader.get(more)[0]
+    lender.shelf.put(more, first=20)
+    assert (["done"] * 2, [True] * 2) == reader.get(more)
+
+
+def test_a_lease_of_nothing_is_none(engines):
+    lending = engines("lender").tier._lending
+    for number in range(100):
+        lending.answer("somebody", Ask(1, number, tuple(keys_of("absent", 2)), 5.0))
+    assert {} == lending._leases
+
+
+def test_a_peer_that_registered_no_memory_lends_nothing(engines, rendezvous):
+    reader, _ = pair(engines)
+    with tensorway.create("transport", "local", {"name": "empty"}) as transport:
+        facts = {"offload_peer": Fact(messages.VERSION), "fingerprint": Fact(peers.FINGERPRINT.hex())}
+        facts["row_bytes"] = Fact(NBYTES, "inform")
+        group = f"{PeerOptions().path}/{peers.FINGERPRINT.hex()[:64]}"
+        with Directory(rendezvous, transport, "empty", group, facts, 10.0) as directory:
+            directory.live()
+            until(lambda: 2 == reader.tier.probe(5.0).facts["peers"])
+            assert ["lender"] == [each.peer.name for each in reader.tier._neighbours.lenders()]
+
+
+def test_peers_that_have_left_are_not_remembered(engines):
+    reader, _ = pair(engines)
+    reader.tier._neighbours._tried["one that left"] = "its life", 0.0
+    until(lambda: not reader.tier._neighbours._tried)
+
+
+def test_what_was_made_for_a_tier_that_could_not_be_opened_is_closed(engines, monkeypatch):
+    class Refused(Exception):
+        pass
+
+    def refuse(self):
+        raise Refused
+
+    engines("first")  # whose threads are there before and after
+    before = {thread.name for thread in threading.enumerate()}
+    threads = threading.active_count()
+    monkeypatch.setattr(Directory, "live", refuse)
+    for _ in range(3):
+        with pytest.raises(Refused):
+            engines("refused")
+    assert threads >= threading.active_count(), {thread.name for thread in threading.enumerate()} - before

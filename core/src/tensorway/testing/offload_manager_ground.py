@@ -6,6 +6,7 @@ Room `testing`; the tests are in `offload_managers` and `offload_promotions`.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
@@ -55,7 +56,7 @@ class ManagerGround(Suite):
 
     def make(self, capacity: int) -> OffloadingManager:
         """A manager with room for so many blocks; override it for one that is not installed."""
-        context = OffloadContext("suite", "manager", (Memory(Shape(), 0).geometry,))
+        context = OffloadContext(f"suite-{uuid.uuid4().hex}", "manager", (Memory(Shape(), 0).geometry,))
         manager: Any = tensorway.create("offloading", self.name, self.options_for(capacity), context)
         assert manager is not None
         return manager  # type: ignore[no-any-return]

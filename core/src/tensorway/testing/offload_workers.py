@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
@@ -52,7 +53,7 @@ class Engine:
         self.memories = [Memory(shape, rank) for rank in range(shape.tp)]
         self.tokens, self._pages = shape.page_tokens * pages_per_block, pages_per_block
         ranks = tuple(memory.geometry for memory in self.memories)
-        context = OffloadContext(f"suite-{id(self)}", "manager", ranks, pages_per_block=pages_per_block)
+        context = OffloadContext(f"suite-{uuid.uuid4().hex}", "manager", ranks, pages_per_block=pages_per_block)
         self.manager: OffloadingManager = make(context)
         self.workers: list[OffloadingWorker] = [
             make(attrs.evolve(context, role="worker", rank=rank)) for rank in range(shape.tp)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 import tensorway
@@ -96,8 +97,14 @@ def _below(options: CPUOptions, context: OffloadContext, canon: Canon, rows: Row
             opened.append(NamedTier(name, tensorway.create("offload_tier", tier.backend, tier.options, about), limits))
         if not opened:
             return None
-        return Below(opened, lambda key, row: rows.row(row, canon.nbytes[key_group(key)]), together)
+        return Below(opened, partial(_bytes_of, rows, canon.nbytes), together)
     except BaseException:
         for each in opened:
             each.tier.close()
         raise
+
+
+def _bytes_of(rows: Rows, nbytes: Sequence[int], key: OffloadKey, row: int) -> memoryview | None:
+    """What a block has of a row; None if its key says a group that there is none of, and so is no key of ours."""
+    group = key_group(key)
+    return rows.row(row, nbytes[group]) if group < len(nbytes) else None

@@ -112,10 +112,6 @@ class RankPages:
         told = Blocks(groups, rows, pages, np.arange(len(rows), dtype=np.int64))
         return told.select(good & ~none_here), np.flatnonzero(~good)
 
-    def nbytes(self, blocks: Blocks) -> int:
-        """Of their rows."""
-        return int(np.asarray(self._canon.nbytes, np.int64)[blocks.groups].sum())
-
     def moves(self, blocks: Blocks, what: What) -> Iterator[Move]:
         """What this rank copies of them."""
         for number in np.unique(blocks.groups).tolist():

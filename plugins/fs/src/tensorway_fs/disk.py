@@ -36,7 +36,7 @@ class Disk:
         return os.open(path, flags | _COMMON, 0o600)
 
     def close(self, file: int) -> None:
-        """Give a descriptor back, and the lock that is held through it."""
+        """Give a descriptor back, and the lock that is held through it, unless a child has it, too: see `unlock`."""
         os.close(file)
 
     def pwritev(self, file: int, buffers: Sequence[Buffer], offset: int) -> int:
@@ -63,8 +63,8 @@ class Disk:
         finally:
             os.close(folder)
 
-    def flock(self, file: int) -> bool:
-        """Take a file's lock, which ends with the descriptor or the process; False if another has it."""
+    def flock(self, file: int) -> bool | None:
+        """Take a file's lock, which ends with the process; False if another has it, None where there are no locks."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -72,9 +72,17 @@ class Disk:
                 return False
             if error.errno in _NO_LOCKS:
                 # Nobody can say whose a file is, so it is somebody else's, unless it was just made.
-                return False
+                return None
             raise
         return True
+
+    def unlock(self, file: int) -> None:
+        """Give a file's lock back, also if a child was forked meanwhile that still has the descriptor."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_UN)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
 
     def unlink(self, path: Path) -> None:
         """Remove a name."""

@@ -30,7 +30,7 @@ class Handles:
     def __init__(self, disk: Disk, most: int) -> None:
         self._disk, self._most = disk, most
         self._open: OrderedDict[tuple[Path, bool], _Handle] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
 
     @contextmanager
     def reading(self, path: Path, direct: bool = False) -> Iterator[int]:
@@ -56,6 +56,7 @@ class Handles:
     def close(self) -> None:
         """Close all; what is being read, when that ends."""
         with self._lock:
+            self._closed = True
             idle = [handle for handle in self._open.values() if self._drop(handle)]
             self._open.clear()
         for handle in idle:
@@ -74,6 +75,8 @@ class Handles:
             handle = self._open.setdefault(key, fresh)
             handle.users += 1
             extra = [fresh] if handle is not fresh else self._surplus(key)
+            if self._closed:  # by another thread, while this one reads: nobody else will close it
+                self._open.pop(key).dropped = True
         for each in extra:
             self._disk.close(each.file)
         return handle

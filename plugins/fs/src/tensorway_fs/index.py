@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from tensorway._logging import logger
@@ -24,6 +24,8 @@ _SHARE: Final = 10
 #: What a place is in the index: the segment's own number, and the place in it.
 _SHIFT: Final = MOST_PLACES.bit_length()
 _PLACE: Final = (1 << _SHIFT) - 1
+#: What a segment's `keys` say of a place whose block is gone: places are written once, so that nothing comes after it.
+_GONE: Final = b""
 
 
 class Index:
@@ -54,10 +56,14 @@ class Index:
         segment = None if place is None else self._segments.get(place >> _SHIFT)
         return None if place is None or segment is None else (segment, place & _PLACE)
 
-    def known(self) -> list[bytes]:
-        """All that are known."""
-        with self._lock:
-            return list(self._places)
+    def copies(self, wanted: Callable[[bytes], bool]) -> dict[bytes, list[tuple[Segment, int]]]:
+        """All places of each of the blocks: processes that did not know of each other may have stored one twice."""
+        found: dict[bytes, list[tuple[Segment, int]]] = {}
+        for segment in self.segments():
+            for place, key in enumerate(list(segment.keys)):
+                if key and wanted(key):
+                    found.setdefault(key, []).append((segment, place))
+        return found
 
     def segments(self) -> list[Segment]:
         """All that are known."""
@@ -71,14 +77,12 @@ class Index:
     def add(self, segment: Segment) -> None:
         """A segment with all that its table has. When all are read, the newest says where a block is."""
         with self._lock:
-            if self._due and not segment.ours:
-                known = self._places
-                segment.keys = [None if key in known else key for key in segment.keys]
+            known = self._places if self._due and not segment.ours else {}
             segment.ident = self._count
             self._count += 1
             self._segments[segment.ident] = segment
             self._by_name[segment.path.name] = segment
-            self._learn(segment, 0, segment.keys)
+            self._learn(segment, 0, [None if key in known else key for key in segment.keys] if known else segment.keys)
 
     def publish(self, segment: Segment, first: int, keys: Sequence[bytes | None], *, certain: bool = True) -> None:
         """These places of a segment have blocks from now on.
@@ -86,8 +90,9 @@ class Index:
         What is only read from a table is not `certain`, and does not come before a place that is known.
         """
         with self._lock:
-            base = (segment.ident << _SHIFT) + first
-            for at, (old, new) in enumerate(zip(segment.keys[first:], keys, strict=False)):
+            base, known = (segment.ident << _SHIFT) + first, segment.keys[first:]
+            keys = [_GONE if old == _GONE else new for old, new in zip(known, keys, strict=False)]
+            for at, (old, new) in enumerate(zip(known, keys, strict=False)):
                 if old is not None and old != new and self._places.get(old) == base + at:
                     del self._places[old]
             segment.keys[first : first + len(keys)] = keys
@@ -99,7 +104,7 @@ class Index:
         """A place's block is gone."""
         with self._lock:
             key = segment.keys[place]
-            segment.keys[place] = None
+            segment.keys[place] = _GONE
             if key is not None and self._places.get(key) == segment.ident << _SHIFT | place:
                 del self._places[key]
 
@@ -151,6 +156,7 @@ class Index:
         base = (segment.ident << _SHIFT) + first
         self._places.update(zip(keys, range(base, base + segment.head.places), strict=False))  # type: ignore[arg-type]
         self._places.pop(None, None)  # type: ignore[call-overload]
+        self._places.pop(_GONE, None)
 
     def _look(self, until: float) -> list[Segment]:
         named = {each.path.name: each for each in named_in(self._disk, self._namespace.path)}
@@ -215,13 +221,14 @@ class Index:
 
     def _recheck(self, segment: Segment) -> None:
         """Forget what was marked dead."""
+        known = list(segment.keys)  # before its table: what is stored meanwhile is not there, and not dead
         file = self._disk.open(segment.path, os.O_RDONLY)
         try:
             table = read_table(self._disk, file, 0, segment.head.places)
         finally:
             self._disk.close(file)
         now = keys_of(segment.head, table, segment.head.places)
-        dead = [place for place, (old, new) in enumerate(zip(segment.keys, now, strict=True)) if old and old != new]
+        dead = [place for place, (old, new) in enumerate(zip(known, now, strict=True)) if old and old != new]
         for place in dead:
             self.forget(segment, place)
 

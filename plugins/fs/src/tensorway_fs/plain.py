@@ -136,6 +136,8 @@ class FilesTier:
         self._namespace.make(self._facts, sync=self._options.durability != "none")
         for folder in (self._blocks, self._fresh):
             self._disk.mkdir(folder)
+        if self._options.durability != "none":
+            self._disk.sync_folder(self._namespace.path)
 
     def _path(self, key: bytes) -> Path:
         # The last bytes of a key are tenant and group, and the first of a hash are as good as random.
@@ -174,8 +176,7 @@ class FilesTier:
             self._unlink(fresh)
             raise
         if self._options.durability == "strict":
-            for folder in (path.parent, self._blocks):
-                self._disk.sync_folder(folder)
+            self._sync_names(path)
         with self._lock:
             self._stored += -(-(ENTRY + len(data)) // PAGE) * PAGE
 
@@ -185,7 +186,11 @@ class FilesTier:
             self._disk.fdatasync(file)
         finally:
             self._disk.close(file)
-        self._disk.sync_folder(path.parent)
+        self._sync_names(path)
+
+    def _sync_names(self, path: Path) -> None:
+        for folder in (path.parent, self._blocks):
+            self._disk.sync_folder(folder)
 
     def _load(self, key: bytes, into: memoryview) -> Outcome:
         path = self._path(key)
@@ -203,9 +208,7 @@ class FilesTier:
             found = decoded(self._head(key, len(into)), 0, first) if whole else "corrupt"
             good = isinstance(found, Entry) and found.key == key and found.digest == digest_of(into)
             if good:
-                self._disk.touch(file)
-        except PermissionError:  # who may only read does not say that it was used
-            return "done" if good else "failed"
+                self._touch(file)
         except OSError:
             return "failed"
         finally:
@@ -213,6 +216,12 @@ class FilesTier:
         if not good:
             self._remove(path, "corrupt")
         return "done" if good else "corrupt"
+
+    def _touch(self, file: int) -> None:
+        try:
+            self._disk.touch(file)
+        except OSError as error:  # who may only read does not say that it was used
+            _log.debug("A block that was read looks as old as before: %s", error)
 
     def _remove(self, path: Path, cause: str) -> bool:
         nbytes = self._namespace.root.nbytes(path)

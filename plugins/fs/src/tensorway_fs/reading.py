@@ -72,7 +72,7 @@ class Reader:
 
     def rescue(self, segment: Segment, most: int) -> list[Block]:
         """Blocks that were read since they were written, to be written elsewhere before their segment goes."""
-        places = [at for at, hot in enumerate(segment.hot) if hot and segment.keys[at] is not None][: max(0, most)]
+        places = [at for at, hot in enumerate(segment.hot) if hot and segment.keys[at]][: max(0, most)]
         blocks = []
         try:
             with self._handles.reading(segment.path) as file:

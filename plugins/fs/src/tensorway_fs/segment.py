@@ -98,6 +98,10 @@ class Writer:
         self._writing += count
         return run
 
+    def end(self) -> None:
+        """No more places are taken; who writes yet gives the last one back."""
+        self._failed = True
+
     def give(self, run: Run, *, failed: bool) -> bool:
         """These are written, or cannot be; whether the segment is to be sealed now."""
         self._writing -= run.count
@@ -140,6 +144,7 @@ class Writer:
         self._closed = True
         if self._direct is not None:
             self._disk.close(self._direct)
+        self._disk.unlock(self._file)
         self._disk.close(self._file)
 
     def _write_blocks(self, run: Run, blocks: Sequence[Block]) -> None:
@@ -218,8 +223,10 @@ def claimed(disk: Disk, named: Named) -> Iterator[bool]:
     """Whether a file may be removed, and that nobody begins to write it meanwhile; raises `OSError` if it is gone."""
     file = disk.open(named.path, os.O_RDWR)
     try:
-        yield stat.S_ISREG(disk.status_of(file).st_mode) and (disk.flock(file) or _is_sealed(disk, named, file))
+        regular = stat.S_ISREG(disk.status_of(file).st_mode)
+        yield regular and (bool(disk.flock(file)) or _is_sealed(disk, named, file))
     finally:
+        disk.unlock(file)
         disk.close(file)
 
 

@@ -34,6 +34,8 @@ _FIRST: Final = 16
 #: Of the quota, so that removing the oldest leaves the most.
 _OF_QUOTA: Final = 8
 _PAUSE: Final = 0.002
+#: Numbers of segments that were counted up to; whatever has a higher one was not.
+_HIGHEST: Final = 1 << 63
 
 
 class NoRoom(Exception):
@@ -70,7 +72,7 @@ class Space:
         self._options, self._facts, self._rescue = options, facts, rescue
         self._writers: dict[Kind, Writer] = {}
         self._sizes: dict[Kind, int] = {}
-        self._lock, self._growing = threading.Lock(), threading.Lock()
+        self._lock, self._growing, self._closed = threading.Lock(), threading.Lock(), False
         #: Why nothing can be written for now, and until when that is believed.
         self._trouble: tuple[Outcome, float] | None = None
         self._said = ""
@@ -142,10 +144,15 @@ class Space:
         return sum(self._namespace.root.nbytes(named.path) for named in self._namespace.root.segments())
 
     def close(self) -> None:
-        """Give all locks back; others may go on with what is not full."""
+        """Give all locks back; others may go on with what is not full. What is being written ends by itself."""
         with self._lock:
+            self._closed = True
             writers, self._writers = list(self._writers.values()), {}
-        for writer in writers:
+            for writer in writers:
+                if not writer.idle:  # its descriptor stays for as long as somebody writes to it
+                    writer.end()
+            idle = [writer for writer in writers if writer.idle]
+        for writer in idle:
             try:
                 if self._options.durability != "none":
                     writer.sync()
@@ -158,15 +165,24 @@ class Space:
 
     def _grow(self, kind: Kind, full: Writer | None, until: float) -> None:
         with self._lock:
+            if self._closed:
+                raise NoRoom("failed")
             if self._writers.get(kind) is not full:
                 return  # another thread has
         try:
             fresh = self._adopted(kind) or self._created(kind, until)
         except OSError as error:
             raise NoRoom(self.note(error)) from error
-        with self._lock:
-            self._writers[kind] = fresh
+        if not self._kept(kind, fresh):
+            fresh.close()
+            raise NoRoom("failed")
         self._said = ""
+
+    def _kept(self, kind: Kind, writer: Writer) -> bool:
+        with self._lock:
+            if not self._closed:
+                self._writers[kind] = writer
+            return not self._closed
 
     def _adopted(self, kind: Kind) -> Writer | None:
         """A segment with places left that a process has left behind."""
@@ -178,6 +194,8 @@ class Space:
                 continue
             try:
                 writer.begin(self._index.reread(segment))
+                if self._options.durability != "none":  # who made it may have been killed before it did
+                    self._disk.sync_folder(self._namespace.path)
             except BaseException:
                 writer.close()
                 raise
@@ -230,12 +248,13 @@ class Space:
         """No other process makes room meanwhile, where files can be locked."""
         file = self._disk.open(self._namespace.root.lock, os.O_RDWR | os.O_CREAT)
         try:
-            while not self._disk.flock(file):
+            while self._disk.flock(file) is False:
                 if time.monotonic() >= until:
                     raise NoRoom("late")
                 time.sleep(_PAUSE)
             yield
         finally:
+            self._disk.unlock(file)
             self._disk.close(file)
 
     def _make_room(self, head: Head, rescued: list[Block]) -> int:
@@ -243,6 +262,8 @@ class Space:
         found = self._namespace.root.segments()
         quota = self._options.max_bytes
         if quota:
+            if head.nbytes > quota:  # whatever went
+                raise OSError(errno.ENOSPC, f"max_bytes is {quota:,}, and a segment would have {head.nbytes:,}")
             sizes = {named.path: self._namespace.root.nbytes(named.path) for named in found}
             over = sum(sizes.values()) + head.nbytes - quota
             for named in found:
@@ -252,7 +273,7 @@ class Space:
                     over -= sizes[named.path]
             if over > 0:
                 raise OSError(errno.ENOSPC, f"max_bytes is {quota:,}, and segments in use leave too little of it")
-        return max((named.number for named in found), default=0) + 1
+        return max((named.number for named in found if named.number < _HIGHEST), default=0) + 1
 
     def _remove_oldest(self, head: Head, rescued: list[Block]) -> bool:
         """The disk is full, as if that was the quota: whether as much went as is needed."""

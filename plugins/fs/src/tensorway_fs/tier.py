@@ -96,6 +96,8 @@ class SegmentTier:
         """Store blocks: one after the other in a segment, those of a call in as few writes as they fit."""
         self._check("written to")
         until = time.monotonic() + deadline
+        if deadline > 0 and any(self._index.has(key) for key, _ in items):
+            self._refresh(until)  # what others have removed is not there any more
         outcomes: dict[bytes, Outcome] = {}
         there: list[bytes] = []
         kinds: dict[Kind, list[tuple[bytes, memoryview]]] = defaultdict(list)
@@ -149,10 +151,12 @@ class SegmentTier:
         until = time.monotonic() + deadline
         self._refresh(until, force=deadline > 0)
         if isinstance(which, OfTenant):
-            keys = [key for key in self._index.known() if key_tenant(cast(OffloadKey, key)) == which.tenant]
+            tenant = which.tenant
+            found = self._index.copies(lambda key: key_tenant(cast(OffloadKey, key)) == tenant)
         else:
-            keys = list(dict.fromkeys(which))
-        return self._remove((place for key in keys if (place := self._index.find(key))), "deleted", until)
+            found = self._index.copies(frozenset[bytes](which).__contains__)
+        self._remove((place for places in found.values() for place in places), "deleted", until)
+        return sum(not any(segment.keys[place] for segment, place in places) for places in found.values())
 
     def stats(self) -> Sequence[Sample]:
         """What the folder holds and may hold, and what is gone from it and why."""
@@ -264,8 +268,8 @@ class SegmentTier:
 
     # -- removing
 
-    def _remove(self, which: Iterable[tuple[Segment, int]], cause: str, until: float | None = None) -> int:
-        """Mark places dead and forget them; how many."""
+    def _remove(self, which: Iterable[tuple[Segment, int]], cause: str, until: float | None = None) -> None:
+        """Mark places dead and forget them."""
         by_segment: dict[int, tuple[Segment, list[int]]] = {}
         for segment, place in which:
             by_segment.setdefault(id(segment), (segment, []))[1].append(place)
@@ -284,12 +288,11 @@ class SegmentTier:
             for place in places:
                 self._index.forget(segment, place)
             count += len(places)
-            if not any(key is not None for key in segment.keys):
+            if not any(segment.keys):
                 self._discard(segment)
         if count:
             with self._counting:
                 self._counts.add("offload_removed_total", count, medium=self._options.label, cause=cause)
-        return count
 
     def _discard(self, segment: Segment) -> None:
         try:

@@ -53,6 +53,12 @@ class Flights:
                 return loop.run_until_complete(race)
             except asyncio.CancelledError:
                 return "closed"
+            except BaseException:
+                if not race.done():  # interrupted: what is under way must not go on when the loop is used again
+                    race.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        loop.run_until_complete(race)
+                raise
 
     def close(self, deadline: float) -> bool:
         """End all calls and admit no other; whether none is left."""

@@ -15,7 +15,7 @@ from tensorway import settings
 from tensorway._logging import logger, warn_once
 from tensorway.errors import BackendUnavailable, DeadlineExceeded, TensorwayError, TransferFailed, Unsupported
 from tensorway.metrics import Sample
-from tensorway.offload import OffloadKey, OfTenant, Outcome, TierCapabilities, TierContext
+from tensorway.offload import OffloadKey, OfTenant, Outcome, TierCapabilities, TierContext, tenant_of_salt
 from tensorway.types import ProbeResult
 from tensorway_object import manifest
 from tensorway_object.counts import Counts
@@ -30,6 +30,7 @@ from tensorway_object.stores import store_of
 _log = logger("object")
 #: Objects that are listed, and removed, by one request.
 _PAGE: Final = 1000
+_TENANT_BYTES: Final = len(tenant_of_salt(""))
 #: What a trouble means for a block; of what is not here, that it failed.
 _OUTCOMES: Final[Mapping[str, Outcome]] = {"missing": "missing", "full": "full"}
 Item = tuple[OffloadKey, memoryview]
@@ -99,6 +100,8 @@ class ObjectTier:
     def delete(self, which: Sequence[OffloadKey] | OfTenant, deadline: float) -> int:
         """Of a tenant: all that is listed below its prefix."""
         self._check_writable("to remove blocks")
+        if isinstance(which, OfTenant) and len(which.tenant) != _TENANT_BYTES:
+            return 0  # no block has it, and a prefix of less is one of all tenants
         names = [] if isinstance(which, OfTenant) else list(dict.fromkeys(map(self._names.block, which)))
         removed = 0
 

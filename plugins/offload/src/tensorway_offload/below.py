@@ -22,6 +22,7 @@ from tensorway_offload.guarded import Guarded, Item
 from tensorway_offload.limits import BelowOptions, NamedTier
 from tensorway_offload.lower import Done, Row
 from tensorway_offload.promotions import Promotions
+from tensorway_offload.told import Told
 
 _log = logger("offload")
 #: What a medium is called that is none of ours.
@@ -34,11 +35,12 @@ class Below:
     def __init__(
         self,
         tiers: Sequence[NamedTier],
-        row: Callable[[OffloadKey, int], memoryview],
+        row: Callable[[OffloadKey, int], memoryview | None],
         options: BelowOptions | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`row`: the bytes of a row that this block is in, or comes into: as many as the block has."""
+        """`row`: the bytes of a row that this block is in, or comes into: as many as the block has. None if it is no
+        block of ours, such as one of a group that there is none of: no tier ever gets it."""
         options = options or BelowOptions()
         _check_names([named.name for named in tiers])
         self._row, self._clock = row, clock
@@ -48,7 +50,7 @@ class Below:
         self._promotions = Promotions(self._answers, self._refill if options.refill else None, self._tell)
         self._jobs = itertools.count(1)
         self._cascades: list[Cascade] = []
-        self._events: list[OffloadingEvent] = []
+        self._told = {tier.name: Told(tier.name, options.events) for tier in self._tiers}
         self._closing: list[threading.Thread] | None = None
 
     def wants_all(self, req: ReqContext) -> bool:
@@ -66,15 +68,16 @@ class Below:
     def promote(self, rows: Sequence[Row], req: ReqContext) -> int:
         """Begin to read blocks that were hits into these rows; a number for `Done`."""
         job = next(self._jobs)
-        self._promotions.begin(job, {key: self._row(key, row) for key, row in rows}, req)
+        self._promotions.begin(job, self._views(rows), req)
         return job
 
     def cascade(self, rows: Sequence[Row], req: ReqContext) -> int | None:
         """Begin to write these rows to the tiers; None if no tier takes any of it, and the rows are free at once."""
         outlets = [self._outlets[known] for known in self._answers.allowed(req)]
-        items = [(key, self._row(key, row).toreadonly()) for key, row in rows] if outlets else []
+        items = [(key, view.toreadonly()) for key, view in self._views(rows).items()] if outlets else []
         cascade = Cascade(next(self._jobs))
         for outlet in outlets:
+            outlet.tier.drop(["refused"] * (len(rows) - len(items)))
             outlet.offer(items, lambda: cascade)
         if not cascade.calls:
             return None
@@ -104,9 +107,8 @@ class Below:
         return bool(self._cascades or self._promotions.busy or any(each.busy() for each in self._outlets.values()))
 
     def take_events(self) -> list[OffloadingEvent]:
-        """What was stored in tiers and removed from them since the last call."""
-        found, self._events = self._events, []
-        return found
+        """What was stored in tiers and removed from them since the last call; of each tier in its order."""
+        return [event for told in self._told.values() for event in told.take()]
 
     def statistics(self) -> Sequence[Sample]:
         """Values of `tensorway.offload.METRICS`, of every tier; what tiers say themselves is some seconds old."""
@@ -155,8 +157,12 @@ class Below:
         for outlet in self._outlets.values():
             outlet.poll(now)
 
+    def _views(self, rows: Sequence[Row]) -> dict[OffloadKey, memoryview]:
+        views = ((key, self._row(key, row)) for key, row in rows)
+        return {key: view for key, view in views if view is not None}
+
     def _tell(self, event: OffloadingEvent) -> None:
-        self._events.append(event)
+        self._told[event.medium].add(event.what, event.keys, event.cause)
 
     def _refill(self, before: Sequence[Known], items: Sequence[Item], req: ReqContext) -> None:
         """Write what a slower tier gave to those before it. Nobody waits for it, and no row is held."""

@@ -151,16 +151,19 @@ class Blocks:
 
     def end_load(self, ticket: Ticket, failed: Collection[OffloadKey]) -> None:
         """Let go of them; what failed is forgotten, unless it has been stored anew in another row."""
+        named = frozenset(failed)
         job = self._end(ticket, "load")
         if job is None:
             return
-        bad = _among(job, failed)
+        bad = _among(job, named)
         if bad and job.epoch == self._epoch:
             places = dict(zip(job.keys, job.rows, strict=True))
             lost = [key for key, row in zip(bad, self._index.find(bad), strict=True) if row == places[key]]
             self._index.forget(lost)
+            self._requests.unlease({key: places[key] for key in lost})
             self._quotas.removed(lost)
             self._order.removed(lost, [places[key] for key in lost])
+            self._room.used(lost)  # or, stored anew, they would go as if they were as old as these were
             self._removed(lost, "failed")
             job.request.until.update(dict.fromkeys(bad, GIVEN_UP))
             self._counters.add("offload_failures_total", len(bad), medium=self._medium, what="load", cause="failed")
@@ -200,14 +203,14 @@ class Blocks:
 
     def end_store(self, ticket: Ticket, failed: Collection[OffloadKey], now: float) -> None:
         """What succeeded is here, and what failed never was."""
-        self._now = now
+        self._now, named = now, frozenset(failed)
         job = self._end(ticket, "store")
         if job is None:
             return
         if job.late or job.epoch != self._epoch:
             self._index.release(job.rows)
         else:
-            bad = _among(job, failed)
+            bad = _among(job, named)
             good, rows = self._settle(job, bad, for_good=False)
             self._counters.add("offload_stored_total", len(good), medium=self._medium)
             if bad:
@@ -398,7 +401,6 @@ class Blocks:
             self._counters.add("offload_removed_total", len(keys), medium=self._medium, cause=cause)
 
 
-def _among(job: Job, failed: Collection[OffloadKey]) -> list[OffloadKey]:
+def _among(job: Job, failed: frozenset[OffloadKey]) -> list[OffloadKey]:
     """Which keys of a job have failed; what else was named does not matter."""
-    lost = frozenset(failed)
-    return [key for key in job.keys if key in lost] if lost else []
+    return [key for key in job.keys if key in failed] if failed else []

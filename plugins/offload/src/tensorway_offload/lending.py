@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import Final
 
 from tensorway.offload import OffloadKey
 from tensorway_offload.index import Index
+
+#: Loans that have ended and may be remembered, beside as many as are open.
+_ENDED: Final = 1024
 
 
 class Lending:
@@ -41,8 +45,9 @@ class Lending:
         for key in keys:
             if key in self._loans:
                 self._end(key, next(iter(self._loans[key])))
-        while self._ends and not self._is_open(self._ends[0]):
-            heapq.heappop(self._ends)
+        if len(self._ends) > 2 * self.count + _ENDED:
+            self._ends = [end for end in self._ends if self._is_open(end)]
+            heapq.heapify(self._ends)
 
     def expired(self, now: float) -> None:
         """Let go of those whose time is over."""

@@ -64,6 +64,8 @@ class BelowOptions:
     #: Seconds for which it is left alone at first; twice as long each time, up to `longest_pause`.
     pause: float = attrs.field(default=0.5, validator=_positive)
     longest_pause: float = attrs.field(default=30.0, validator=_positive)
+    #: Keys of each tier in events that nobody takes; if there are more, all is told to be gone. 0 keeps no events.
+    events: int = attrs.field(default=1 << 20, validator=_not_negative)
 
 
 @attrs.frozen

@@ -24,7 +24,7 @@ class Done:
 
     job: int
     what: Literal["promoted", "cascaded"]
-    #: Of each block. Of a promotion, what is not `done` is in no tier that could be asked.
+    #: Of each block that could be asked for. Of a promotion, what is not `done` is in no tier that could be asked.
     outcomes: Mapping[OffloadKey, Outcome]
 
 

@@ -101,7 +101,8 @@ class Manager:
     def complete_load(self, ticket: Ticket, failed: Collection[OffloadKey] = ()) -> None:
         """See `OffloadingManager`."""
         with self._lock:
-            self._blocks.end_load(ticket, failed)
+            if not self._closed:
+                self._blocks.end_load(ticket, failed)
 
     def prepare_store(self, keys: Sequence[OffloadKey], req: ReqContext) -> PrepareStoreOutput | None:
         """See `OffloadingManager`."""
@@ -115,12 +116,14 @@ class Manager:
     def complete_store(self, ticket: Ticket, failed: Collection[OffloadKey] = ()) -> None:
         """See `OffloadingManager`."""
         with self._lock:
-            self._blocks.end_store(ticket, failed, self._clock())
+            if not self._closed:  # or it would go on to tiers that have ended, from rows that are not mapped any more
+                self._blocks.end_store(ticket, failed, self._clock())
 
     def ended(self, req: ReqContext) -> None:
         """See `OffloadingManager`."""
         with self._lock:
-            self._blocks.ended(req)
+            if not self._closed:
+                self._blocks.ended(req)
 
     def poll(self) -> None:
         """See `OffloadingManager`."""
@@ -152,7 +155,8 @@ class Manager:
     def reset(self) -> None:
         """See `OffloadingManager`. Rows under a copy stay out of use until it has ended."""
         with self._lock:
-            self._blocks.reset()
+            if not self._closed:
+                self._blocks.reset()
 
     def lend(self, keys: Sequence[OffloadKey], seconds: float) -> list[int | None]:
         """See `Lender`; for no longer than the options allow."""

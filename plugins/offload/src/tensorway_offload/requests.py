@@ -6,7 +6,8 @@ May import the core's offload room and the index.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Final
 
 import attrs
@@ -168,6 +169,16 @@ class Requests:
         for key in keys if request.until else ():
             request.until.pop(key, None)
 
+    def unlease(self, places: Mapping[OffloadKey, int]) -> None:
+        """What was in these rows is forgotten: nobody can load it, and no lease is worth its row."""
+        for request in list(self._leased.values()):
+            if request.found is not None and places.keys().isdisjoint(request.found[0]):
+                continue
+            self._index.release(request.spill())
+            held = request.held
+            self._index.release([held.pop(key) for key, row in places.items() if held.get(key) == row])
+            self._unless_empty(request)
+
     def end(self, req: ReqContext) -> Request | None:
         """It asks for nothing any more, and nothing is leased to it."""
         request = self._live.pop(req.request, None)
@@ -197,10 +208,8 @@ class Requests:
 
     def silent(self, now: float) -> Iterable[ReqContext]:
         """Requests that have said nothing for so long that they must have ended."""
-        for request in list(self._live.values()):
-            if request.seen + self._life > now:
-                break
-            yield request.req
+        silent = takewhile(lambda request: request.seen + self._life <= now, self._live.values())
+        return [request.req for request in silent]
 
     def reset(self) -> None:
         """Nothing of what they know is true any more."""

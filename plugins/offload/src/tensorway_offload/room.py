@@ -28,13 +28,17 @@ class Room:
 
     def __init__(self, index: Index, order: Order, quotas: Quotas) -> None:
         self._index, self._order, self._quotas = index, order, quotas
+        #: By tenant; of one that has none nothing is kept, for tenants come and go.
         self._next: dict[bytes, dict[OffloadKey, None]] = {}
 
     def used(self, keys: Sequence[OffloadKey]) -> None:
         """These are in use, and not the next ones to go."""
-        for known in self._next.values():
-            for key in keys:
+        for key in keys if self._next else ():
+            known = self._next.get(name := tenant(key))
+            if known is not None:
                 known.pop(key, None)
+                if not known:
+                    del self._next[name]
 
     def can_have(self, count: int, kept: AbstractSet[int] = _NONE) -> bool:
         """Whether there are so many rows beside those that are kept, without asking the policy for them."""
@@ -86,8 +90,10 @@ class Room:
     ) -> list[int] | None:
         """As many of each tenant over its quota as it must give, and beyond them whatever goes first."""
         left, others = dict(own), count - sum(own.values())
-        busy: list[int] = []
         chosen = self._remembered(left, kept)
+        if others <= 0 and not any(left.values()):
+            return list(chosen)
+        busy: list[int] = []
         order = self._order.victims()
         while others > 0 or any(left.values()):
             rows = next(order, None)
@@ -104,7 +110,7 @@ class Room:
                     others -= 1
                     chosen[row] = None
                 elif name in own:
-                    self._next[name][key] = None
+                    self._remember(name, key)
         else:
             self._look_ahead(order, own)
         del order
@@ -115,20 +121,30 @@ class Room:
         """Rows of tenants that were found to be the next ones to go; there are so many fewer to look for."""
         chosen: dict[int, None] = {}
         for name, count in left.items():
-            known = list(self._next.pop(name, ()))
-            rows = [row for row in self._index.find(known) if row is not None]
-            taken = self._free_to_go(rows, kept, [])[:count]
-            chosen.update(dict.fromkeys(taken))
-            left[name] -= len(taken)
-            self._next[name] = dict.fromkeys(key for row, key in self._keyed(rows) if row not in chosen)
+            known, wanted = self._next.get(name, {}), count
+            while wanted and known:
+                some = list(islice(known, wanted))
+                for key in some:
+                    del known[key]
+                rows = [row for row in self._index.find(some) if row is not None]
+                taken = self._free_to_go(rows, kept, [])
+                chosen.update(dict.fromkeys(taken))
+                wanted -= len(taken)
+            left[name] = wanted
+            if not known:
+                self._next.pop(name, None)
         return chosen
 
     def _look_ahead(self, order: Iterator[list[int]], own: Mapping[bytes, int]) -> None:
         """Remember which blocks of these tenants come next."""
         for _, key in islice(self._keyed(chain.from_iterable(order)), _NEXT):
-            name = tenant(key)
-            if name in own and len(self._next[name]) < _NEXT:
-                self._next[name][key] = None
+            if (name := tenant(key)) in own:
+                self._remember(name, key)
+
+    def _remember(self, name: bytes, key: OffloadKey) -> None:
+        known = self._next.setdefault(name, {})
+        if len(known) < _NEXT:
+            known[key] = None
 
     def _keyed(self, rows: Iterable[int]) -> Iterator[tuple[int, OffloadKey]]:
         return ((row, self._index.keys_of((row,))[0]) for row in rows)

@@ -40,7 +40,7 @@ def ls(arguments: list[str], out: Printer) -> int:
     """The segments of a folder, the oldest first."""
     given = _parsed(_parser("ls", "List the segments of a folder, the oldest first."), arguments)
     rows = [survey.row() for survey in surveys(_root(given))]
-    out.json("tensorway.offload.ls", {"directory": str(given.directory), "segments": rows})
+    out.json("tensorway.offload-ls/1", {"directory": str(given.directory), "segments": rows})
     for row in rows:
         out.line(
             f"{row['space'][:12]}  {row['number']:>6}  {row['state']:<8} "
@@ -54,7 +54,7 @@ def stat(arguments: list[str], out: Printer) -> int:
     """What a folder holds, by fingerprint and tenant."""
     given = _parsed(_parser("stat", "Say what a folder holds, by fingerprint and tenant."), arguments)
     spaces = [_totals(name, found) for name, found in _by_space(_root(given)).items()]
-    out.json("tensorway.offload.stat", {"directory": str(given.directory), "spaces": spaces})
+    out.json("tensorway.offload-stat/1", {"directory": str(given.directory), "spaces": spaces})
     for space in spaces:
         out.line(
             f"{space['space']}: {space['blocks']:,} blocks, {_size(space['bytes'])} in {space['segments']} segments"
@@ -75,7 +75,7 @@ def verify(arguments: list[str], out: Printer) -> int:
     parser.add_argument("--repair", action="store_true", help="remove what is damaged: it is computed anew")
     given = _parsed(parser, arguments)
     found = verify_all(_root(given), out.progress, repair=given.repair)
-    out.json("tensorway.offload.verify", {"directory": str(given.directory), **attrs.asdict(found)})
+    out.json("tensorway.offload-verify/1", {"directory": str(given.directory), **attrs.asdict(found)})
     out.line(f"{found.sound:,} blocks are sound, {_size(found.nbytes)} read")
     for line in found.problems:
         out.line(line)
@@ -101,7 +101,7 @@ def gc(arguments: list[str], out: Printer) -> int:
     which = Which.of(given)
     done = remove(_root(given), which, dry=given.dry_run)
     fields = {"directory": str(given.directory), "dry_run": given.dry_run, **attrs.asdict(done)}
-    out.json("tensorway.offload.gc", fields)
+    out.json("tensorway.offload-gc/1", fields)
     would = "would be" if given.dry_run else "were"
     out.line(f"{done.segments} segments and {done.blocks:,} blocks {would} removed, {_size(done.nbytes)}")
     if done.kept:

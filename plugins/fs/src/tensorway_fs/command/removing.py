@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Sequence
 from typing import Final
 
 import attrs
@@ -80,39 +79,38 @@ def remove(root: Root, which: Which, *, dry: bool) -> Done:
     if which.tenant is not None:
         for survey in found:
             _remove_tenant(survey, which.tenant, done, dry=dry)
-    for survey in _selected(found, which):
-        _remove_segment(survey, done, dry=dry)
+    over = sum(survey.nbytes for survey in found) - which.max_bytes if which.max_bytes is not None else 0
+    for survey in found:
+        if (over > 0 or _is_selected(survey, which)) and _remove_segment(survey, done, dry=dry):
+            over -= survey.nbytes
     return done
 
 
-def _selected(found: Sequence[Survey], which: Which) -> list[Survey]:
-    over = sum(survey.nbytes for survey in found) - which.max_bytes if which.max_bytes is not None else 0
-    selected = []
-    for survey in found:
-        last = survey.last()
-        old = which.older is not None and (last is None or time.time() - last > which.older)
-        if which.whole_space or old or over > 0 or (which.damaged and survey.problem):
-            selected.append(survey)
-            over -= survey.nbytes
-    return selected
+def _is_selected(survey: Survey, which: Which) -> bool:
+    if which.whole_space or (which.damaged and survey.problem):
+        return True
+    last = survey.last() if which.older is not None else None
+    return which.older is not None and (last is None or time.time() - last > which.older)
 
 
-def _remove_segment(survey: Survey, done: Done, *, dry: bool) -> None:
+def _remove_segment(survey: Survey, done: Done, *, dry: bool) -> bool:
+    """Whether it is gone, or would be."""
     try:
         with claimed(survey.disk, survey.named) as free:
             if not free:
                 done.kept += 1
-                return
+                return False
             if not dry:
                 survey.disk.unlink(survey.named.path)
     except FileNotFoundError:
-        return
+        return True
     except OSError:  # a link, or a folder: none of ours
         done.kept += 1
-        return
+        return False
     done.segments += 1
     done.blocks += survey.blocks
     done.nbytes += survey.nbytes
+    return True
 
 
 def _remove_tenant(survey: Survey, tenant: bytes, done: Done, *, dry: bool) -> None:
@@ -122,7 +120,10 @@ def _remove_tenant(survey: Survey, tenant: bytes, done: Done, *, dry: bool) -> N
     if not places:
         return
     if not dry:
-        bury(survey.disk, survey.named.path, places, sync=True)
+        try:
+            bury(survey.disk, survey.named.path, places, sync=True)
+        except FileNotFoundError:
+            return  # an engine has removed it meanwhile
     done.blocks += len(places)
     if len(places) == survey.blocks and survey.state.sealed:
         rest = Done()

@@ -98,13 +98,15 @@ def surveys(root: Root) -> Iterator[Survey]:
     """All files that are called as segments are, the oldest first."""
     for named in root.segments():
         try:
-            yield survey(root, named)
+            found = survey(root, named)
         except FileNotFoundError:
             continue  # removed meanwhile
+        if found is not None:
+            yield found
 
 
-def survey(root: Root, named: Named) -> Survey:
-    """One of them."""
+def survey(root: Root, named: Named) -> Survey | None:
+    """One of them; None of one that is being made."""
     nbytes = root.nbytes(named.path)
     try:
         file = root.disk.open(named.path, os.O_RDONLY)
@@ -115,7 +117,8 @@ def survey(root: Root, named: Named) -> Survey:
     try:
         head = read_head(root.disk, named, file)
         if isinstance(head, str):
-            return Survey(root.disk, named, nbytes, problem=head)
+            being_made = not root.disk.status_of(file).st_size or root.disk.flock(file) is False
+            return None if being_made else Survey(root.disk, named, nbytes, problem=head)
         state = read_state(root.disk, file)
         return Survey(root.disk, named, nbytes, head, state, bytes(read_table(root.disk, file, 0, head.places)))
     except OSError as error:

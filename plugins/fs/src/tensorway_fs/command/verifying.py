@@ -52,11 +52,20 @@ def verify_all(root: Root, say: Callable[[str], None], *, repair: bool) -> Verif
         except FileNotFoundError:
             continue  # removed meanwhile
         if bad and repair:
-            bury(root.disk, survey.named.path, bad, sync=False)
+            _repair(survey, bad, found)
         if time.monotonic() - said >= _EVERY:
             said = time.monotonic()
             say(f"{number} of {total} segments, {found.sound:,} blocks are sound, {found.damaged:,} damaged")
     return found
+
+
+def _repair(survey: Survey, bad: list[int], found: Verified) -> None:
+    try:
+        bury(survey.disk, survey.named.path, bad, sync=False)
+    except FileNotFoundError:
+        return  # removed meanwhile
+    except OSError as error:
+        found.note(f"{survey.named.path.name}: not repaired: {error.strerror}")
 
 
 def _verify(survey: Survey, found: Verified) -> list[int]:
@@ -65,12 +74,13 @@ def _verify(survey: Survey, found: Verified) -> list[int]:
     if survey.head is None:
         return bad
     file = survey.disk.open(survey.named.path, os.O_RDONLY)
-    buffer = memoryview(bytearray(survey.head.kind.stride if survey.table else 0))
     try:
+        # No more than there is, whatever a head says.
+        buffer = memoryview(bytearray(min(survey.head.kind.stride, survey.disk.status_of(file).st_size)))
         for place, entry in survey.entries():
             if entry is not None:
                 data = buffer[: entry.nbytes]
-                count = survey.disk.read(file, [data], survey.head.at(place))
+                count = _read(survey, file, place, data)
                 found.nbytes += count
                 if count == entry.nbytes and digest_of(data) == entry.digest:
                     found.sound += 1
@@ -86,3 +96,12 @@ def _verify(survey: Survey, found: Verified) -> list[int]:
     finally:
         survey.disk.close(file)
     return bad
+
+
+def _read(survey: Survey, file: int, place: int, into: memoryview) -> int:
+    """How many bytes of a block there are; none of one that the disk does not give."""
+    assert survey.head is not None
+    try:
+        return survey.disk.read(file, [into], survey.head.at(place))
+    except OSError:
+        return 0

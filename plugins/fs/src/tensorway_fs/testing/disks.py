@@ -48,8 +48,11 @@ class _CountingDisk(Disk):
     def sync_folder(self, path: Path) -> None:
         self._call(super().sync_folder, path)
 
-    def flock(self, file: int) -> bool:
+    def flock(self, file: int) -> bool | None:
         return self._call(super().flock, file)
+
+    def unlock(self, file: int) -> None:
+        self._call(super().unlock, file)
 
     def unlink(self, path: Path) -> None:
         self._call(super().unlink, path)

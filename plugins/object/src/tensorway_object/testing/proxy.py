@@ -116,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
                 self.send_header(name, value)
+        if self.close_connection:  # or the client sends its next request where nobody listens any more
+            self.send_header("Connection", "close")
         self.send_header("Content-Length", length if kind != "endless" else str(1 << 40))
         self.end_headers()
         if self.command != "HEAD":

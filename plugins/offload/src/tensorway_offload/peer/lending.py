@@ -64,7 +64,8 @@ class Lending:
             self._lender.returned(lent)
             sums = [_NO_SUM] * len(keys)
         else:
-            self._leases[borrower, ask.number] = _Lease(lent, until)
+            if lent:
+                self._leases[borrower, ask.number] = _Lease(lent, until)
             sums = [self._sum(key, row) for key, row in zip(keys, rows, strict=True)]
         told = tuple(-1 if row is None else row for row in rows)
         return Answer(VERSION, ask.number, told, tuple(sums), seconds)

@@ -116,6 +116,7 @@ class Neighbours:
             member = members.get(name)
             if known.peer.lost or member is None or member.incarnation != known.incarnation:
                 del self._found[name]
+        self._tried = {name: tried for name, tried in self._tried.items() if name in members}
         now, wanted = time.monotonic(), []
         for name, member in members.items():
             life, again = self._tried.get(name, ("", 0.0))
@@ -127,7 +128,8 @@ class Neighbours:
         for name, found in self._directory.connect_all(wanted[:room], _CONNECT).items():
             member = members[name]
             if isinstance(found, Peer):
-                self._found[name] = Neighbour(found, _row_bytes(member.facts.get("row_bytes")))
+                row_bytes = _row_bytes(member.facts.get("row_bytes")) if found.regions else 0
+                self._found[name] = Neighbour(found, row_bytes)
                 continue
             # What does not fit never will; who could not be reached may start again.
             self._tried[name] = member.incarnation, now + (600.0 if isinstance(found, Incompatible) else 5.0)

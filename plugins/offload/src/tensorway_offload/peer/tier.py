@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Final
 
 import attrs
@@ -42,6 +43,8 @@ from tensorway_offload.peer.reading import Reader, Want
 
 _log = logger("offload")
 _NAME: Final = "peer"
+#: Seconds that each part may take to close when the tier could not be opened.
+_UNDO: Final = 1.0
 #: Seconds that sending one message may take.
 _SEND: Final = 0.1
 #: Seconds between two looks at what peers say, while an answer is expected.
@@ -73,24 +76,40 @@ class PeerTier:
         self.capabilities = TierCapabilities(shared=True, writable=False, deletes=False)
         self._options, self._nbytes = options, context.nbytes
         self._counters, self._counting = Counters(METRICS), threading.Lock()
-        self._rendezvous, self._own_rendezvous = _service(context.services, "rendezvous", None)
-        self._transport, self._own_transport = _service(context.services, "transport", {"name": context.engine})
-        self._reader = Reader(self._transport, context, options.bounce_rows)
         self._lending = _lending(options, context)
-        facts = {"offload_peer": Fact(VERSION), "fingerprint": Fact(context.fingerprint.hex())}
-        facts["row_bytes"] = Fact(context.row_bytes if self._lending is not None else 0, "inform")
-        group = f"{options.path}/{context.fingerprint.hex()[:64]}"
-        self._directory = Directory(self._rendezvous, self._transport, context.engine, group, facts, options.presence)
-        self._neighbours = Neighbours(self._directory, options)
-        self._keys = min(MOST_KEYS, max(1, self._transport.capabilities.max_notification // KEY_BYTES - 1))
         self._numbers = itertools.count(1)
         self._questions: dict[int, _Question] = {}
         self._holders: OrderedDict[OffloadKey, tuple[Neighbour, ...]] = OrderedDict()
         self._lock, self._ended, self._asked = threading.Lock(), threading.Event(), threading.Event()
         self._unmet: deque[tuple[Notification, float]] = deque(maxlen=_MOST_UNMET)
         self._closed = False
+        with ExitStack() as undo:  # what was made, if the rest cannot be
+            self._open(context, undo)
+            undo.pop_all()
+
+    def _open(self, context: TierContext, undo: ExitStack) -> None:
+        """Join the peers."""
+        options = self._options
+        self._rendezvous, self._own_rendezvous = _service(context.services, "rendezvous", None)
+        if self._own_rendezvous:
+            undo.callback(self._rendezvous.close)
+        self._transport, self._own_transport = _service(context.services, "transport", {"name": context.engine})
+        if self._own_transport:
+            undo.callback(self._transport.close, _UNDO)
+        self._keys = min(MOST_KEYS, max(1, self._transport.capabilities.max_notification // KEY_BYTES - 1))
+        self._reader = Reader(self._transport, context, options.bounce_rows)
+        undo.callback(self._reader.close, _UNDO)
+        facts = {"offload_peer": Fact(VERSION), "fingerprint": Fact(context.fingerprint.hex())}
+        facts["row_bytes"] = Fact(context.row_bytes if self._lending is not None else 0, "inform")
+        group = f"{options.path}/{context.fingerprint.hex()[:64]}"
+        self._directory = Directory(self._rendezvous, self._transport, context.engine, group, facts, options.presence)
+        undo.callback(self._directory.close, _UNDO)
+        self._neighbours = Neighbours(self._directory, options)
+        undo.callback(self._neighbours.close, _UNDO)
         self._thread = threading.Thread(target=self._listen, name="tensorway-peer-ears", daemon=True)
         self._thread.start()
+        undo.callback(self._thread.join, _UNDO)
+        undo.callback(self._ended.set)
         self._directory.live()
 
     # -- the tier
@@ -130,7 +149,7 @@ class PeerTier:
         outcomes = [self._refused(key, view) for key, view in items]
         left = {place: item for place, item in enumerate(items) if outcomes[place] == "missing"}
         with self._lock:
-            unknown = [key for key, _ in left.values() if key not in self._holders]
+            unknown = [key for key, _ in left.values() if not self._holders.get(key)]
         if unknown:
             self.contains(unknown, max(0.0, until - time.monotonic()) / 2)
         tried: set[tuple[OffloadKey, str]] = set()

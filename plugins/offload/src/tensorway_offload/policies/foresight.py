@@ -12,7 +12,7 @@ from typing import Final
 
 from tensorway.metrics import Sample
 from tensorway.offload import OffloadKey, PolicyContext, ReqContext
-from tensorway_offload.policies.hazards import Hazards, Prior, Table
+from tensorway_offload.policies.hazards import Hazards, Pair, Prior, Table
 from tensorway_offload.policies.options import ForesightOptions
 from tensorway_offload.policies.prior import CONVERSATIONS
 from tensorway_offload.policies.runs import Runs
@@ -20,6 +20,8 @@ from tensorway_offload.policies.shadow import Guard
 
 #: The kind of last blocks that were cut in the middle: nobody goes on from them.
 _SPENT: Final = None
+#: Prompts to remember the ends of, however little room there is; with more room, four for each block of it.
+_LEAST_HORIZON: Final = 1024
 
 
 class Foresight:
@@ -32,9 +34,9 @@ class Foresight:
 
     def reset(self) -> None:
         """See `EvictionPolicy`."""
-        self._hazards = Hazards(self._prior)
+        self._hazards = Hazards(self._prior, horizon=max(_LEAST_HORIZON, 4 * self._capacity))
         self._runs = Runs(self._capacity)
-        self._guard = Guard(self._capacity, (self._by_value, Runs.by_use), self._caution)
+        self._guard = Guard(self._capacity, (self._by_value, Runs.by_use), self._caution, bool(self._prior.classes))
 
     def used(self, keys: Sequence[OffloadKey], req: ReqContext) -> None:
         """Until its request has ended, a block is of no class."""
@@ -81,4 +83,4 @@ class Foresight:
         return runs.by_value(self._value)
 
     def _value(self, kind: Hashable, since: int) -> float:
-        return kind.value(self._hazards.now - since) if isinstance(kind, Table) else -1.0
+        return kind.value(self._hazards.now - since) if isinstance(kind, Table | Pair) else -1.0

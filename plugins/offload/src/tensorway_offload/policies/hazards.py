@@ -8,6 +8,7 @@ the most hits for room and time that keeping it for any while brings: its Gittin
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -28,60 +29,48 @@ HORIZON: Final = EDGES[-1] + 1
 _TRUST: Final = 30.0
 #: A chance of two per cent in 4,000 requests, before anything was seen.
 _LEAST: Final = 0.02 / 4000
-#: What was expected before anything was seen counts as much as so many prompts.
-_PRIOR_PROMPTS: Final = 3000
+#: Words of a class by turn, growth and length.
+_WHOLE: Final = 3
+#: How long ago the last turn was, in requests.
+_GAPS: Final = (60, 150, 400, 1000)
 #: Of what was seen so many requests ago, half counts.
 _HALF: Final = 20_000
 
 
 @attrs.frozen
 class Prior:
-    """What is expected before anything was seen. Empty, it expects what would be the least of everything."""
+    """What was seen before anything was seen. Empty, it expects what would be the least of everything."""
 
     #: Blocks of a prompt.
     length: float = 16.0
-    #: The hazard of all.
-    hazard: tuple[float, ...] = ()
-    #: By turn: its share of all, and its hazard.
-    turns: Mapping[int, tuple[float, tuple[float, ...]]] = attrs.field(factory=dict)
-    #: By class: its share of all, and by how much its hazard is that of its turn.
-    classes: Mapping[Class, tuple[float, float]] = attrs.field(factory=dict)
+    #: By class: blocks of its prompts, and how many of them came back at each age; those of later ages are none.
+    classes: Mapping[Class, tuple[float, tuple[float, ...]]] = attrs.field(factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Prior:
-        """From words: `length N all` and hazards, `turn N SHARE` and hazards, `class T G L SHARE FACTOR`."""
-        words = iter(text.split())
-        length = 16.0
-        hazard: tuple[float, ...] = ()
-        turns: dict[int, tuple[float, tuple[float, ...]]] = {}
-        classes: dict[Class, tuple[float, float]] = {}
-        for word in words:
-            if word == "class":
-                name = tuple(int(next(words)) for _ in range(3))
-                classes[name] = (float(next(words)), float(next(words)))
-                continue
-            number, share = next(words), next(words)
-            row = tuple(float(next(words)) for _ in EDGES)
-            if word == "length":
-                length, hazard = float(number), row
-            else:
-                turns[int(number)] = (float(share), row)
-        return cls(length, hazard, turns, classes)
+        """From words: the length, then `; CLASS : BLOCKS BACK BACK ...` for each class."""
+        length, *rows = text.split(";")
+        classes = {}
+        for row in rows:
+            words, numbers = row.split(":")
+            blocks, *back = map(float, numbers.split())
+            classes[tuple(map(int, words.split()))] = (blocks, tuple(back))
+        return cls(float(length), classes)
 
     def seen(self, words: Class) -> tuple[list[float], list[float]]:
-        """As if so much had been seen of this class: what came back, and what had not by each age."""
-        share, hazard = 1.0, self.hazard
-        if words and words[0] in self.turns:
-            share, hazard = self.turns[words[0]]
-        if len(words) > 1:
-            share, factor = self.classes.get(words, (0.0, 1.0))
-            hazard = tuple(min(0.9, chance * factor) for chance in hazard)
-        left = share * _PRIOR_PROMPTS * self.length if hazard else 0.0
-        back, exposed = [0.0] * len(EDGES), [0.0] * len(EDGES)
-        for at, chance in enumerate(hazard):
-            back[at], exposed[at] = left * chance, left
-            left *= 1 - chance
+        """What had been seen of this class: what came back, and what had not by each age."""
+        back, left = [0.0] * len(EDGES), 0.0
+        for name, (blocks, came) in self.classes.items():
+            if name == words or (len(words) < 2 and len(name) == _WHOLE and name[: len(words)] == words):
+                left += blocks
+                for at, count in enumerate(came):
+                    back[at] += count
+        exposed = list(itertools.accumulate(back[:-1], float.__sub__, initial=left))
         return back, exposed
+
+
+def _unknown() -> list[float]:
+    return [1.0 / (16 + edge) for edge in EDGES]
 
 
 @attrs.define(eq=False)
@@ -93,7 +82,7 @@ class Table:
     back: list[float] = attrs.field(factory=lambda: [0.0] * len(EDGES))
     exposed: list[float] = attrs.field(factory=lambda: [0.0] * len(EDGES))
     hazard: list[float] = attrs.field(factory=lambda: [0.0] * len(EDGES))
-    index: list[float] = attrs.field(factory=lambda: [1.0 / (16 + edge) for edge in EDGES])
+    index: list[float] = attrs.field(factory=_unknown)
     #: When it was made to forget last.
     faded: int = 0
 
@@ -128,6 +117,25 @@ class Table:
         own = [min(0.9, hazard * factor) for hazard in self.parent.hazard]
         rows = zip(self.back, self.exposed, own, strict=True)
         return [(back + trust * hazard) / (exposed + trust) for back, exposed, hazard in rows]
+
+
+@attrs.define(eq=False)
+class Pair:
+    """Prompts of two classes with one parent class: what each differs in from that one, taken together."""
+
+    whole: Table
+    gap: Table
+    index: list[float] = attrs.field(factory=_unknown)
+
+    def value(self, age: int) -> float:
+        """What keeping a block of both classes is worth, at this age in requests."""
+        return self.index[bisect_right(EDGES, age) - 1]
+
+    def refresh(self) -> None:
+        """Bring the index up to date with both tables."""
+        common = self.gap.parent.hazard if self.gap.parent is not None else self.gap.hazard
+        rows = zip(self.whole.hazard, self.gap.hazard, common, strict=True)
+        self.index = _index([min(0.9, one * other / max(both, 1e-12)) for one, other, both in rows])
 
 
 def _index(hazard: Sequence[float]) -> list[float]:
@@ -166,16 +174,19 @@ class _End:
 class Hazards:
     """Classes of prompts, and what is known of each."""
 
-    def __init__(self, prior: Prior, forget: bool = True) -> None:
+    def __init__(self, prior: Prior, forget: bool = True, horizon: int = HORIZON) -> None:
+        """So many prompts are remembered until they are gone on from, `horizon` of them at most."""
         self._prior, self._forget_old = prior, forget
         self.now = 0
         #: Blocks of a prompt, of the last thousand.
         self.length = prior.length
         self._tables: dict[Class, Table] = {}
+        self._pairs: dict[tuple[Class, Class], Pair] = {}
         self._root = self._table((), None)
         self._queue: list[Table] = []
+        self._paired: list[Pair] = []
         self._ends: dict[OffloadKey, _End] = {}
-        self._ring: list[_End | None] = [None] * HORIZON
+        self._ring: list[_End | None] = [None] * min(horizon, HORIZON)
         #: Of prompts that were gone on from: at all, and those of them that were with their very last block.
         self._gone_on, self._whole = 0.0, 0.0
 
@@ -184,29 +195,37 @@ class Hazards:
         """What holds for all classes."""
         return self._root
 
-    def ended(self, keys: Sequence[OffloadKey]) -> Table:
+    def ended(self, keys: Sequence[OffloadKey]) -> Table | Pair:
         """A prompt has ended: learn from what it goes on from; its class."""
         self.now += 1
         turn, gap, new = self._gone_on_from(keys)
         self.length += (len(keys) - self.length) / min(1000, self.now + 10)
-        tables = self._of(_class(turn, gap, new, len(keys)))
+        words = _class(turn, gap, new, len(keys))
+        gap_words = (words[0], bisect_right(_GAPS, gap))
+        tables = self._of(words, gap_words)
         self._wait(
             _End(self.now, turn, float(len(keys)), tables, tuple(keys[-1:-3:-1] if len(keys) > 2 else keys[-1:]))
         )
         self._expose()
+        self._refresh()
+        return self._pair(words, gap_words) if turn else tables[-1]
+
+    def _refresh(self) -> None:
+        """One table and one pair; those that others are made of come before these."""
         if not self._queue:
             self._queue = sorted(self._tables.values(), key=lambda table: -_depth(table))
         table = self._queue.pop()
         if self._forget_old:
             table.fade(self.now)
         table.refresh(self.length)
-        return tables[-1]
+        if not self._paired:
+            self._paired = list(self._pairs.values())
+        if self._paired:
+            self._paired.pop().refresh()
 
-    def settled(self) -> dict[Class, Table]:
-        """All classes, each up to date with what is above it."""
-        for table in sorted(self._tables.values(), key=_depth):
-            table.refresh(self.length)
-        return dict(self._tables)
+    def seen(self) -> dict[Class, Table]:
+        """All classes that are not made of others."""
+        return {words: table for words, table in self._tables.items() if len(words) > 1}
 
     def cuts_last(self) -> bool:
         """Whether the last block of a prompt is one that nobody goes on from, since it was cut in the middle."""
@@ -231,7 +250,7 @@ class Hazards:
         return 0, 0, len(keys)
 
     def _wait(self, end: _End) -> None:
-        slot = end.at % HORIZON
+        slot = end.at % len(self._ring)
         before = self._ring[slot]
         if before is not None:
             self._forget(before)
@@ -251,15 +270,23 @@ class Hazards:
     def _expose(self) -> None:
         """Those that are as old as an edge today have not come back so far."""
         for bucket, edge in enumerate(EDGES):
-            end = self._ring[(self.now - edge) % HORIZON] if edge < self.now else None
+            end = self._ring[(self.now - edge) % len(self._ring)] if edge < self.now else None
             if end is not None and end.open and end.at == self.now - edge:
                 for table in end.tables:
                     table.exposed[bucket] += end.weight
 
-    def _of(self, words: Class) -> tuple[Table, ...]:
-        """The tables of a class, what is common to all first."""
-        turn = self._tables.get(words[:1]) or self._table(words[:1], self._root)
-        return self._root, turn, self._tables.get(words) or self._table(words, turn)
+    def _of(self, whole: Class, gap: Class) -> tuple[Table, ...]:
+        """The tables of a class, what is common to all first; a first turn has no gap."""
+        turn = self._tables.get(whole[:1]) or self._table(whole[:1], self._root)
+        names = (whole, gap) if whole[0] else (whole,)
+        return self._root, turn, *(self._tables.get(name) or self._table(name, turn) for name in names)
+
+    def _pair(self, whole: Class, gap: Class) -> Pair:
+        pair = self._pairs.get((whole, gap))
+        if pair is None:
+            pair = self._pairs[whole, gap] = Pair(self._tables[whole], self._tables[gap])
+            pair.refresh()
+        return pair
 
     def _table(self, words: Class, parent: Table | None) -> Table:
         table = self._tables[words] = Table(parent, *self._prior.seen(words), faded=self.now)
