@@ -1,0 +1,1 @@
+"""Tensorway in vLLM. Importing this, its plugin or its command imports nothing of vllm."""

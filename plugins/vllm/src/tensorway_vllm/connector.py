@@ -1,0 +1,119 @@
+"""`TensorwayOffloadingConnector`: vLLM's own connector of offloading, and what it lacks: a load may fail.
+
+May import vllm and this package. What vLLM's classes keep to themselves is not touched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults, KVConnectorWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+
+from tensorway._logging import logger
+from tensorway_vllm.manager import ManagerAdapter
+from tensorway_vllm.plugin import SPEC
+from tensorway_vllm.words import Outcome
+from tensorway_vllm.worker import WorkerAdapter
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+
+_log = logger("vllm")
+
+
+class WorkerMetadata(OffloadingWorkerMetadata):
+    """vLLM's, from workers to the scheduler, with what failed."""
+
+    def __init__(self, base: OffloadingWorkerMetadata, outcome: Outcome) -> None:
+        super().__init__(base.completed_jobs, base.transfer_stats)
+        self.outcome = outcome
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Of several workers, of which some may have nothing to tell but what vLLM's own class does."""
+        merged = super().aggregate(other)
+        told = [self.outcome, *([other.outcome] if isinstance(other, WorkerMetadata) else [])]
+        return WorkerMetadata(merged, Outcome.of(told))
+
+
+class TensorwayOffloadingConnector(OffloadingConnector):
+    """See `vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector`."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        extra.setdefault("spec_name", SPEC[0])
+        if extra["spec_name"] == SPEC[0]:  # with or without the plugin, whose names `VLLM_PLUGINS` may leave out
+            from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+
+            if SPEC[0] not in OffloadingSpecFactory._registry:
+                extra.setdefault("spec_module_path", SPEC[1])
+        super().__init__(vllm_config, role, kv_cache_config)
+        #: vLLM takes block numbers of what failed for a single cache group only; of several, it takes requests.
+        self._by_request = len(kv_cache_config.kv_cache_groups) > 1
+        #: Of loads that workers have begun, whose they are.
+        self._loading: dict[int, str] = {}
+        if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+            _log.warning(
+                "Requests whose KV blocks cannot be loaded will fail, for kv_load_failure_policy is 'fail'. "
+                "Set it to 'recompute' in the KV transfer configuration, and they are computed."
+            )
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """The worker is made; from now on this connector hears of what fails."""
+        super().register_kv_caches(kv_caches)
+        worker = self._worker()
+        if worker is not None:
+            worker.heard = True
+
+    def build_connector_worker_meta(self) -> OffloadingWorkerMetadata | None:
+        """From a worker to the scheduler, after each step."""
+        told, worker = super().build_connector_worker_meta(), self._worker()
+        if told is None or worker is None:
+            return told
+        return WorkerMetadata(told, worker.outcome())
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """From workers: the manager hears what failed before vLLM completes the jobs."""
+        told: Any = connector_output.kv_connector_worker_meta
+        if isinstance(told, WorkerMetadata) and isinstance(self.scheduler.manager, ManagerAdapter):
+            self.scheduler.manager.told(told.outcome)
+        super().update_connector_output(connector_output)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Loads begin; it is remembered whose they are."""
+        told = self._connector_metadata
+        if self._by_request and isinstance(told, OffloadingConnectorMetadata):
+            self._loading.update({job: entry.req_id for job, entry in told.load_jobs.items()})
+        super().start_load_kv(forward_context, **kwargs)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """What has ended. With several cache groups, a request of which a block failed has failed."""
+        told, worker = super().get_transfer_results(finished_req_ids), self._worker()
+        if not self._by_request or worker is None:
+            return told
+        worker.bad_pages()
+        failed = worker.bad_jobs()
+        told.failed_recving |= {self._loading[job] for job in failed if job in self._loading}
+        self._loading = {job: req for job, req in self._loading.items() if req not in told.finished_recving}
+        return told
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Pages that vLLM must compute, or fail their requests, as `kv_load_failure_policy` says."""
+        worker = self._worker()
+        if worker is None or self._by_request:
+            return set()
+        worker.bad_jobs()
+        return worker.bad_pages()
+
+    def _worker(self) -> WorkerAdapter | None:
+        worker = self.connector_worker.worker if self.connector_worker is not None else None
+        return worker if isinstance(worker, WorkerAdapter) else None

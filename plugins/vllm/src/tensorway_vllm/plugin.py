@@ -1,0 +1,89 @@
+"""What vLLM calls in each of its processes: tells it names, and where the classes are.
+
+May import the standard library, and of this package nothing: an engine that uses none of the names must not notice that
+they are there. vLLM's factories take half a second of a processor to import. So where they are not imported yet, they
+are told the names when they are, by whomever.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, Final
+
+SPEC: Final = ("TensorwayOffloadingSpec", "tensorway_vllm.spec")
+CONNECTOR: Final = ("TensorwayOffloadingConnector", "tensorway_vllm.connector")
+HANDOVER: Final = ("TensorwayConnector", "tensorway_vllm.handover")
+#: As the entry point is called, and so as `VLLM_PLUGINS` must name it.
+PLUGIN: Final = "tensorway"
+
+#: In which module which class has which method, and what it is told.
+_FACTORIES: Final[dict[str, tuple[str, str, tuple[tuple[str, str], ...]]]] = {
+    "vllm.distributed.kv_transfer.kv_connector.factory": (
+        "KVConnectorFactory",
+        "register_connector",
+        (CONNECTOR, HANDOVER),
+    ),
+    "vllm.v1.kv_offload.factory": ("OffloadingSpecFactory", "register_spec", (SPEC,)),
+}
+
+_log = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Have the names registered with vLLM's factories; again changes nothing. An engine starts, whatever goes wrong."""
+    waited = [name for name in _FACTORIES if name not in sys.modules]
+    if waited and not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting())
+    for name in _FACTORIES:
+        if name in sys.modules:
+            tell(sys.modules[name])
+
+
+def tell(module: ModuleType) -> None:
+    """Tell a factory the names that it does not know."""
+    owner, method, names = _FACTORIES[module.__name__]
+    try:
+        factory: Any = getattr(module, owner)
+        for name, where in names:
+            if name not in factory._registry:
+                getattr(factory, method)(name, where, name)
+    except Exception as error:  # of any vLLM, which may have changed what is used here
+        _log.warning(
+            "Tensorway is not registered with %s, which is not as expected (%s: %s). See: tensorway vllm doctor.",
+            module.__name__,
+            type(error).__name__,
+            error,
+        )
+
+
+class _Waiting(MetaPathFinder):
+    """Sees factories being imported; all else it leaves alone."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """What others find, and afterwards the names are told."""
+        if fullname not in _FACTORIES:
+            return None
+        for finder in sys.meta_path:
+            found = None if finder is self else finder.find_spec(fullname, path, target)
+            if found is not None and found.loader is not None:
+                return _then_told(found)
+        return None
+
+
+def _then_told(spec: ModuleSpec) -> ModuleSpec:
+    loader: Any = spec.loader
+    execute = loader.exec_module
+
+    def exec_and_tell(module: ModuleType) -> None:
+        execute(module)
+        tell(module)
+
+    loader.exec_module = exec_and_tell
+    return spec
