@@ -45,6 +45,7 @@ LIBRARIES: dict[str, list[str]] = {
     # No index has NIXL for ROCm. Its Python is NIXL's, so the tests present NIXL under ROCm's names.
     "rixl": ["nixl-cu12==1.5.1"],
     "tcpstore": ["torch"],
+    "vllm": [],
 }
 #: To which spans of hand-overs are told, if somebody asks for them.
 SPANS = "opentelemetry-sdk==1.45.2"

@@ -20,6 +20,8 @@ DISTS = {"tensorway": CORE} | {f"tensorway-{name}": folder for name, folder in P
 OTHER_EXTRAS = {"testing"}
 #: Dists of a movement: what they offer has names of its own.
 MOVEMENTS = {"eplb", "kv", "offload"}
+#: Groups of an engine, which asks for names of its own.
+ENGINES = {"vllm.general_plugins"}
 #: Groups whose names are words of a command, or movements.
 WORDS = {"tensorway.command", "tensorway.demo", "tensorway.offload_command"}
 #: What the mathematics of a dist needs: small, and on every index.
@@ -105,8 +107,8 @@ def test_folder_and_entry_point_and_dist_and_import_share_one_name(name):
     hooks = {group: entries for group, entries in table["entry-points"].items() if group != "tensorway.api"}
     assert hooks, "offers nothing"
     for group, entries in hooks.items():
-        assert group.startswith("tensorway.")
-        assert name in MOVEMENTS or group in WORDS or [name] == list(entries), group
+        assert group.startswith("tensorway.") or group in ENGINES
+        assert name in MOVEMENTS or group in ENGINES or group in WORDS or [name] == list(entries), group
         assert all(value.startswith(f"tensorway_{name}.") for value in entries.values()), group
 
 

@@ -22,7 +22,7 @@ from tensorway.plugins.scan import Declaration, printable
 Command = Callable[[list[str], Output], int]
 
 #: Extras of ours that bring a command of their own name, for who asks for it before it is installed.
-EXTRAS: Final = ("eplb", "offload")
+EXTRAS: Final = ("eplb", "offload", "vllm")
 
 
 def split(words: Sequence[str]) -> tuple[list[str], argparse.Namespace]:

@@ -9,7 +9,6 @@ hits and seconds of each round. May import vllm; an engine in one process, witho
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -104,6 +103,5 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     sys.stdout.write(f"{json.dumps(main(json.loads(sys.argv[1])))}\n")
     sys.stdout.flush()
