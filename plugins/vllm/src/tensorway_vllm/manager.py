@@ -6,11 +6,10 @@ May import vllm, the core and this package. It is called in the scheduler's proc
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import vllm.v1.kv_offload.base as theirs
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from tensorway._logging import logger
 from tensorway.offload import (
@@ -23,6 +22,7 @@ from tensorway.offload import (
     key_hash,
     make_offload_key,
 )
+from tensorway_vllm import sources
 from tensorway_vllm.words import Carried, Outcome
 
 _log = logger("vllm")
@@ -86,9 +86,9 @@ class ManagerAdapter(theirs.OffloadingManager):
         """What is known of a block."""
         return _FOUND[self.manager.lookup(self._key(key), _req(req_context))]
 
-    def get_load_source(self, key: theirs.OffloadKey, req_context: theirs.ReqContext) -> CacheHitSource:
-        """All is loaded from host memory."""
-        return CacheHitSource.HOST
+    def get_load_source(self, key: theirs.OffloadKey, req_context: theirs.ReqContext) -> Any:
+        """All is loaded from host memory; asked by vLLM 0.32 and newer."""
+        return sources.HOST
 
     def touch(self, keys: Collection[theirs.OffloadKey], req_context: theirs.ReqContext) -> None:
         """The engine had these itself."""
