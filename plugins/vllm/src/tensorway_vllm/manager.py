@@ -13,6 +13,7 @@ import vllm.v1.kv_offload.base as theirs
 
 from tensorway._logging import logger
 from tensorway.offload import (
+    METRICS,
     LookupResult,
     OffloadingManager,
     OffloadKey,
@@ -22,7 +23,8 @@ from tensorway.offload import (
     key_hash,
     make_offload_key,
 )
-from tensorway_vllm import sources
+from tensorway_vllm import metrics, sources
+from tensorway_vllm.counting import Counting
 from tensorway_vllm.words import Carried, Outcome
 
 _log = logger("vllm")
@@ -68,6 +70,7 @@ class ManagerAdapter(theirs.OffloadingManager):
         self._stores: dict[OffloadKey, int] = {}
         self._loads: dict[str, list[int]] = {}
         self._numbers = 0
+        self._counting = Counting(manager.statistics, METRICS)
 
     def _key(self, key: theirs.OffloadKey) -> OffloadKey:
         """Ours of theirs. Tenants are in vLLM's hash already, which begins with the request's salt."""
@@ -176,6 +179,10 @@ class ManagerAdapter(theirs.OffloadingManager):
                 medium = theirs.Medium.CPU if event.medium == "cpu" else theirs.Medium.STORAGE
                 keys = [self._back(key) for key in event.keys]
                 yield theirs.OffloadingEvent(keys=keys, medium=medium, removed=event.what == "removed")
+
+    def get_stats(self) -> Any:
+        """What was counted since the last call, for vLLM's own metrics; None if nothing was."""
+        return metrics.offloading_stats(self._counting.changes())
 
     def reset_cache(self) -> None:
         """Forget all. vLLM completes nothing of before; the rows stay out of use until workers have told of them."""

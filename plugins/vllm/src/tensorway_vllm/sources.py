@@ -6,14 +6,13 @@ May import vllm. An older vLLM does not ask, and has nothing here.
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Final
+from typing import Any
+
+#: Memory of the host, and another engine.
+HOST: Any = None
+PEER: Any = None
 
 if importlib.util.find_spec("vllm.v1.metrics.cache_hit_source") is not None:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-    #: Memory of the host.
-    HOST: Final[Any] = CacheHitSource.HOST
-    #: Another engine.
-    PEER: Final[Any] = CacheHitSource.P2P
-else:
-    HOST = PEER = None
+    HOST, PEER = CacheHitSource.HOST, CacheHitSource.P2P
