@@ -126,6 +126,9 @@ class Planners:
         results: Sequence[Result] = said.results
         if not results:
             return False
+        for result in results:
+            if result.cause and result.cause != "cancelled":
+                self._troubles.missed(result)
         try:
             planner.on_results(rank, results)
         except Exception as error:  # of whatever backend
