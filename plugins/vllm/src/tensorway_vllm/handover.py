@@ -25,13 +25,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build
 import tensorway
 from tensorway._logging import logger
 from tensorway.errors import Unsupported
-from tensorway.kv import KVContext, Mover, Planner, RequestView, Result
+from tensorway.kv import METRICS, KVContext, Mover, Planner, RequestView, Result
 from tensorway.plugins.options import fitted
 from tensorway_vllm import probes
+from tensorway_vllm.counting import Counting
+from tensorway_vllm.metrics import HandoverPromMetrics, HandoverStats
 from tensorway_vllm.pages import facts_of, geometries
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
     from vllm.config import VllmConfig
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from tensorway.metrics import Sample
 
 _log = logger("vllm")
 _ASKED: Final = "kv_connector_extra_config was given to TensorwayConnector."
@@ -102,11 +106,26 @@ class TensorwayConnector(KVConnectorBase_V1, SupportsHMA):
         self._pages, self._tokens = kv_cache_config.num_blocks, self._config.groups[0].tokens_per_block
         side = Scheduling if role is KVConnectorRole.SCHEDULER else Working
         self._side: Any = side(self._options, self._config)
+        self._counting = Counting(self._side.statistics, METRICS)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
         """A page of a layer in one piece."""
         return "LBHNC"
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> HandoverStats:
+        """What a step has told, where it is logged."""
+        return HandoverStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *given: Any, **named: Any) -> HandoverPromMetrics:
+        """What Prometheus is told, where it asks."""
+        return HandoverPromMetrics(*given, **named)
+
+    def get_kv_connector_stats(self) -> HandoverStats | None:
+        """What was counted on this side since the last call."""
+        return HandoverStats.of(self._counting.changes())
 
     # -- the scheduler's side
 
@@ -251,6 +270,10 @@ class Scheduling:
         """Whether steps are needed."""
         return bool(self._kept) or self.planner.busy()
 
+    def statistics(self) -> Sequence[Sample]:
+        """What the planner counts."""
+        return self.planner.statistics()
+
     def close(self) -> None:
         """End."""
         self.planner.close()
@@ -295,6 +318,10 @@ class Working:
         """See `handle_preemptions`."""
         if self._mover is not None:
             self._mover.flush(self._options.flush_seconds)
+
+    def statistics(self) -> Sequence[Sample]:
+        """What the mover counts."""
+        return self._mover.statistics() if self._mover is not None else ()
 
     def close(self) -> None:
         """End."""
