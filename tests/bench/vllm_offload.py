@@ -68,36 +68,45 @@ class Asked:
     def __init__(self, manager: Any) -> None:
         self.manager, self._count = manager, 0
 
-    def request(self) -> Any:
-        """A new one."""
+    def request(self, keys: list[Any]) -> Any:
+        """A new one with these blocks, of which vLLM's scheduler has told."""
         from vllm.v1.kv_offload import base
 
         self._count += 1
         made = base.ReqContext(req_id=f"r{self._count}")
+        for place, key in enumerate(keys):
+            made.set_offload_key_position(key, 16 * place)
         self.manager.on_new_request(made)
         return made
 
     def store(self, keys: list[Any]) -> None:
         """New blocks, for which others go."""
-        req = self.request()
+        req = self.request(keys)
         prepared = self.manager.prepare_store(keys, req)
         self.manager.complete_store(set(prepared.keys_to_store), req)
-        self.manager.on_request_finished(req)
+        self._end(req)
 
     def load(self, keys: list[Any]) -> None:
         """Blocks that are there."""
-        req = self.request()
+        req = self.request(keys)
         for key in keys:
             self.manager.lookup(key, req)
         self.manager.prepare_load(keys, req)
         self.manager.complete_load(set(keys), req)
-        self.manager.on_request_finished(req)
+        self._end(req)
 
     def miss(self, keys: list[Any]) -> None:
         """Blocks of which none is there: the first one is asked for."""
-        req = self.request()
+        req = self.request(keys)
         self.manager.lookup(keys[0], req)
+        self._end(req)
+
+    def _end(self, req: Any) -> None:
+        """The request, and its step."""
+        from vllm.v1.kv_offload import base
+
         self.manager.on_request_finished(req)
+        self.manager.on_schedule_end(base.ScheduleEndContext([], []))
 
 
 def calls(turns: int) -> None:
