@@ -6,6 +6,7 @@ May import aiohttp, the core and the modules beside it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Final
 from urllib.parse import unquote
@@ -27,6 +28,7 @@ from tensorway_vllm.router.relay import Asked, Relay, Unanswered
 from tensorway_vllm.router.vocabulary import METRICS
 
 _log = logger("vllm.router")
+_http = logger("vllm.router.http")
 #: Handed over; and what any decode engine answers alone. All else, such as what resets an engine, is not passed on.
 _HANDED_OVER: Final = ("/v1/completions", "/v1/chat/completions")
 _ALONE: Final = {"/v1/models": "GET", "/version": "GET", "/tokenize": "POST", "/detokenize": "POST"}
@@ -35,6 +37,15 @@ _ONE_MODEL: Final = "/v1/models/"
 #: Seconds that a connection may idle, and that connections are given when all requests have ended.
 _IDLE, _LAST = 75.0, 1.0
 _KINDS: Final = {400: "BadRequestError", 404: "NotFoundError", 405: "MethodNotAllowed", 503: "ServiceUnavailable"}
+
+
+def _without_what_was_sent(record: logging.LogRecord) -> bool:
+    """What is no HTTP may hold credentials, and aiohttp's exceptions quote it."""
+    record.exc_info = record.exc_text = None
+    return True
+
+
+_http.addFilter(_without_what_was_sent)
 
 
 class Router:
@@ -66,6 +77,7 @@ class Router:
             self._handle,
             handler_cancellation=True,  # who hangs up has its request cancelled, here and at the engine
             access_log=None,
+            logger=_http,
             auto_decompress=False,
             keepalive_timeout=_IDLE,
             lingering_time=_LAST,

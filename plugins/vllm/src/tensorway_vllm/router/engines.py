@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Sequence
 from typing import Final, Literal
 from urllib.parse import urlsplit
@@ -32,6 +33,8 @@ class Engine:
         self.reason = "it has not answered yet"
         #: Requests that it has of this router.
         self.running = 0
+        #: Until when others are asked rather, and which of all choices chose it last.
+        self.doubted, self.chosen = 0.0, 0
         #: Set when its health is to be looked at before its time, or it goes down: `gone` is done then.
         self.look = asyncio.Event()
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -67,6 +70,7 @@ class Engine:
     def failed(self, cause: str) -> None:
         """A request failed there; what it means for its health is for its health to say, unless nobody listens."""
         self._counts.add("router_engine_failures_total", role=self.role, engine=self.name, cause=cause)
+        self.doubted = time.monotonic() + self._options.health_backoff
         if cause in ("unreachable", "lost"):
             self.ill("a connection to it failed" if cause == "unreachable" else "it broke a connection off")
         self.look.set()
@@ -74,6 +78,7 @@ class Engine:
     def served(self) -> None:
         """It has answered a request: whatever it was ejected for before is over."""
         self._ejections = self._failures = 0
+        self.doubted = 0.0
 
     @property
     def pause(self) -> float:
@@ -105,7 +110,7 @@ class Engines:
         self.prefill = [Engine("prefill", url, options, counts) for url in options.prefill]
         self.decode = [Engine("decode", url, options, counts) for url in options.decode]
         self._least = options.choice == "least-loaded"
-        self._turn = {"prefill": itertools.count(), "decode": itertools.count()}
+        self._choices = itertools.count(1)
 
     def __iter__(self) -> itertools.chain[Engine]:
         return itertools.chain(self.prefill, self.decode)
@@ -114,13 +119,19 @@ class Engines:
         """One that is up, if there is any: rather one that was not tried, then the one with the fewest requests.
 
         Requests of this router are what is known at once: load that engines report is seconds old, and all of a burst
-        would follow it to the same engine. Equal ones take turns.
+        would follow it to the same engine. Of equal ones it is the one that was chosen longest ago. An engine that has
+        just failed a request comes after all others: who fails quickly has few requests, and would be given them all.
         """
         engines = self.prefill if role == "prefill" else self.decode
         usable = [engine for engine in engines if engine.up]
         left = [engine for engine in usable if engine not in tried] or usable
         if not left:
             return None
-        turn = next(self._turn[role]) % len(left)
-        turned = [*left[turn:], *left[:turn]]
-        return min(turned, key=lambda engine: engine.running) if self._least else turned[0]
+        now = time.monotonic()
+
+        def order(engine: Engine) -> tuple[bool, int, int]:
+            return engine.doubted > now, engine.running if self._least else 0, engine.chosen
+
+        best = min(left, key=order)
+        best.chosen = next(self._choices)
+        return best

@@ -132,6 +132,10 @@ class Process:
         """After `stop`."""
         os.killpg(self.pid, signal.SIGCONT)
 
+    def terminate(self) -> None:
+        """Tell it to end."""
+        self._signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """As a machine that loses its power."""
         self._signal(signal.SIGKILL)
@@ -139,7 +143,7 @@ class Process:
 
     def close(self, deadline: float = _END) -> int:
         """Tell it to end, and end it if it does not; returns what it ended with."""
-        self._signal(signal.SIGTERM)
+        self.terminate()
         try:
             self._process.wait(deadline)
         except subprocess.TimeoutExpired:
