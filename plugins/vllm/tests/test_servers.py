@@ -288,7 +288,7 @@ def test_a_router_that_is_told_to_end_ends_its_streams_first(fleet):
     assert "".join(map(piece, (first, *rest))) == said(
         prefill.post(COMPLETIONS, asking(COMPLETIONS, 95, max_tokens=400))
     )
-    assert 0 == router.close()
+    assert 0 == router.ended()
 
 
 @pytest.mark.long
