@@ -43,7 +43,7 @@ def _doctor(out: Output) -> int:
     for kind, (name, module) in (("connector", CONNECTOR), ("connector", HANDOVER), ("offloading spec", SPEC)):
         out.line(f"{kind} {name}: {module}")
     out.line("Nothing of vLLM is patched.")
-    for each in probes.offloading():
+    for each in probes.everything():
         good &= each.good
         out.line(f"{'ok' if each.good else 'NO'}  {each.what}: {each.found}")
     return 0 if good else 1
