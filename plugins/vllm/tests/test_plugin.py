@@ -140,9 +140,10 @@ def test_a_class_that_is_used_with_the_plugin_says_nothing(factories, caplog):
 def test_the_entry_point_costs_less_than_ten_milliseconds_of_a_processor():
     """In processes of their own, of which the fastest counts: a busy machine makes the others slower."""
     code = (
-        "import time; began = time.process_time(); "
-        "from tensorway_vllm.plugin import register; register(); register(); "
-        "print(time.process_time() - began)"
+        # What every process of vLLM has long since imported.
+        "import importlib.abc, logging, time, typing; from importlib.metadata import entry_points; "
+        "[ours] = [each for each in entry_points(group='vllm.general_plugins') if each.name == 'tensorway']; "
+        "began = time.process_time(); ours.load()(); ours.load()(); print(time.process_time() - began)"
     )
     tried = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
