@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from tensorway._logging import logger
 from tensorway_vllm.manager import ManagerAdapter
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -49,13 +51,7 @@ class TensorwayOffloadingConnector(OffloadingConnector):
     """See `vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector`."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
-        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-        extra.setdefault("spec_name", SPEC[0])
-        if extra["spec_name"] == SPEC[0]:  # with or without the plugin, whose names `VLLM_PLUGINS` may leave out
-            from vllm.v1.kv_offload.factory import OffloadingSpecFactory
-
-            if SPEC[0] not in OffloadingSpecFactory._registry:
-                extra.setdefault("spec_module_path", SPEC[1])
+        _name_spec(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
         #: vLLM takes block numbers of what failed for a single cache group only; of several, it takes requests.
         self._by_request = len(kv_cache_config.kv_cache_groups) > 1
@@ -66,6 +62,17 @@ class TensorwayOffloadingConnector(OffloadingConnector):
                 "Requests whose KV blocks cannot be loaded will fail, for kv_load_failure_policy is 'fail'. "
                 "Set it to 'recompute' in the KV transfer configuration, and they are computed."
             )
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config: VllmConfig, *given: Any, **named: Any) -> KVConnectorPromMetrics:
+        """Where metrics are served no connector is made, and the configuration is as it was written."""
+        _name_spec(vllm_config)
+        return super().build_prom_metrics(vllm_config, *given, **named)
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What was counted on this side since the last call."""
+        worker = self._worker()
+        return super().get_kv_connector_stats() if worker is None else worker.stats()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The worker is made; from now on this connector hears of what fails."""
@@ -117,3 +124,11 @@ class TensorwayOffloadingConnector(OffloadingConnector):
     def _worker(self) -> WorkerAdapter | None:
         worker = self.connector_worker.worker if self.connector_worker is not None else None
         return worker if isinstance(worker, WorkerAdapter) else None
+
+
+def _name_spec(vllm_config: VllmConfig) -> None:
+    """Ours, if the configuration names none; with or without the plugin, whose names `VLLM_PLUGINS` may leave out."""
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    extra.setdefault("spec_name", SPEC[0])
+    if extra["spec_name"] == SPEC[0] and SPEC[0] not in OffloadingSpecFactory._registry:
+        extra.setdefault("spec_module_path", SPEC[1])

@@ -6,14 +6,14 @@ May import vllm, the core and this package. It is called in the scheduler's proc
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import vllm.v1.kv_offload.base as theirs
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from tensorway._logging import logger
 from tensorway.offload import (
+    METRICS,
     LookupResult,
     OffloadingManager,
     OffloadKey,
@@ -23,6 +23,8 @@ from tensorway.offload import (
     key_hash,
     make_offload_key,
 )
+from tensorway_vllm import metrics, sources
+from tensorway_vllm.counting import Counting
 from tensorway_vllm.words import Carried, Outcome
 
 _log = logger("vllm")
@@ -68,6 +70,7 @@ class ManagerAdapter(theirs.OffloadingManager):
         self._stores: dict[OffloadKey, int] = {}
         self._loads: dict[str, list[int]] = {}
         self._numbers = 0
+        self._counting = Counting(manager.statistics, METRICS)
 
     def _key(self, key: theirs.OffloadKey) -> OffloadKey:
         """Ours of theirs. Tenants are in vLLM's hash already, which begins with the request's salt."""
@@ -86,9 +89,9 @@ class ManagerAdapter(theirs.OffloadingManager):
         """What is known of a block."""
         return _FOUND[self.manager.lookup(self._key(key), _req(req_context))]
 
-    def get_load_source(self, key: theirs.OffloadKey, req_context: theirs.ReqContext) -> CacheHitSource:
-        """All is loaded from host memory."""
-        return CacheHitSource.HOST
+    def get_load_source(self, key: theirs.OffloadKey, req_context: theirs.ReqContext) -> Any:
+        """All is loaded from host memory; asked by vLLM 0.32 and newer."""
+        return sources.HOST
 
     def touch(self, keys: Collection[theirs.OffloadKey], req_context: theirs.ReqContext) -> None:
         """The engine had these itself."""
@@ -176,6 +179,10 @@ class ManagerAdapter(theirs.OffloadingManager):
                 medium = theirs.Medium.CPU if event.medium == "cpu" else theirs.Medium.STORAGE
                 keys = [self._back(key) for key in event.keys]
                 yield theirs.OffloadingEvent(keys=keys, medium=medium, removed=event.what == "removed")
+
+    def get_stats(self) -> Any:
+        """What was counted since the last call, for vLLM's own metrics; None if nothing was."""
+        return metrics.offloading_stats(self._counting.changes())
 
     def reset_cache(self) -> None:
         """Forget all. vLLM completes nothing of before; the rows stay out of use until workers have told of them."""

@@ -5,13 +5,15 @@ May import vllm, the core and this package.
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import vllm.v1.kv_offload.base as theirs
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 import tensorway
 from tensorway.offload import OffloadContext
-from tensorway_vllm import probes
+from tensorway_vllm import metrics, probes
 from tensorway_vllm.manager import ManagerAdapter
 from tensorway_vllm.options import options_of
 from tensorway_vllm.pages import facts_of, geometries, tensors_of
@@ -20,6 +22,11 @@ from tensorway_vllm.worker import WorkerAdapter
 
 class TensorwayOffloadingSpec(theirs.OffloadingSpec):
     """See `vllm.v1.kv_offload.base.OffloadingSpec`; the options are `tensorway_vllm.options.SpecOptions`."""
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, theirs.OffloadingMetricMetadata]:
+        """Names that managers and workers count by, asked where metrics are served."""
+        return metrics.offloading_definitions()
 
     def __init__(self, config: OffloadingConfig) -> None:
         probes.check_offloading()

@@ -6,13 +6,16 @@ May import vllm, the core and this package. One thread calls it, beside one rank
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import attrs
 import vllm.v1.kv_offload.base as theirs
 
 from tensorway._logging import logger
 from tensorway.errors import DeadlineExceeded
-from tensorway.offload import EngineSpec, OffloadingWorker, TransferResult
+from tensorway.offload import METRICS, EngineSpec, OffloadingWorker, TransferResult
+from tensorway_vllm import metrics
+from tensorway_vllm.counting import Counting
 from tensorway_vllm.pages import pages_of
 from tensorway_vllm.words import Carried, Outcome
 
@@ -38,6 +41,7 @@ class WorkerAdapter(theirs.OffloadingWorker):
         self.worker, self._memory = worker, memory
         self._pages_per_block, self._flush_seconds = pages_per_block, flush_seconds
         self._jobs: dict[int, _Job] = {}
+        self._counting = Counting(worker.statistics, METRICS)
         #: Loads that had nowhere to come from.
         self._lost: list[int] = []
         #: Somebody takes `outcome` and `bad_pages`. Without, vLLM must be told of failures, which end the engine.
@@ -90,6 +94,10 @@ class WorkerAdapter(theirs.OffloadingWorker):
             transfer_size=result.nbytes,
             transfer_time=result.seconds,
         )
+
+    def stats(self) -> Any:
+        """What was counted since the last call, for vLLM's own metrics; None if nothing was."""
+        return metrics.offloading_stats(self._counting.changes())
 
     def outcome(self) -> Outcome:
         """What has become of jobs since the last call."""
