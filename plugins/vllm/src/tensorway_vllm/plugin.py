@@ -31,21 +31,30 @@ _FACTORIES: Final[dict[str, tuple[str, str, tuple[tuple[str, str], ...]]]] = {
     "vllm.v1.kv_offload.factory": ("OffloadingSpecFactory", "register_spec", (SPEC,)),
 }
 
+#: Where an operator may ask for ours; see `eplb.hook`, which is imported with it.
+_BALANCING: Final = "vllm.distributed.eplb.eplb_state"
+_WAITED: Final = (*_FACTORIES, _BALANCING)
+
 _log = logging.getLogger(__name__)
 
 
 def register() -> None:
     """Have the names registered with vLLM's factories; again changes nothing. An engine starts, whatever goes wrong."""
-    waited = [name for name in _FACTORIES if name not in sys.modules]
+    waited = [name for name in _WAITED if name not in sys.modules]
     if waited and not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Waiting())
-    for name in _FACTORIES:
+    for name in _WAITED:
         if name in sys.modules:
             tell(sys.modules[name])
 
 
 def tell(module: ModuleType) -> None:
-    """Tell a factory the names that it does not know."""
+    """Tell a factory the names that it does not know; let vLLM's expert balancing ask for ours."""
+    if module.__name__ == _BALANCING:
+        from tensorway_vllm.eplb.hook import attach
+
+        attach(module)
+        return
     owner, method, names = _FACTORIES[module.__name__]
     try:
         factory: Any = getattr(module, owner)
@@ -68,7 +77,7 @@ class _Waiting(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """What others find, and afterwards the names are told."""
-        if fullname not in _FACTORIES:
+        if fullname not in _WAITED:
             return None
         for finder in sys.meta_path:
             found = None if finder is self else finder.find_spec(fullname, path, target)
