@@ -18,7 +18,7 @@ with warnings.catch_warnings():  # those of importing vLLM are not ours
     pytest.importorskip("vllm.v1.kv_offload.base", reason="needs vLLM", exc_type=ImportError)
     import vllm.v1.kv_offload.base as theirs
 
-    from tensorway_vllm.manager import ManagerAdapter, _req
+    from tensorway_vllm.manager import ManagerAdapter, _known
     from tensorway_vllm.pages import geometries
     from tensorway_vllm.words import Outcome
     from tensorway_vllm.worker import WorkerAdapter
@@ -210,5 +210,5 @@ def test_a_load_that_is_late_when_its_pages_are_wanted_is_an_error(side, monkeyp
 
 def test_a_request_that_may_not_use_storage_uses_no_tier(side):
     alone = theirs.TierFilter((theirs.TierMatcher(medium=theirs.Medium.CPU),))
-    assert _req(theirs.ReqContext("r", load_tier_filter=alone)).tiers == frozenset()
-    assert _req(asked("r")).tiers is None
+    assert _known(theirs.ReqContext("r", load_tier_filter=alone)).req.tiers == frozenset()
+    assert _known(asked("r")).req.tiers is None

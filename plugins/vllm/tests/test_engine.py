@@ -132,15 +132,3 @@ def test_windows_and_full_attention_are_offloaded_together(run, tmp_path):
     rounds, log = run(kv, ["", "reset", "reset", "reset", "reset"], model=folder, fail=2)
     assert all(each["tokens"] == alone["tokens"] for each in rounds), log[-3000:]
     assert [each["hits"] for each in rounds if each is not rounds[2]] == [0, ALL, 0, ALL]
-
-
-def test_a_request_is_handed_over_between_engines_in_processes(model, surroundings):
-    command = [sys.executable, "-m", "tensorway_vllm.testing.disaggregated", str(model)]
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=800, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]
-    assert lines, done.stdout[-2000:] + done.stderr[-3000:]
-    *handed, orphaned = json.loads(lines[-1])["tokens"]
-    for each in handed:
-        assert each["handed"] == each["alone"] == each["forged"] and each["first"] == each["alone"][:1]
-        assert each["hits"] == [9 * 32, 0, 0]
-    assert orphaned["had_ticket"] and orphaned["orphaned"] == orphaned["alone"]

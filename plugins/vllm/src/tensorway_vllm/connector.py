@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from tensorway._logging import logger
@@ -52,6 +53,7 @@ class TensorwayOffloadingConnector(OffloadingConnector):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         _name_spec(vllm_config)
+        _say_heads(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
         #: vLLM takes block numbers of what failed for a single cache group only; of several, it takes requests.
         self._by_request = len(kv_cache_config.kv_cache_groups) > 1
@@ -132,3 +134,28 @@ def _name_spec(vllm_config: VllmConfig) -> None:
     extra.setdefault("spec_name", SPEC[0])
     if extra["spec_name"] == SPEC[0] and SPEC[0] not in OffloadingSpecFactory._registry:
         extra.setdefault("spec_module_path", SPEC[1])
+
+
+def _say_heads(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """How many KV heads the model has, if they are divided evenly and pages have them one by one; else that it is none.
+
+    vLLM's offloading configuration does not say it. A user who does has said it already.
+    """
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    if extra["spec_name"] != SPEC[0] or extra.get("kv_heads") is not None:
+        return
+    heads, ranks = vllm_config.model_config.get_total_num_kv_heads(), vllm_config.parallel_config.tensor_parallel_size
+    groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    layers = [each for spec in groups for each in _of_layers(spec)]
+    even = heads % ranks == 0 or ranks % heads == 0
+    plain = all(
+        type(spec) in (FullAttentionSpec, SlidingWindowSpec)
+        and spec.num_kv_heads == max(1, heads // ranks)
+        and not spec.kv_quant_mode.is_per_token_head
+        for spec in layers
+    )
+    extra["kv_heads"] = heads if even and plain else 0
+
+
+def _of_layers(spec: Any) -> list[Any]:
+    return list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]

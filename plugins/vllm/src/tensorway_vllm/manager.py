@@ -5,7 +5,9 @@ May import vllm, the core and this package. It is called in the scheduler's proc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -25,6 +27,7 @@ from tensorway.offload import (
 )
 from tensorway_vllm import metrics, sources
 from tensorway_vllm.counting import Counting
+from tensorway_vllm.faults import Faults
 from tensorway_vllm.words import Carried, Outcome
 
 _log = logger("vllm")
@@ -48,20 +51,47 @@ class _Open:
     ended: int = 0
 
 
-@attrs.frozen
+@attrs.define
 class _Request:
     """What is kept of a request in vLLM's own context of it."""
 
     req: ReqContext
+    #: Since when it has been waiting to hear of its blocks; None while it does not.
+    since: float | None = None
+    #: It has waited for too long, and was told so once.
+    over: bool = False
+    #: Blocks that it found below host memory.
+    below: set[OffloadKey] = attrs.field(factory=set)
 
 
 class ManagerAdapter(theirs.OffloadingManager):
     """See `vllm.v1.kv_offload.base.OffloadingManager`."""
 
-    def __init__(self, manager: OffloadingManager, workers: int, groups: dict[int, int], events: bool) -> None:
-        """`groups`: places of vLLM's cache groups among those that are offloaded; `events`: whether vLLM takes them."""
+    def __init__(
+        self,
+        manager: OffloadingManager,
+        workers: int,
+        groups: dict[int, int],
+        *,
+        events: bool,
+        backend: str = "cpu",
+        patience: float = 30.0,
+        below: Any = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`groups`: places of vLLM's cache groups among those that are offloaded; `events`: whether vLLM takes them.
+
+        `patience`: seconds after which a lookup that came to no end is a miss. `below`: what vLLM calls the tiers below
+        host memory.
+        """
         self.manager = manager
         self._workers, self._groups, self._events = workers, groups, events
+        self._patience, self._below, self._clock = patience, below, clock
+        self._faults = Faults(backend)
+        #: A reset failed: whatever the backend still has is of other weights, and is not asked for any more.
+        self._gone = False
+        #: What was told to be there in each medium, for those who must be told that all of it is gone.
+        self._told: dict[str, set[OffloadKey]] = {}
         self._original = {place: group for group, place in groups.items()}
         self._open: dict[int, _Open] = {}
         #: Those of before a reset, whose rows are free when all workers have ended them.
@@ -70,7 +100,7 @@ class ManagerAdapter(theirs.OffloadingManager):
         self._stores: dict[OffloadKey, int] = {}
         self._loads: dict[str, list[int]] = {}
         self._numbers = 0
-        self._counting = Counting(manager.statistics, METRICS)
+        self._counting = Counting(partial(self._faults.beside, manager.statistics), METRICS)
 
     def _key(self, key: theirs.OffloadKey) -> OffloadKey:
         """Ours of theirs. Tenants are in vLLM's hash already, which begins with the request's salt."""
@@ -81,32 +111,59 @@ class ManagerAdapter(theirs.OffloadingManager):
 
     def on_new_request(self, req_context: theirs.ReqContext) -> theirs.RequestOffloadingContext:
         """A request is there."""
-        everything = self.manager.begins(_req(req_context)) == "all"
+        everything = self._faults.asked("new", self.manager.begins, _known(req_context).req) == "all"
         policy = theirs.OffloadPolicy.REQUEST_LEVEL if everything else theirs.OffloadPolicy.CHUNK_LEVEL
         return theirs.RequestOffloadingContext(policy=policy)
 
     def lookup(self, key: theirs.OffloadKey, req_context: theirs.ReqContext) -> theirs.LookupResult:
-        """What is known of a block."""
-        return _FOUND[self.manager.lookup(self._key(key), _req(req_context))]
+        """What is known of a block; soon, or it is a miss."""
+        known, ours = _known(req_context), self._key(key)
+        if self._gone:
+            return theirs.LookupResult.MISS
+        found = self._faults.asked(LookupResult.MISS, self.manager.lookup, ours, known.req)
+        if found is LookupResult.HIT_PENDING or found is LookupResult.RETRY:
+            if ours not in self._stores:
+                known.below.add(ours)
+            if self._waited(known):
+                return theirs.LookupResult.MISS
+        return _FOUND.get(found, theirs.LookupResult.MISS)
+
+    def _waited(self, known: _Request) -> bool:
+        """Whether a request has waited for as long as it may."""
+        now = self._clock()
+        if known.since is None:
+            known.since = now
+        if now - known.since < self._patience:
+            return False
+        if not known.over:
+            known.over = True
+            self._faults.count("lookup", "late")
+            _log.warning(
+                "Request %s has waited for %g s to hear of its blocks, and computes them.",
+                known.req.request,
+                self._patience,
+            )
+        return True
 
     def get_load_source(self, key: theirs.OffloadKey, req_context: theirs.ReqContext) -> Any:
-        """All is loaded from host memory; asked by vLLM 0.32 and newer."""
-        return sources.HOST
+        """Where a block was when its request asked for it; asked by vLLM 0.32 and newer."""
+        return self._below if self._key(key) in _known(req_context).below else sources.HOST
 
     def touch(self, keys: Collection[theirs.OffloadKey], req_context: theirs.ReqContext) -> None:
         """The engine had these itself."""
-        self.manager.touch([self._key(key) for key in keys], _req(req_context))
+        self._faults.asked(None, self.manager.touch, [self._key(key) for key in keys], _known(req_context).req)
 
     def prepare_load(self, keys: Collection[theirs.OffloadKey], req_context: theirs.ReqContext) -> Carried:
         """Where they are. vLLM takes no no for an answer: for what is gone, a load is begun that fails."""
-        ours, req = [self._key(key) for key in keys], _req(req_context)
-        prepared = self.manager.prepare_load(ours, req)
+        ours, known = [self._key(key) for key in keys], _known(req_context)
+        known.since, known.over = None, False
+        prepared = None if self._gone else self._faults.asked(None, self.manager.prepare_load, ours, known.req)
         if prepared is None:
-            _log.warning("Blocks of request %s went between lookup and load; their load will fail.", req.request)
+            self._faults.count("load", "missing", len(ours))
             self._numbers += 1
             return Carried(self._numbers, None)
         number = self._opened(_Open(prepared.ticket, ours, store=False))
-        self._loads.setdefault(req.request, []).append(number)
+        self._loads.setdefault(known.req.request, []).append(number)
         return Carried(number, prepared.source)
 
     def complete_load(self, keys: Collection[theirs.OffloadKey], req_context: theirs.ReqContext) -> None:
@@ -118,16 +175,21 @@ class ManagerAdapter(theirs.OffloadingManager):
         self, keys: Collection[theirs.OffloadKey], req_context: theirs.ReqContext
     ) -> theirs.PrepareStoreOutput | None:
         """Places for those that are not there."""
-        prepared = self.manager.prepare_store([self._key(key) for key in keys], _req(req_context))
+        ours, nothing = [self._key(key) for key in keys], theirs.PrepareStoreOutput([], Carried(0, None), [])
+        try:
+            prepared = None if self._gone else self.manager.prepare_store(ours, _known(req_context).req)
+        except Exception as error:  # a backend is a plugin of anybody
+            self._faults.raised("prepare_store", error)
+            return nothing  # and no None, after which vLLM asks again in every step
         if prepared is None:
-            return None
+            return nothing if self._gone else None
         stored = list(prepared.keys)
         if stored:
             number = self._opened(_Open(prepared.ticket, stored, store=True))
             self._stores.update(dict.fromkeys(stored, number))
         else:
             number = 0
-            self.manager.complete_store(prepared.ticket)
+            self._faults.asked(None, self.manager.complete_store, prepared.ticket)
         return theirs.PrepareStoreOutput(
             keys_to_store=[self._back(key) for key in stored],
             store_spec=Carried(number, prepared.target),
@@ -162,23 +224,34 @@ class ManagerAdapter(theirs.OffloadingManager):
 
     def on_request_finished(self, req_context: theirs.ReqContext) -> None:
         """It asks for nothing any more."""
-        self.manager.ended(_req(req_context))
+        self._faults.asked(None, self.manager.ended, _known(req_context).req)
 
     def on_schedule_end(self, context: theirs.ScheduleEndContext) -> None:
         """Once in each step."""
-        self.manager.poll()
+        self._faults.asked(None, self.manager.poll)
+        if not self._events:
+            self._faults.asked([], self.manager.take_events)  # or they would be kept for nobody
 
     def has_pending_work(self) -> bool:
         """Whether vLLM must go on stepping without requests."""
-        return self.manager.busy()
+        return self._faults.asked(False, self.manager.busy)
 
     def take_events(self) -> Iterable[theirs.OffloadingEvent]:
-        """What changed in host memory."""
-        for event in self.manager.take_events() if self._events else ():
-            if event.what != "cleared":
+        """What changed in host memory and below. vLLM has no word for `cleared`: then all that was told is gone."""
+        for event in self._faults.asked([], self.manager.take_events) if self._events else ():
+            told = self._told.setdefault(event.medium, set())
+            keys = list(event.keys)
+            if event.what == "stored":
+                told.update(keys)
+            elif event.what == "removed":
+                told.difference_update(keys)
+            else:
+                keys = sorted(told)
+                told.clear()
+            if keys:
                 medium = theirs.Medium.CPU if event.medium == "cpu" else theirs.Medium.STORAGE
-                keys = [self._back(key) for key in event.keys]
-                yield theirs.OffloadingEvent(keys=keys, medium=medium, removed=event.what == "removed")
+                ours = [self._back(key) for key in keys]
+                yield theirs.OffloadingEvent(keys=ours, medium=medium, removed=event.what != "stored")
 
     def get_stats(self) -> Any:
         """What was counted since the last call, for vLLM's own metrics; None if nothing was."""
@@ -186,7 +259,11 @@ class ManagerAdapter(theirs.OffloadingManager):
 
     def reset_cache(self) -> None:
         """Forget all. vLLM completes nothing of before; the rows stay out of use until workers have told of them."""
-        self.manager.reset()
+        try:
+            self.manager.reset()
+        except Exception as error:  # a backend is a plugin of anybody
+            self._faults.raised("reset", error)
+            self._gone = True
         self._forgotten.update(self._open)
         self._open.clear()
         self._stores.clear()
@@ -194,7 +271,7 @@ class ManagerAdapter(theirs.OffloadingManager):
 
     def shutdown(self) -> None:
         """End."""
-        self.manager.close()
+        self._faults.asked(None, self.manager.close)
 
     def _opened(self, job: _Open) -> int:
         self._numbers += 1
@@ -205,16 +282,16 @@ class ManagerAdapter(theirs.OffloadingManager):
         if job.store:
             for key in job.keys:
                 self._stores.pop(key, None)
-            self.manager.complete_store(job.ticket, job.failed)
+            self._faults.asked(None, self.manager.complete_store, job.ticket, job.failed)
         else:
-            self.manager.complete_load(job.ticket, job.failed)
+            self._faults.asked(None, self.manager.complete_load, job.ticket, job.failed)
 
 
-def _req(context: theirs.ReqContext) -> ReqContext:
+def _known(context: theirs.ReqContext) -> _Request:
     """Ours for vLLM's, made once. vLLM's filter knows media; ours names: storage is all tiers, and no storage none."""
     known: _Request | None = context.get_state(_Request)
     if known is None:
         below = context.load_tier_filter.allows(theirs.Medium.STORAGE, None)
         known = _Request(ReqContext(context.req_id, tiers=None if below else frozenset()))
         context.set_state(known)
-    return known.req
+    return known
