@@ -18,6 +18,7 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from tensorway._logging import logger
 from tensorway_vllm.manager import ManagerAdapter
+from tensorway_vllm.metrics import OffloadingStats
 from tensorway_vllm.plugin import SPEC
 from tensorway_vllm.words import Outcome
 from tensorway_vllm.worker import WorkerAdapter
@@ -64,6 +65,11 @@ class TensorwayOffloadingConnector(OffloadingConnector):
                 "Requests whose KV blocks cannot be loaded will fail, for kv_load_failure_policy is 'fail'. "
                 "Set it to 'recompute' in the KV transfer configuration, and they are computed."
             )
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> OffloadingStats:
+        """What a step has told, where it is logged."""
+        return OffloadingStats(data=data or {})
 
     @classmethod
     def build_prom_metrics(cls, vllm_config: VllmConfig, *given: Any, **named: Any) -> KVConnectorPromMetrics:

@@ -16,9 +16,9 @@ import attrs
 
 from tensorway.metrics import BUCKETS, Labels, Metric, Sample
 
-#: What asking may cost of the time that passes, and what it may take without a pause after it, in seconds.
+#: What asking may cost of the time that passes, and what it may cost without a pause after it, in seconds.
 _SHARE: Final = 0.01
-_SHORT: Final = 0.0005
+_SHORT: Final = 0.001
 #: Labels that any value may have: whose it is, which of several connectors that are one, and at a worker which rank.
 _BESIDE: Final = ("backend", "child", "rank")
 
@@ -33,10 +33,10 @@ class Counting:
         self._again = 0.0
 
     def changes(self) -> list[Sample]:
-        """What came to be since the last call. Nothing yet, if the last one took so long that engines would feel it."""
-        began = time.monotonic()
-        if began < self._again:
+        """What came to be since the last call. Nothing yet, if the last one cost so much that engines would feel it."""
+        if time.monotonic() < self._again:
             return []
+        began = time.thread_time()  # a busy machine makes it no dearer
         found = []
         for sample in folded(self._source(), self._metrics):
             key = (sample.metric, sample.labels)
@@ -44,9 +44,9 @@ class Counting:
             if change is not None:
                 found.append(change)
                 self._told[key] = sample
-        took = time.monotonic() - began
-        if took > _SHORT:
-            self._again = began + took / _SHARE
+        cost = time.thread_time() - began
+        if cost > _SHORT:
+            self._again = time.monotonic() + cost / _SHARE
         return found
 
     def _change(self, told: Sample | None, now: Sample) -> Sample | None:
