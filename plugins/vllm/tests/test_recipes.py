@@ -69,12 +69,7 @@ def blocks():
 
 BLOCKS = blocks() if PAGE.is_file() else {}
 COMMANDS = {title: [text for kind, text in shown if kind == "sh"] for title, shown in BLOCKS.items()}
-SERVED = [
-    (title, text)
-    for title, shown in COMMANDS.items()
-    for text in shown
-    if text.startswith(("vllm serve ", "python again.py "))
-]
+CONNECTED = [(title, text) for title, shown in COMMANDS.items() for text in shown if '"kv_connector"' in text]
 
 
 def config(text):
@@ -100,6 +95,7 @@ RUN = {
     "Both together": "test_offloading_goes_on_beside_handing_over",
     "Try it in one process": "test_blocks_come_back_from_memory",
     "Without the plugin": "test_a_class_is_used_by_its_module_where_plugins_are_left_out",
+    "Experts": "test_vllm_and_ours_take_what_is_said_of_experts",
 }
 
 
@@ -108,7 +104,7 @@ def test_the_commands_of_every_section_are_run():
     assert set(RUN.values()) <= set(globals())
 
 
-@pytest.mark.parametrize(("title", "text"), SERVED, ids=[f"{title}-{n}" for n, (title, _) in enumerate(SERVED)])
+@pytest.mark.parametrize(("title", "text"), CONNECTED, ids=[f"{title}-{n}" for n, (title, _) in enumerate(CONNECTED)])
 def test_vllm_takes_the_configuration_and_our_classes_take_theirs(title, text, theirs):
     whole = config(text)
     assert whole["kv_load_failure_policy"] == "recompute"
@@ -119,7 +115,7 @@ def test_vllm_takes_the_configuration_and_our_classes_take_theirs(title, text, t
         taken(each)
 
 
-@pytest.mark.parametrize(("title", "text"), SERVED, ids=[f"{title}-{n}" for n, (title, _) in enumerate(SERVED)])
+@pytest.mark.parametrize(("title", "text"), CONNECTED, ids=[f"{title}-{n}" for n, (title, _) in enumerate(CONNECTED)])
 def test_each_key_of_ours_is_looked_at(title, text, theirs):
     from tensorway.errors import OptionsInvalid
 
@@ -143,18 +139,16 @@ def theirs():
 
 def taken(kv):
     """The options of one of our connectors, and those of its backends, by their own classes."""
-    from tensorway.plugins.options import fitted
-    from tensorway_vllm.handover import HandoverOptions
-    from tensorway_vllm.options import SpecOptions
+    from tensorway_vllm.handover.options import options_of as of_handover
+    from tensorway_vllm.options import options_of as of_offloading
 
     extra = kv["kv_connector_extra_config"]
-    asked = "docs/vllm.md was read."
     if kv["kv_connector"] == "TensorwayConnector":
-        options = fitted(HandoverOptions, extra, asked, "")
+        options = of_handover(extra)
         backend("rendezvous", options.rendezvous, options.rendezvous_options)
         backend("kv_connector", options.connector, options.options)
         return
-    options = fitted(SpecOptions, extra, asked, "")
+    options = of_offloading(extra)
     kept = backend("offloading", options.backend, options.options)
     for tier in kept.tiers:
         backend("offload_tier", tier["backend"], tier.get("options", {}))
@@ -167,6 +161,58 @@ def backend(kind, name, options):
 
     (slot,) = (each for each in host().slots(kind) if each.declaration.name == name)
     return validated(slot.load(host().context, 60), options)
+
+
+def test_vllm_and_ours_take_what_is_said_of_experts(theirs):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from tensorway.errors import OptionsInvalid
+    from tensorway_vllm.eplb.options import asked
+
+    (command,) = COMMANDS["Experts"]
+    _, _, _, *words = shlex.split(command)
+    given = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words)
+    assert given.enable_eplb and given.enable_expert_parallel
+    options = asked(given.additional_config)
+    backend("eplb_communicator", options.communicator, options.options)
+    backend("placement_policy", options.policy, options.policy_options)
+    for name in given.additional_config["tensorway"]["eplb"]:
+        with pytest.raises(OptionsInvalid, match=f"Did you mean '{name}'"):
+            asked({"tensorway": {"eplb": {f"{name}x": 1}}})
+
+
+# -- tables
+
+
+def rows(section, number):
+    """The rows of a table of a section: what the first two cells say."""
+    text = re.split(rf"^## {section}$", PAGE.read_text("utf-8"), flags=re.MULTILINE)[1]
+    text = re.split(r"^## ", text, flags=re.MULTILINE)[0]
+    table = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[number]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+    return {row[0].strip("`"): row[1].strip("`") for row in cells}
+
+
+def test_the_tables_of_options_are_those_of_the_classes(theirs):
+    import attrs
+
+    from tensorway_vllm.eplb.options import EplbOptions
+    from tensorway_vllm.handover.options import HandoverOptions
+    from tensorway_vllm.options import SpecOptions
+
+    for number, options in enumerate((SpecOptions, HandoverOptions, EplbOptions)):
+        assert rows("Options", number) == {field.name: default(field) for field in attrs.fields(options)}
+
+
+def default(field):
+    """As a table shows it."""
+    import attrs
+
+    if field.default is attrs.NOTHING:
+        return "none"
+    value = field.default.factory() if isinstance(field.default, attrs.Factory) else field.default
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 # -- one process
