@@ -16,6 +16,7 @@ DIRECTIVES = {"{toctree}", "{eval-rst}"}
 #: Pages whose text blocks a test compares with what the code says.
 COMPARED = {
     "docs/reference/errors.md": "tests/docs/test_catalogue.py",
+    "docs/vllm-router.md": "plugins/vllm/tests/test_router_options.py",
     "docs/vllm-troubleshooting.md": "plugins/vllm/tests/test_troubleshooting.py",
 }
 #: Pages whose shell blocks need a vLLM, which the docs are tested without: what runs them where there is one.

@@ -5,6 +5,7 @@ Needs vLLM and aiohttp. Servers take half a minute each to start, so all tests s
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import random
@@ -253,10 +254,12 @@ def test_a_router_that_is_killed_is_replaced_by_another_and_engines_forget_what_
     events = router.stream(COMPLETIONS, asking(COMPLETIONS, 90, max_tokens=3000))
     next(events)
     router.kill()
-    with pytest.raises(OSError):  # at once: the connection is gone with it
-        for _ in events:
-            pass
-        raise ConnectionResetError("the stream ended without its last word")
+    heard = []
+    try:
+        heard.extend(events)
+    except (OSError, http.client.HTTPException):
+        pass  # how a client says that a stream was cut, if it says so
+    assert "[DONE]" not in heard
     with pytest.raises(urllib.error.URLError):
         router.get("/health")
     until(lambda: idle(decode) and idle(prefill))

@@ -95,12 +95,13 @@ class Process:
     def post(
         self, path: str, body: Mapping[str, Any], deadline: float = 120.0, headers: Mapping[str, str] | None = None
     ) -> Any:
-        """The answer to JSON, or the error's status and text."""
+        """The answer to JSON, None if it has no body; of an error its status and text."""
         given = {"Content-Type": "application/json", **(headers or {})}
         asked = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), given)
         try:
             with urllib.request.urlopen(asked, timeout=deadline) as answer:
-                return json.load(answer)
+                raw = answer.read()
+                return json.loads(raw) if raw else None
         except urllib.error.HTTPError as error:
             return {"status": error.code, "text": error.read().decode(errors="replace")}
 
