@@ -81,9 +81,9 @@ def test_what_needs_vllm_is_run_by_a_test_that_knows_every_section_with_a_comman
     for name, test in RUN_WITH_VLLM.items():
         source = (ROOT / test).read_text("utf-8")
         text = (ROOT / name).read_text("utf-8")
-        sections = [part.partition("\n")[0] for part in re.split(r"^## ", text, flags=re.MULTILINE) if "```sh\n" in part]
-        assert sections
-        assert [] == [title for title in sections if f'    "{title}": "test_' not in source]
+        parts = [part for part in re.split(r"^## ", text, flags=re.MULTILINE) if "```sh\n" in part]
+        assert parts
+        assert [] == [title for title, *_ in map(str.splitlines, parts) if f'    "{title}": "test_' not in source]
 
 
 def test_no_block_is_skipped_by_a_comment():

