@@ -39,6 +39,7 @@ SCHEMAS = {
     "reference/cli.md": "tensorway.cli",
     "rebalance-planning.md": "tensorway_eplb.command",
     "offload-replay.md": "tensorway_offload.command",
+    "vllm.md": "tensorway_vllm",
 }
 
 

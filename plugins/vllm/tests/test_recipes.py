@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from tensorway_vllm.doctor_config import checked_transfer
+
 PAGE = Path(__file__).parents[3] / "docs" / "vllm.md"
 
 pytestmark = [
@@ -108,6 +110,7 @@ def test_the_commands_of_every_section_are_run():
 def test_vllm_takes_the_configuration_and_our_classes_take_theirs(title, text, theirs):
     whole = config(text)
     assert whole["kv_load_failure_policy"] == "recompute"
+    assert {each.level for each in checked_transfer(json.dumps(whole))} <= {"note"}
     theirs(**whole)
     for each in connectors(whole):
         assert "engine_id" not in each
