@@ -371,10 +371,13 @@ def test_a_prompt_is_handed_over_behind_the_router(place):
         for old in ("8100", "8200", "8000"):
             started[old].ready()
         name = json.loads(started["8200"].get("/v1/models"))["data"][0]["id"]
-        prompt = " ".join(f"t{number}" for number in range(300))
-        body = {"model": name, "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-        handed = started["8000"].post("/v1/completions", body)
-        hits = started["8200"].metric("vllm:external_prefix_cache_hits_total")
+        end, first = time.monotonic() + 60.0, 0
+        while not (hits := started["8200"].metric("vllm:external_prefix_cache_hits_total")):
+            assert time.monotonic() < end, {name: each.tail() for name, each in started.items()}
+            prompt = " ".join(f"t{first + number}" for number in range(300))  # another one each time: nobody knows it
+            body = {"model": name, "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+            handed, first = started["8000"].post("/v1/completions", body), first + 100
+            time.sleep(1.0)  # until the router has seen that the prefill engine is there, and values have been counted
         alone = started["8100"].post("/v1/completions", body)
         assert handed["choices"][0]["text"] == alone["choices"][0]["text"], handed
         assert hits >= LOADED
