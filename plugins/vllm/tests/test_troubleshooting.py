@@ -294,3 +294,22 @@ def test_the_page_shows_what_is_said(title, request, heard):
 
 def test_every_message_on_the_page_is_compared():
     assert set(messages()) == set(SECTIONS)
+
+
+def test_the_logging_configuration_on_the_page_lets_tensorway_be_heard(tmp_path):
+    (shown,) = re.findall(r"^```json\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    (tmp_path / "logging.json").write_text(shown, "utf-8")
+    said_by = "for name, word in (('tensorway.vllm', 'heard'), ('vllm', 'too')): logging.getLogger(name).info(word)"
+    text = f"import logging, vllm.logger\nvllm.logger._configure_vllm_root_logger()\n{said_by}"
+    command = [
+        "env",
+        f"VLLM_LOGGING_CONFIG_PATH={tmp_path / 'logging.json'}",
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        text,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert re.search(r"^INFO \S+ \S+ tensorway\.vllm: heard$", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^INFO \S+ \S+ vllm: too$", done.stderr, re.MULTILINE), done.stderr
