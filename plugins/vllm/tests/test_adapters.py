@@ -344,10 +344,13 @@ def test_a_worker_that_has_lost_its_way_is_closed_and_fails_all(side, monkeypatc
     side.worker.submit_load(7, side.manager.prepare_load(keys(1), asked("again")), pages(8))
     prepared = side.manager.prepare_store(keys(2), asked("r"))
     side.worker.submit_store(8, pages(2), prepared.store_spec)
+    closed, close = [], side.worker.worker.close
+    monkeypatch.setattr(side.worker.worker, "close", lambda deadline=5.0: closed.append(deadline) or close(deadline))
     monkeypatch.setattr(side.worker.worker, what, getattr(Raising(), what))
     if what == "wait":
         side.worker.wait({7, 8})
     first = side.worker.get_finished()
+    assert closed == [10.0], "or it could write to pages that others have by now"
     assert {each.job_id for each in [*first, *side.worker.get_finished()]} == {7, 8}
     assert side.worker.bad_pages() == {8}
     side.manager.told(side.worker.outcome())
