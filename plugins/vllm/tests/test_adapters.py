@@ -393,12 +393,12 @@ def test_vllm_gives_blocks_of_a_single_group_no_other_hashes_than_their_own():
     cache = SimpleNamespace(block_size=64, prefix_match_unit=32, enable_prefix_caching=True)
     parallel = SimpleNamespace(decode_context_parallel_size=1)
     config = SimpleNamespace(cache_config=cache, parallel_config=parallel, kv_transfer_config=object())
+    sizes, refused = None, ""
     try:
         sizes = resolve_kv_cache_block_sizes(SimpleNamespace(kv_cache_groups=[group]), config)
     except ValueError as error:  # since 0.32
-        assert "prefix_match_unit=32" in str(error)
-    else:
-        assert sizes == (64, 64)
+        refused = str(error)
+    assert sizes == (64, 64) or "prefix_match_unit=32" in refused
 
 
 def in_order(name, *groups):
