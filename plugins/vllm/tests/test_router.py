@@ -280,6 +280,23 @@ def test_an_engine_that_falls_silent_in_the_middle_of_a_stream_is_not_waited_for
     play(scene, [], [Engine(silent)], silence_seconds=0.3)
 
 
+def test_a_stream_that_takes_longer_than_requests_may_ends_with_an_error_and_no_engine_is_blamed():
+    async def endless(engine, request, body):
+        return await events(request, EVENTS[:1] * 10_000)
+
+    async def scene(stage):
+        status, said = await stage.post(body={"stream": True})
+        assert status == 200
+        *whole, last, _ = said.split(b"\n\n")
+        assert {EVENTS[0].strip()} == set(whole)
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == 504
+        await stage.until(lambda: stage.decode[0].cancelled == 1)
+        assert 1 == await stage.counted("broken_total", cause="late")
+        assert 0 == await stage.counted("engine_failures_total")
+
+    play(scene, [], [Engine(endless)], request_seconds=0.6)
+
+
 def test_a_long_answer_passes_and_one_that_is_cut_is_seen_to_be():
     size = 3 << 20
 
@@ -366,7 +383,7 @@ def test_an_engine_is_held_back_by_a_client_that_does_not_read_and_the_deadline_
         writer.close()
         assert 1 == await stage.counted("broken_total", cause="late")
 
-    play(scene, [], [Engine(endless)], request_seconds=5.0)
+    play(scene, [], [Engine(endless)], request_seconds=4.0)
 
 
 def test_what_is_not_handed_over_is_answered_by_a_decode_engine():
