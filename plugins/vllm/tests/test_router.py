@@ -153,7 +153,7 @@ def test_a_prefill_that_fails_costs_the_ticket_and_not_the_answer(behave, result
         assert "kv_transfer_params" not in stage.decode[0].bodies[0]
         assert 1 == await stage.counted("handed_over_total", result=result)
 
-    play(scene, [Engine(behave)], [Engine()], prefill_seconds=0.3)
+    play(scene, [Engine(behave)], [Engine()], prefill_seconds=0.3 if result == "late" else 30.0)
 
 
 def test_without_a_prefill_engine_that_is_up_decode_computes_the_prompt():
@@ -197,7 +197,8 @@ def test_another_decode_engine_is_asked_while_the_client_has_heard_nothing(behav
         tickets = ["kv_transfer_params" in body for body in stage.decode[1].bodies]
         assert tickets == [keeps_the_ticket, True]
 
-    play(scene, [Engine()], [Engine(behave), Engine()], first_seconds=0.5, health_backoff=30.0)
+    first = 0.5 if cause == "late" else 30.0
+    play(scene, [Engine()], [Engine(behave), Engine()], first_seconds=first, health_backoff=30.0)
 
 
 def test_an_answer_that_is_no_stream_is_held_back_until_it_is_whole():
@@ -294,7 +295,7 @@ def test_a_stream_that_takes_longer_than_requests_may_ends_with_an_error_and_no_
         assert 1 == await stage.counted("broken_total", cause="late")
         assert 0 == await stage.counted("engine_failures_total")
 
-    play(scene, [], [Engine(endless)], request_seconds=0.6)
+    play(scene, [], [Engine(endless)], request_seconds=2.0)
 
 
 def test_a_long_answer_passes_and_one_that_is_cut_is_seen_to_be():
