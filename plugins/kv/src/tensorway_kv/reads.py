@@ -128,7 +128,8 @@ class Reads:
             start, stop = 0, int(states)
             ids, first, their_ids, their_first = ids[-1:], 0, their_ids[-1:], 0
         elif window := self._groups[kind.own_group].window:
-            start = max(start, stop - window)
+            # The reader's list may begin behind that: then it has no need of what is before.
+            start = max(start, stop - window, first * (meeting.period // meeting.own_blocks))
         if clip:
             begins = (
                 first * (meeting.period // meeting.own_blocks),
