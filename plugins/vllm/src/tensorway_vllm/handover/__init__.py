@@ -7,8 +7,21 @@ Whatever a backend raises stays with the requests that it concerns; it does not 
 
 from __future__ import annotations
 
-from tensorway_vllm.handover.connector import TensorwayConnector
+from typing import TYPE_CHECKING, Any
+
 from tensorway_vllm.handover.options import HandoverOptions
 from tensorway_vllm.handover.wishes import HAND_OVER, TICKET
 
+if TYPE_CHECKING:
+    from tensorway_vllm.handover.connector import TensorwayConnector
+
 __all__ = ["HAND_OVER", "TICKET", "HandoverOptions", "TensorwayConnector"]
+
+
+def __getattr__(name: str) -> Any:
+    """The connector needs vLLM; options are checked where there is none, too."""
+    if name == "TensorwayConnector":
+        from tensorway_vllm.handover.connector import TensorwayConnector
+
+        return TensorwayConnector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

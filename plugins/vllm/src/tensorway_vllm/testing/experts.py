@@ -111,8 +111,8 @@ def enter(rank: Rank, place: Place, folder: str) -> None:
 
     load_general_plugins()
     torch.Event = torch.Stream = _Done  # type: ignore[assignment,misc]
-    torch.cuda.Event = torch.cuda.Stream = _Done  # type: ignore[misc]  # of vLLM 0.30
-    torch.cuda.stream = lambda _: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    for name, instead in (("Event", _Done), ("Stream", _Done), ("stream", contextlib.nullcontext)):
+        setattr(torch.cuda, name, instead)  # vLLM 0.30 asks these
     for name in ("set_device_index", "set_stream", "current_stream", "current_accelerator"):
         setattr(torch.accelerator, name, lambda *_: None)
     config = _config({}, len(place.members))
