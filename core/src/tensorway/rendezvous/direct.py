@@ -17,11 +17,11 @@ from contextlib import suppress
 from typing import Any, Final
 
 import attrs
-import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from tensorway import errors
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import Closed, DeadlineExceeded, RecordRefused, TensorwayError, Unauthenticated
 from tensorway.rendezvous import frames
 from tensorway.rendezvous.contract import Ability, Event, Record
@@ -235,7 +235,7 @@ class DirectStore:
                 return
             try:
                 reply = frames.decode_reply(frame)
-            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            except UNREADABLE:
                 continue  # who knows the secret and talks nonsense is not answered; the deadline tells the caller
             if isinstance(reply, Answer):
                 self._answered(reply)

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import DescriptionInvalid
 from tensorway.rendezvous.negotiation import Fact
 
@@ -45,7 +46,7 @@ def decode(key: str, value: bytes) -> Member:
     asked = f"The record {key} was read."
     try:
         member = _DECODE_MEMBER(value)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         true = f"It describes no member: {str(error).splitlines()[0]}"
         raise DescriptionInvalid(asked, true, "Install one version of tensorway in the whole deployment.") from None
     if member.schema != _SCHEMA or len(member.facts) > _MAX_FACTS or not key.endswith("/" + member.name):

@@ -14,10 +14,10 @@ from collections import deque
 from typing import Any, Final
 
 import attrs
-import msgspec
 import zmq
 
 from tensorway._logging import logger
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import RecordRefused, TensorwayError
 from tensorway.rendezvous import frames
 from tensorway.rendezvous.contract import Event, Record, check_key
@@ -95,7 +95,7 @@ class Service:
                 continue
             try:
                 request = frames.decode_request(frame)
-            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            except UNREADABLE as error:
                 _log.warning("A client sent what is no frame (%s) and is not heard again.", error)
                 self._ignored.append(client)
                 self._forget({client})

@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import DescriptionInvalid, MemoryInvalid
 from tensorway.memory import Region
 from tensorway.transport.contract import Description
@@ -55,7 +56,7 @@ def decode(data: object, transport: str) -> Description:
         if len(wire.regions) > MAX_REGIONS:
             raise _invalid(f"It has {len(wire.regions):,} regions, and none has more than {MAX_REGIONS:,}.")
         regions = tuple(Region(*row) for row in wire.regions)
-    except (msgspec.MsgspecError, MemoryInvalid, RecursionError, UnicodeDecodeError) as error:
+    except (MemoryInvalid, *UNREADABLE) as error:
         raise _invalid(f"It cannot be read: {str(error).splitlines()[0]}") from None
     if wire.transport != transport:
         raise _invalid(f"It is of a transport {wire.transport[:40]!r}, and this one is {transport!r}.")

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.transport import sockets
 from tensorway.transport.contract import Notification
 from tensorway.transport.description import identifier
@@ -158,7 +159,7 @@ class Ears:
                 raise ConnectionResetError
         except (BlockingIOError, InterruptedError):
             return
-        except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        except (OSError, *UNREADABLE):
             self._selector.unregister(channel)
             del self._senders[channel]
             sockets.close(channel)

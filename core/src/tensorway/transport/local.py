@@ -23,6 +23,7 @@ import attrs
 import msgspec
 
 from tensorway._logging import logger
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import (
     DeadlineExceeded,
     DescriptionInvalid,
@@ -375,7 +376,7 @@ def _machine() -> tuple[str, str]:
 def _decode(description: Description, asked: str) -> _Blob:
     try:
         blob = _DECODE_BLOB(description.blob)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise DescriptionInvalid(asked, f"Its local part cannot be read: {error}.", "Give it unchanged.") from None
     if len(description.incarnation) > _MAX_INCARNATION:
         raise DescriptionInvalid(asked, "Its incarnation is longer than one of local's.", "Give it unchanged.")

@@ -20,6 +20,7 @@ import numpy as np
 
 import tensorway
 from tensorway._logging import logger
+from tensorway.decoding import UNREADABLE
 from tensorway.eplb import (
     EplbContext,
     ExpertLayout,
@@ -451,7 +452,7 @@ def _listed(losers: Mapping[str, str]) -> str:
 def _read(value: bytes, decode: Callable[[bytes], _Record]) -> _Record:
     try:
         return decode(value)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         true = f"What a member says cannot be read: {str(error).splitlines()[0]}"
         to_do = "Install one version of tensorway everywhere."
         raise DescriptionInvalid("A communicator was to be chosen.", true, to_do) from None

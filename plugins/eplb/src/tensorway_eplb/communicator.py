@@ -16,6 +16,7 @@ import attrs
 import msgspec
 import numpy as np
 
+from tensorway.decoding import UNREADABLE
 from tensorway.eplb import (
     ExpertLayout,
     Failed,
@@ -344,7 +345,7 @@ class Communicator:
         for peer, payload in self._control.receive():
             try:
                 word = _DECODE_WORD(payload)
-            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            except UNREADABLE:
                 continue  # what is no word of ours costs nobody anything
             if word.epoch != self._group.epoch:
                 continue

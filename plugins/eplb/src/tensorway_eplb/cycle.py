@@ -17,6 +17,7 @@ import attrs
 import msgspec
 
 from tensorway._logging import logger
+from tensorway.decoding import UNREADABLE
 from tensorway.eplb import Failed, Fetch, Filled, PeerFailed, Send, Session, Staging
 from tensorway.eplb.contract import Control, Event
 from tensorway.errors import DeadlineExceeded, PeerLost, PlacementInvalid, StagingFull
@@ -447,7 +448,7 @@ def decode(payload: bytes) -> Report | None:
     """A report, or None for what is none."""
     try:
         return _DECODE_REPORT(payload)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
 
 

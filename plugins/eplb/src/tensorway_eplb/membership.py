@@ -16,6 +16,7 @@ import attrs
 import msgspec
 import numpy as np
 
+from tensorway.decoding import UNREADABLE
 from tensorway.eplb import Group
 from tensorway.errors import DeadlineExceeded, DescriptionInvalid, Excluded, Incompatible, RecordRefused, Unsupported
 from tensorway.rendezvous import Rendezvous
@@ -213,7 +214,7 @@ class Membership:
         asked = f"Member {name} said what it holds."
         try:
             held = _DECODE_HELD(value)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             true = f"That cannot be read: {str(error).splitlines()[0]}"
             raise DescriptionInvalid(asked, true, "Install one version of tensorway everywhere.") from None
         rows = held.layers * held.slots
@@ -247,6 +248,6 @@ class Membership:
 def _decoded(key: str, value: bytes) -> _Next:
     try:
         return _DECODE_NEXT(value)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         true = f"It names no members: {str(error).splitlines()[0]}"
         raise DescriptionInvalid(f"The record {key} was read.", true, "Install one version everywhere.") from None

@@ -16,6 +16,7 @@ import msgspec
 
 import tensorway
 from tensorway._logging import logger
+from tensorway.decoding import UNREADABLE
 from tensorway.eplb import (
     Capabilities,
     Drained,
@@ -176,7 +177,7 @@ class OneSidedSession:
         record = self._rendezvous.wait(key, max(1e-3, until - time.monotonic()))
         try:
             return _DECODE_TABLES(record.value)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             true = f"What it says about its rows cannot be read: {error}."
             raise DescriptionInvalid(asked, true, "Install one version of tensorway everywhere.") from None
 

@@ -9,10 +9,9 @@ from typing import Final, Protocol, TypeVar
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import DescriptionInvalid
 
-#: What msgspec raises for bytes that are not what they should be.
-UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 #: What was asked where a plan is read, and what to do where it cannot be.
 ASKED: Final = "A step's plan was given to a mover."
 TO_DO: Final = "Install one version of tensorway-kv on all ranks."

@@ -13,6 +13,8 @@ from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
+
 #: Written before each message. Semantics that change need another number.
 VERSION: Final = 1
 #: Versions that are read: ours and the one before, so that engines can be upgraded one by one.
@@ -215,7 +217,7 @@ def _read(payload: object) -> Message | Cause:
         return "foreign"
     try:
         message: Message = _DECODE(memoryview(payload)[_HEAD:])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         return "truncated" if "truncated" in str(error) else "malformed"
     if isinstance(message, PushRegistration) and not _lands(message):
         return "malformed"

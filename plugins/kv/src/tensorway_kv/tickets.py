@@ -19,6 +19,7 @@ from typing import Annotated, Any, Final
 import attrs
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import TicketInvalid, Unauthenticated
 
 #: Of the envelope and the body. While engines are upgraded one by one, the new ones issue the version before.
@@ -193,7 +194,7 @@ class Seen:
 def _read(body: bytes) -> Ticket:
     try:
         return _DECODE(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _invalid("malformed", f"It cannot be read: {str(error).splitlines()[0]}.") from None
 
 

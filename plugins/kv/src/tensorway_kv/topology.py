@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final
 import attrs
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import DescriptionInvalid, Incompatible, LayoutInvalid, PeerLost
 from tensorway.kv import RankGeometry
 from tensorway_kv.intersect import Axis, meet
@@ -47,7 +48,7 @@ class EngineTransferInfo(msgspec.Struct, frozen=True, array_like=True, forbid_un
         """From others; checked. Raises `DescriptionInvalid` or `LayoutInvalid`."""
         try:
             info = _decoder.decode(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             asked, to_do = "An engine's geometry was given.", "Give it as the engine encoded it."
             raise DescriptionInvalid(asked, f"It does not say what one is: {error}.", to_do) from error
         info.check()

@@ -18,6 +18,7 @@ from typing import Annotated, Final
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import DescriptionInvalid, Unsupported
 from tensorway.platforms import boot_id
 from tensorway.transport.contract import Description
@@ -112,7 +113,7 @@ def unseal(message: str, secret: bytes) -> Note | None:
         return None
     try:
         note = _DECODE_NOTE(body)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
     return note if identifier(note.name) and identifier(note.incarnation) else None
 

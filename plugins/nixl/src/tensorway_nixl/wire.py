@@ -12,6 +12,7 @@ from typing import Annotated, Final
 import attrs
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import DescriptionInvalid
 from tensorway.transport.contract import Description, Notification
 
@@ -76,7 +77,7 @@ def decode(description: Description, ours: Versions, asked: str) -> Blob:
     """The fabric's part of a description, of versions that fit ours; raises `DescriptionInvalid`."""
     try:
         blob = _DECODE_BLOB(description.blob)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise DescriptionInvalid(asked, f"Its NIXL part cannot be read: {error}.", "Give it unchanged.") from None
     theirs = Versions(blob.nixl, blob.ucx)
     if blob.schema != SCHEMA or not ours.fits(theirs):
@@ -106,7 +107,7 @@ def unframe(incarnation: str, message: bytes) -> Notification | None:
         return None
     try:
         note = _DECODE_NOTE(message[len(_NOTE) :])
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
     return Notification(note.name, incarnation, note.payload)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Final
 import attrs
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import DescriptionInvalid, Incompatible, LayoutInvalid, Unsupported
 from tensorway.kv import Group, KVContext, Plane, RankGeometry
 from tensorway_kv.store.folder import Folder
@@ -166,7 +167,7 @@ def read_manifest(folder: Folder, seals: Seals, layout: str) -> Manifest | None:
         raise DescriptionInvalid(asked, f"It is not what was written: {cause or 'torn'}.", to_do)
     try:
         found = _DECODE(memoryview(data)[OVERHEAD:])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise DescriptionInvalid(asked, f"It cannot be read: {error}.", to_do) from None
     found.info.check()
     return found

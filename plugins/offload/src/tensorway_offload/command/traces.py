@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import OptionsInvalid
 from tensorway.offload import OffloadKey, make_offload_key
 from tensorway_offload.replay import Request
@@ -46,7 +47,7 @@ def read(path: Path, out: Output) -> list[Request]:
     for number, line in _lines(path):
         try:
             given = _DECODER.decode(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             _refuse(path, f"Line {number} is no request: {str(error)[:200]}.")
         if not math.isfinite(given.timestamp) or given.timestamp < last:
             _refuse(path, f"The timestamp of line {number} is {given.timestamp:g}, and that before it {last:g}.")

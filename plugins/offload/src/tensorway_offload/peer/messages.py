@@ -10,6 +10,8 @@ from typing import Annotated, Final
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
+
 VERSION: Final = 1
 #: Keys of one message: with the longest hash that is less than what every transport takes.
 MOST_KEYS: Final = 512
@@ -62,6 +64,6 @@ def decode(payload: bytes) -> Message | None:
     """A message, or None of what is none."""
     try:
         message = _DECODER.decode(payload)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
     return message if message.version == VERSION else None
