@@ -121,6 +121,18 @@ def verify_layers(rank, blocks, start, stop, layers):
     return int((expected != JUNK).sum())
 
 
+def look_away(rank):
+    """From now on it fetches no words: a reader that is slow between what it has read and the words beside it."""
+    scratch = rank.notes["mover"]._reader.scratch
+    rank.notes["places"] = list(iter(scratch.take, None))
+
+
+def look(rank):
+    """It fetches words again."""
+    for place in rank.notes.pop("places"):
+        rank.notes["mover"]._reader.scratch.give(place)
+
+
 def flush(rank, deadline):
     rank.notes["mover"].flush(deadline)
 

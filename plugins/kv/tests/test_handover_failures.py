@@ -7,7 +7,18 @@ import signal
 import time
 
 import pytest
-from engines import Shape, flush, let, life, open_faulty_mover, release, say, take_no_notifications
+from engines import (
+    Shape,
+    flush,
+    let,
+    life,
+    look,
+    look_away,
+    open_faulty_mover,
+    release,
+    say,
+    take_no_notifications,
+)
 
 from tensorway.kv import RequestView
 from tensorway.testing.ranks import RankFailed
@@ -60,6 +71,7 @@ def test_a_reader_that_was_too_late_never_reports_success(deployment, again):
     producer, consumer = deployment.engine("prefill", Shape(2)), deployment.engine("decode", Shape(1))
     ticket = producer.finish("one", THEIRS, TOKENS)
     producer.step()
+    consumer.each(look_away)
     begun(consumer, ticket)
     # The reader is slow: its blocks are given away, and used, after it has read and before it has looked.
     assert producer.ask("force", "one")
@@ -69,6 +81,7 @@ def test_a_reader_that_was_too_late_never_reports_success(deployment, again):
     if again:
         producer.finish("two", THEIRS, TOKENS, salt=2)
         producer.step()
+    consumer.each(look)
     ended_with(consumer, "stale")
 
 
@@ -77,9 +90,11 @@ def test_tokens_before_the_first_block_that_was_given_away_are_good(deployment):
     producer.finish("prefix", [THEIRS[0][:2]], 8)
     ticket = producer.finish("one", THEIRS, TOKENS)
     producer.step()
+    consumer.each(look_away)
     begun(consumer, ticket)
     producer.ask("force", "one")
     producer.step()
+    consumer.each(look)
     until(lambda: consumer.failed or consumer.received, consumer)
     assert ([], {"here": 8}) == (consumer.received, consumer.failed)
     consumer.each(verify, OURS, 0, TOKENS, 1)
@@ -89,6 +104,7 @@ def test_a_request_ends_when_all_ranks_have_said_so(deployment):
     producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape(2))
     ticket = producer.finish("one", THEIRS, TOKENS)
     producer.step()
+    consumer.movers[1].call(look_away)
     begun(consumer, ticket)
     said = []
     until(lambda: said.extend(consumer.movers[0].call(turn, b"")) or said, producer)
@@ -98,6 +114,7 @@ def test_a_request_ends_when_all_ranks_have_said_so(deployment):
         assert ([], {}) == (list(found.received), dict(found.failed))
     assert producer.ask("force", "one")
     producer.step()
+    consumer.movers[1].call(look)
     until(lambda: consumer.failed or consumer.received, consumer)
     assert ([], {"here": 0}) == (consumer.received, consumer.failed)
 

@@ -165,8 +165,9 @@ class Pull:
             begun, self._posted = time.monotonic(), True
             self._post(self._bound, now)
             self.seconds["posted"] = time.monotonic() - begun
-            return not self._transfers  # nothing was missing
-        if not self._arrived:
+            if not self._transfers:
+                return True  # nothing was missing
+        if not self._arrived:  # a post that copies is done by now, and need not wait for the engine's next step
             states = [transfer.poll() for transfer in self._transfers]
             if State.FAILED in states:
                 raise next(transfer.error for transfer in self._transfers if transfer.error is not None)

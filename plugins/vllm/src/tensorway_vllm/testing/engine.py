@@ -3,9 +3,9 @@
 PLANS is a list in JSON, one engine after the other: `model`, a folder; `kv`, a KVTransferConfig or null; `engine`, more
 options of it; `wait`, seconds between rounds; `rounds`, of each what is done before it: `""`, `reset` (the engine's own
 cache) or `reset_all` (the connector's, too); `broken`, by the numbers of rounds which calls of the backend raise during
-them, such as `CPUManager.lookup`, or `rows`, where every block's load fails. The line that begins with `[{"start"` tells,
-in JSON, of each round: tokens, external hits, seconds, and how many pages are free after it. May import vllm; engines in
-one process, without a GPU.
+them, such as `CPUManager.lookup`, or `rows`, where every block's load fails; `salts`, by numbers, too. The line that
+begins with `[{"start"` tells, in JSON, of each round: tokens, external hits, where cached tokens came from, seconds,
+and how many pages are free after it. May import vllm; engines in one process, without a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -72,6 +73,12 @@ def hits(llm: Any) -> int:
     return int(counted(llm, "vllm:external_prefix_cache_hits"))
 
 
+def sources(llm: Any) -> Counter[str]:
+    """Where cached tokens came from, since the engine began; nothing, if vLLM is too old to say it."""
+    name = "vllm:prompt_tokens_cached_by_source"
+    return Counter({each.labels["source"]: int(each.value) for each in llm.get_metrics() if each.name == name})
+
+
 def free(llm: Any) -> int | None:
     """Pages that no request has; None if the engine is in another process."""
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
@@ -90,18 +97,25 @@ def broken(calls: list[str]) -> Iterator[None]:
     def load(self: CPUWorker, job: int, source: Any, target: Any) -> None:
         whole(self, job, CPULoadStoreSpec.of([-1] * len(source)), target)
 
-    def raising(*_: Any, **__: Any) -> None:
-        raise RuntimeError("broken by a test")
-
     with ExitStack() as all_of_them:
         for call in calls:
             owner, _, name = call.partition(".")
             if call == "rows":
                 patch = mock.patch.object(CPUWorker, "load", load)
             else:
-                patch = mock.patch.object({"CPUManager": CPUManager, "CPUWorker": CPUWorker}[owner], name, raising)
+                patch = mock.patch.object(
+                    {"CPUManager": CPUManager, "CPUWorker": CPUWorker}[owner], name, _raising(name)
+                )
             all_of_them.enter_context(patch)
         yield
+
+
+def _raising(name: str) -> Any:
+    def raising(*_: Any, **__: Any) -> None:
+        raise RuntimeError("broken by a test")
+
+    raising.__name__ = name
+    return raising
 
 
 def carried_out(plan: dict[str, Any]) -> dict[str, Any]:
@@ -114,10 +128,18 @@ def carried_out(plan: dict[str, Any]) -> dict[str, Any]:
             time.sleep(plan.get("wait", 0.0))
             llm.reset_prefix_cache(reset_connector=before == "reset_all")
         with broken(plan.get("broken", {}).get(str(number), [])):
-            known, began = hits(llm), time.perf_counter()
+            known, cached, began = hits(llm), sources(llm), time.perf_counter()
             tokens = generated(llm, plan.get("salts", {}).get(str(number), ""))
             seconds = time.perf_counter() - began
-        told["rounds"].append({"tokens": tokens, "hits": hits(llm) - known, "seconds": seconds, "free": free(llm)})
+        told["rounds"].append(
+            {
+                "tokens": tokens,
+                "hits": hits(llm) - known,
+                "sources": sources(llm) - cached,
+                "seconds": seconds,
+                "free": free(llm),
+            }
+        )
     time.sleep(plan.get("wait", 0.0))
     llm.llm_engine.engine_core.shutdown()
     return told
