@@ -14,7 +14,10 @@ EXECUTED = {"python", "console", "toml", "json", "yaml"}
 #: Not code: Sphinx makes it part of the page.
 DIRECTIVES = {"{toctree}", "{eval-rst}"}
 #: Pages whose text blocks a test compares with what the code says.
-COMPARED = {"docs/reference/errors.md": "tests/docs/test_catalogue.py"}
+COMPARED = {
+    "docs/reference/errors.md": "tests/docs/test_catalogue.py",
+    "docs/vllm-router.md": "plugins/vllm/tests/test_router_options.py",
+}
 #: First line of each block that nobody runs, with the reason.
 UNEXECUTED = {
     'pip install "tensorway[nixl]"': "the dists are not on the index yet",

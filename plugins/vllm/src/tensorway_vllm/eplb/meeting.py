@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 import tensorway
+from tensorway.decoding import UNREADABLE
 from tensorway.eplb import Group
 from tensorway.errors import (
     BackendUnavailable,
@@ -228,6 +229,6 @@ def _word(framed: bytes, rank: int, decode: Callable[[bytes], _T]) -> _T:
     length = int.from_bytes(framed[:_HEAD], "big")
     try:
         return decode(framed[_HEAD : _HEAD + length])
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         true = f"What rank {rank} says cannot be read: {str(error).splitlines()[0]}"
         raise DescriptionInvalid(_ASKED, true, "Install one version of tensorway everywhere.") from None
