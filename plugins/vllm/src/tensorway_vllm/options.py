@@ -11,7 +11,7 @@ from tensorway.errors import OptionsInvalid
 from tensorway.plugins.options import fitted
 
 _ASKED: Final = "kv_connector_extra_config was given to Tensorway's offloading in vLLM."
-_SEE: Final = "See the README of tensorway-vllm."
+_SEE: Final = "See docs/vllm.md."
 #: Options of vLLM's own offloading specs that nobody would read here, and what to give for them.
 _VLLMS: Final = {
     "cpu_bytes_to_use": "Give 'options': {'capacity_bytes': ...}.",
