@@ -30,6 +30,8 @@ _EVENTS: Final = 30
 _STEPS: Final = 6
 #: Seconds in which a life must have come to rest when nothing goes wrong any more.
 _REST: Final = 30.0
+#: Lives of which one line tells.
+_TOLD: Final = 25
 _FAULTS: Final = ("stall", "refuse", "partial", "late", "lose", "delay")
 _JUNK: Final[tuple[Any, ...]] = (
     {},
@@ -343,12 +345,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--which", choices=("handover", "offload"), default=None)
     given = parser.parse_args(arguments)
-    began = time.monotonic()
-    happened = campaign(given.seed, given.count, (given.which,) if given.which else ("handover", "offload"))
-    told = ", ".join(f"{what} {number}" for what, number in sorted(happened.items()))
-    sys.stdout.write(
-        f"seeds {given.seed} to {given.seed + given.count - 1}: {told}; {time.monotonic() - began:.1f} s\n"
-    )
+    kinds = (given.which,) if given.which else ("handover", "offload")
+    for seed in range(given.seed, given.seed + given.count, _TOLD):
+        count, began = min(_TOLD, given.seed + given.count - seed), time.monotonic()
+        happened = campaign(seed, count, kinds)
+        told = ", ".join(f"{what} {number}" for what, number in sorted(happened.items()))
+        sys.stdout.write(f"seeds {seed} to {seed + count - 1}: {told}; {time.monotonic() - began:.1f} s\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
