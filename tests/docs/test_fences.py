@@ -14,7 +14,13 @@ EXECUTED = {"python", "console", "toml", "json", "yaml"}
 #: Not code: Sphinx makes it part of the page.
 DIRECTIVES = {"{toctree}", "{eval-rst}"}
 #: Pages whose text blocks a test compares with what the code says.
-COMPARED = {"docs/reference/errors.md": "tests/docs/test_catalogue.py"}
+COMPARED = {
+    "docs/reference/errors.md": "tests/docs/test_catalogue.py",
+    "docs/vllm-router.md": "plugins/vllm/tests/test_router_options.py",
+    "docs/vllm-troubleshooting.md": "plugins/vllm/tests/test_troubleshooting.py",
+}
+#: Pages whose shell blocks need a vLLM, which the docs are tested without: what runs them where there is one.
+RUN_WITH_VLLM = {"docs/vllm.md": "plugins/vllm/tests/test_recipes.py"}
 #: First line of each block that nobody runs, with the reason.
 UNEXECUTED = {
     'pip install "tensorway[nixl]"': "the dists are not on the index yet",
@@ -55,7 +61,8 @@ def test_every_block_is_run_or_compared_or_listed_here_with_a_reason():
         file = info == "{code-block} python" and lines[0].startswith(":caption: ")
         compared = info == "text" and str(path.relative_to(ROOT)) in COMPARED
         listed = info == "sh" and len(lines) == 1 and lines[0] in UNEXECUTED
-        if not (info in EXECUTED or info.split()[0] in DIRECTIVES or file or compared or listed):
+        elsewhere = info == "sh" and str(path.relative_to(ROOT)) in RUN_WITH_VLLM
+        if not (info in EXECUTED or info.split()[0] in DIRECTIVES or file or compared or listed or elsewhere):
             left.append(f"{named(path, number)}: {info}: {lines[0]}")
     assert [] == left
 
@@ -68,6 +75,15 @@ def test_the_compared_pages_have_blocks_and_the_tests_that_compare_them():
     for path, test in COMPARED.items():
         assert (ROOT / test).is_file()
         assert [info for page, _, info, _ in ALL if page == ROOT / path and info == "text"]
+
+
+def test_what_needs_vllm_is_run_by_a_test_that_knows_every_section_with_a_command():
+    for name, test in RUN_WITH_VLLM.items():
+        source = (ROOT / test).read_text("utf-8")
+        text = (ROOT / name).read_text("utf-8")
+        parts = [part for part in re.split(r"^## ", text, flags=re.MULTILINE) if "```sh\n" in part]
+        assert parts
+        assert [] == [title for title, *_ in map(str.splitlines, parts) if f'    "{title}": "test_' not in source]
 
 
 def test_no_block_is_skipped_by_a_comment():

@@ -15,6 +15,7 @@ from tensorway_eplb.background import Background, State
 from tensorway_eplb.cycle import Cause
 from tensorway_eplb.placement import Placement
 from tensorway_eplb.rebalancer import Rebalancer
+from tensorway_vllm.router import vocabulary as router
 
 
 class Engine:
@@ -82,7 +83,12 @@ def test_every_counter_that_a_failure_shows_is_one(page, counted):
 
 
 @pytest.mark.parametrize(
-    ("title", "metrics"), [("What a connector counts", METRICS), ("What offloading counts", offload.METRICS)]
+    ("title", "metrics"),
+    [
+        ("What a connector counts", METRICS),
+        ("What offloading counts", offload.METRICS),
+        ("What the router counts", router.METRICS),
+    ],
 )
 def test_the_words_of_a_movement_are_those_of_the_code(page, title, metrics):
     rows = page("operations.md").rows(3, title)

@@ -24,7 +24,13 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).parents[2]
 #: Dists of a movement: what they offer has names of its own, and those that move have a page.
-MOVEMENTS = {"eplb": ["onesided"], "kv": ["handover", "shared-store", "several"], "offload": ["foresight", "peer"]}
+#: The dist of an engine offers nothing of its own, and its page is not one of a backend.
+MOVEMENTS = {
+    "eplb": ["onesided"],
+    "kv": ["handover", "shared-store", "several"],
+    "offload": ["foresight", "peer"],
+    "vllm": [],
+}
 FOLDERS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
 #: By the name of their page, which is that of the backend.
 BACKENDS = {page: folder for name, folder in FOLDERS.items() for page in MOVEMENTS.get(name, [name])}
@@ -33,6 +39,7 @@ SCHEMAS = {
     "reference/cli.md": "tensorway.cli",
     "rebalance-planning.md": "tensorway_eplb.command",
     "offload-replay.md": "tensorway_offload.command",
+    "vllm.md": "tensorway_vllm",
 }
 
 

@@ -102,7 +102,8 @@ def test_one_observation_is_what_was_measured(counts):
 
 def test_a_source_that_takes_long_is_asked_less_often(counts, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("tensorway_vllm.counting.time.monotonic", lambda: now[0])
+    for clock in ("monotonic", "thread_time"):
+        monkeypatch.setattr(f"tensorway_vllm.counting.time.{clock}", lambda: now[0])
 
     def slow():
         now[0] += 0.01

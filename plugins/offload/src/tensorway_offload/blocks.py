@@ -19,9 +19,9 @@ from tensorway_offload.lookups import Lookups
 from tensorway_offload.lower import Done, Lower
 from tensorway_offload.manager_options import ManagerOptions
 from tensorway_offload.orders import order_of
-from tensorway_offload.quotas import Quotas
 from tensorway_offload.requests import GIVEN_UP, Request, Requests, unique
 from tensorway_offload.room import Room
+from tensorway_offload.shares import Shares
 from tensorway_offload.told import Told
 
 #: What an outcome of a promotion or a job is as a cause of `tensorway.offload.CAUSES`.
@@ -43,9 +43,9 @@ class Blocks:
         self._medium, self._options = medium, options
         self._lower, self._counters = lower, counters
         self._index = Index(capacity)
-        self._quotas = Quotas(capacity, options.tenant_share)
+        self._shares = Shares(capacity, options.tenant_share)
         self._order = order_of(policy, self._index)
-        self._room = Room(self._index, self._order, self._quotas)
+        self._room = Room(self._index, self._order, self._shares)
         self._requests = Requests(self._index, options.lease_seconds, options.request_seconds)
         self._lookups = Lookups(self._index, self._requests, lower, self._promote, options.pending_seconds)
         self._sightings = Sightings(options.store_threshold, options.sightings)
@@ -161,7 +161,7 @@ class Blocks:
             lost = [key for key, row in zip(bad, self._index.find(bad), strict=True) if row == places[key]]
             self._index.forget(lost)
             self._requests.unlease({key: places[key] for key in lost})
-            self._quotas.removed(lost)
+            self._shares.removed(lost)
             self._order.removed(lost, [places[key] for key in lost])
             self._room.used(lost)  # or, stored anew, they would go as if they were as old as these were
             self._removed(lost, "failed")
@@ -186,7 +186,7 @@ class Blocks:
             missing = [key for key, row in zip(keys, found, strict=True) if row is None]
             here = self._ready(keys)
         new, kept = self._sightings.admitted(missing), frozenset(here[1])
-        if len(self._quotas.fitting(new)) < len(new) or not self._room.can_have(len(new), kept):
+        if len(self._shares.fitting(new)) < len(new) or not self._room.can_have(len(new), kept):
             self._refused(len(new))
             return None
         self._use(request, *here)
@@ -237,7 +237,7 @@ class Blocks:
         return evicted
 
     def _reserve(self, keys: Sequence[OffloadKey]) -> list[int]:
-        self._quotas.added(keys)
+        self._shares.added(keys)
         return self._index.reserve(keys)
 
     def _settle(
@@ -261,7 +261,7 @@ class Blocks:
     def _discard(self, keys: Sequence[OffloadKey], *, for_good: bool) -> None:
         """These were being written, and do not come: nobody has ever heard of them."""
         self._index.forget(keys)
-        self._quotas.removed(keys)
+        self._shares.removed(keys)
         self._lookups.failed(keys, for_good=for_good)
 
     def _stored_all(self, request: Request) -> None:
@@ -276,7 +276,7 @@ class Blocks:
         index = self._index
         budget = max(1, int(index.capacity * self._options.promote_share))
         most = min(budget - request.leased - request.promoting, index.free + index.idle)
-        some = self._quotas.fitting(keys[: max(0, most)])
+        some = self._shares.fitting(keys[: max(0, most)])
         if not some or self._evict_for(some, request) is None:
             return ()
         rows = self._reserve(some)
@@ -351,7 +351,7 @@ class Blocks:
         self._requests.reset()
         self._lookups.reset()
         self._index.clear()
-        self._quotas.reset()
+        self._shares.reset()
         self._room.reset()
         self._sightings.reset()
         self._order.reset()
@@ -367,7 +367,7 @@ class Blocks:
         for state, blocks in states.items():
             gauges.set("offload_blocks", blocks, medium=medium, state=state)
         gauges.set("offload_capacity_blocks", index.capacity, medium=medium)
-        for name, blocks in self._quotas.rows.items():
+        for name, blocks in self._shares.rows.items():
             gauges.add("offload_tenant_blocks", blocks, medium=medium, tenant=name.hex() if any(name) else "none")
 
     # -- jobs

@@ -1,7 +1,7 @@
 """How many bytes of each tenant a tier has, as far as this engine knows: what it wrote, or what the tier says.
 
 May import the core's offload room. A tier that counts tenants is believed; of one that does not, it is what this engine
-has written and not deleted, which is never too little of its own.
+has written and not deleted, which is never too little of its own. What a tenant may have in host memory is in `shares`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rows for new blocks: free ones, and those of victims that the policy proposes. All that are asked for, or none.
 
-May import the core's offload room, the index and the quotas. A policy only orders: whether a victim can go is decided
+May import the core's offload room, the index and the shares. A policy only orders: whether a victim can go is decided
 here, so that a wrong policy costs hits and nothing else.
 """
 
@@ -11,12 +11,12 @@ from collections.abc import Set as AbstractSet
 from itertools import chain, islice
 from typing import Final
 
-from tensorway.offload import OffloadKey, ReqContext
+from tensorway.offload import OffloadKey, ReqContext, key_tenant
 from tensorway_offload.index import Index
 from tensorway_offload.orders import Order
-from tensorway_offload.quotas import Quotas, tenant
+from tensorway_offload.shares import Shares
 
-#: Blocks of a tenant over its quota that are remembered as its next victims, so that not every call looks for them
+#: Blocks of a tenant over its share that are remembered as its next victims, so that not every call looks for them
 #: among all that others have.
 _NEXT: Final = 4096
 
@@ -26,15 +26,15 @@ _NONE: Final[frozenset[int]] = frozenset()
 class Room:
     """What can be evicted, and who decides."""
 
-    def __init__(self, index: Index, order: Order, quotas: Quotas) -> None:
-        self._index, self._order, self._quotas = index, order, quotas
+    def __init__(self, index: Index, order: Order, shares: Shares) -> None:
+        self._index, self._order, self._shares = index, order, shares
         #: By tenant; of one that has none nothing is kept, for tenants come and go.
         self._next: dict[bytes, dict[OffloadKey, None]] = {}
 
     def used(self, keys: Sequence[OffloadKey]) -> None:
         """These are in use, and not the next ones to go."""
         for key in keys if self._next else ():
-            known = self._next.get(name := tenant(key))
+            known = self._next.get(name := key_tenant(key))
             if known is not None:
                 known.pop(key, None)
                 if not known:
@@ -56,7 +56,7 @@ class Room:
         if not self.can_have(len(keys), kept):
             return None
         self._order.wanted(keys, req)
-        own = self._quotas.over(keys)
+        own = self._shares.over(keys)
         count = max(len(keys) - self._index.free, sum(own.values()))
         if count <= 0:
             return []
@@ -65,7 +65,7 @@ class Room:
             return None
         gone = self._index.evict(rows)
         self._order.evicted(gone, rows)
-        self._quotas.removed(gone)
+        self._shares.removed(gone)
         if self._next:
             self.used(gone)
         return gone
@@ -88,7 +88,7 @@ class Room:
     def _of_tenants(
         self, own: Mapping[bytes, int], count: int, kept: AbstractSet[int], req: ReqContext
     ) -> list[int] | None:
-        """As many of each tenant over its quota as it must give, and beyond them whatever goes first."""
+        """As many of each tenant over its share as it must give, and beyond them whatever goes first."""
         left, others = dict(own), count - sum(own.values())
         chosen = self._remembered(left, kept)
         if others <= 0 and not any(left.values()):
@@ -100,7 +100,7 @@ class Room:
             if rows is None:
                 break
             for row, key in self._keyed(self._free_to_go(rows, kept, busy)):
-                name = tenant(key)
+                name = key_tenant(key)
                 if row in chosen:
                     continue
                 if left.get(name):
@@ -138,7 +138,7 @@ class Room:
     def _look_ahead(self, order: Iterator[list[int]], own: Mapping[bytes, int]) -> None:
         """Remember which blocks of these tenants come next."""
         for _, key in islice(self._keyed(chain.from_iterable(order)), _NEXT):
-            if (name := tenant(key)) in own:
+            if (name := key_tenant(key)) in own:
                 self._remember(name, key)
 
     def _remember(self, name: bytes, key: OffloadKey) -> None:

@@ -5,6 +5,7 @@ May import vllm and this package. What vLLM's classes keep to themselves is not 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults, KVConnectorWorkerMetadata
@@ -13,10 +14,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from tensorway._logging import logger
+from tensorway_vllm import plugin
 from tensorway_vllm.manager import ManagerAdapter
+from tensorway_vllm.metrics import OffloadingStats
 from tensorway_vllm.plugin import SPEC
 from tensorway_vllm.words import Outcome
 from tensorway_vllm.worker import WorkerAdapter
@@ -24,11 +28,14 @@ from tensorway_vllm.worker import WorkerAdapter
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
 
 _log = logger("vllm")
 
@@ -51,12 +58,19 @@ class TensorwayOffloadingConnector(OffloadingConnector):
     """See `vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector`."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        plugin.needed(plugin.CONNECTOR[0])
         _name_spec(vllm_config)
+        _say_heads(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
         #: vLLM takes block numbers of what failed for a single cache group only; of several, it takes requests.
         self._by_request = len(kv_cache_config.kv_cache_groups) > 1
         #: Of loads that workers have begun, whose they are.
         self._loading: dict[int, str] = {}
+        #: On the scheduler's side: requests whose loads begin in this step.
+        self._begun: set[str] = set()
+        #: Nothing was planned since the last reset: vLLM asserts that what a reset leaves to flush is planned before
+        #: the next one, and there is nothing more to forget.
+        self._forgotten = False
         if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
             _log.warning(
                 "Requests whose KV blocks cannot be loaded will fail, for kv_load_failure_policy is 'fail'. "
@@ -64,8 +78,14 @@ class TensorwayOffloadingConnector(OffloadingConnector):
             )
 
     @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> OffloadingStats:
+        """What a step has told, where it is logged."""
+        return OffloadingStats(data=data or {})
+
+    @classmethod
     def build_prom_metrics(cls, vllm_config: VllmConfig, *given: Any, **named: Any) -> KVConnectorPromMetrics:
         """Where metrics are served no connector is made, and the configuration is as it was written."""
+        plugin.needed(plugin.CONNECTOR[0])
         _name_spec(vllm_config)
         return super().build_prom_metrics(vllm_config, *given, **named)
 
@@ -73,6 +93,28 @@ class TensorwayOffloadingConnector(OffloadingConnector):
         """What was counted on this side since the last call."""
         worker = self._worker()
         return super().get_kv_connector_stats() if worker is None else worker.stats()
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Its blocks are there; a load of it may begin."""
+        if num_external_tokens:
+            self._begun.add(request.request_id)
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """What this step is. A reset preempts requests and lets them load in one step; vLLM takes a preempted request
+        to have stores only, and its assertion would end the engine. One that loads has no stores to wait for.
+        """
+        preempted, begun = scheduler_output.preempted_req_ids, self._begun
+        self._begun, self._forgotten = set(), False
+        if preempted and not begun.isdisjoint(preempted):
+            scheduler_output = dataclasses.replace(scheduler_output, preempted_req_ids=preempted - begun)
+        return super().build_connector_meta(scheduler_output)
+
+    def reset_cache(self) -> bool | None:
+        """Forget what is offloaded."""
+        done = True if self._forgotten else super().reset_cache()
+        self._forgotten = True
+        return done
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The worker is made; from now on this connector hears of what fails."""
@@ -132,3 +174,28 @@ def _name_spec(vllm_config: VllmConfig) -> None:
     extra.setdefault("spec_name", SPEC[0])
     if extra["spec_name"] == SPEC[0] and SPEC[0] not in OffloadingSpecFactory._registry:
         extra.setdefault("spec_module_path", SPEC[1])
+
+
+def _say_heads(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """How many KV heads the model has, if they are divided evenly and pages have them one by one; else that it is none.
+
+    vLLM's offloading configuration does not say it. A user who does has said it already.
+    """
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    if extra["spec_name"] != SPEC[0] or extra.get("kv_heads") is not None:
+        return
+    heads, ranks = vllm_config.model_config.get_total_num_kv_heads(), vllm_config.parallel_config.tensor_parallel_size
+    groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    layers = [each for spec in groups for each in _of_layers(spec)]
+    even = heads % ranks == 0 or ranks % heads == 0
+    plain = all(
+        type(spec) in (FullAttentionSpec, SlidingWindowSpec)
+        and spec.num_kv_heads == max(1, heads // ranks)
+        and not spec.kv_quant_mode.is_per_token_head
+        for spec in layers
+    )
+    extra["kv_heads"] = heads if even and plain else 0
+
+
+def _of_layers(spec: Any) -> list[Any]:
+    return list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]

@@ -55,14 +55,7 @@ class HandoverStats(KVConnectorStats):
 
     def reduce(self) -> dict[str, int | float]:
         """For a line of the log: what was counted by what and why, and how long it took each time."""
-        sums: dict[str, list[float]] = {}
-        for sample in self.samples():
-            texts = [text for name, text in sample.labels if text and name not in _NOT_LOGGED]
-            name = f"{sample.metric}({' '.join(texts)})" if texts else sample.metric
-            row = sums.setdefault(name, [0.0, 0.0])
-            row[0] += sample.value
-            row[1] += sample.count
-        return {name: round(value / count, 6) if count else value for name, (value, count) in sums.items()}
+        return _logged(self.samples())
 
     def is_empty(self) -> bool:
         """Whether nothing was counted."""
@@ -108,6 +101,36 @@ class HandoverPromMetrics(KVConnectorPromMetrics):
         if metric.kind == "counter":
             return self._counter_cls(**about)
         return self._histogram_cls(**about, buckets=BUCKETS)
+
+
+class OffloadingStats(OffloadingConnectorStats):
+    """vLLM's, whose line of the log is as short as the other's."""
+
+    def reduce(self) -> dict[str, int | float]:
+        """vLLM's own words, and ours."""
+        ours: list[Sample] = []
+        for name, rows in self._values.items():
+            metric = offload.METRICS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+            if metric is None:
+                continue
+            for texts, value in rows.items():
+                labels = tuple(zip(names(metric), texts, strict=True))
+                several = isinstance(value, list)
+                ours.append(Sample(metric.name, labels, *((sum(value), len(value)) if several else (value,))))
+        told = {name: value for name, value in super().reduce().items() if not name.startswith(PREFIX)}
+        return {**told, **_logged(ours)}
+
+
+def _logged(samples: Sequence[Sample]) -> dict[str, int | float]:
+    """What is not zero, by name and by what makes it short to read; of times, that of each."""
+    sums: dict[str, list[float]] = {}
+    for sample in samples:
+        texts = [text for name, text in sample.labels if text and name not in _NOT_LOGGED]
+        name = f"{sample.metric}({' '.join(texts)})" if texts else sample.metric
+        row = sums.setdefault(name, [0.0, 0.0])
+        row[0] += sample.value
+        row[1] += sample.count
+    return {name: round(value / count, 6) if count else value for name, (value, count) in sums.items() if value}
 
 
 def offloading_definitions() -> dict[str, OffloadingMetricMetadata]:

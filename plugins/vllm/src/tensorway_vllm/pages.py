@@ -4,7 +4,7 @@ May import the core and the standard library. vLLM's objects are read by their f
 
 The scheduler has a configuration and no memory, and manager and workers must say the same of a row. So a page is told
 as it is in the configuration: so many bytes for each layer and rank, of which nobody here asks what they mean. What a
-worker then finds in memory is compared with that.
+worker then finds in memory is compared with that. What is known of the inside of a page is in `inside`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from tensorway.errors import LayoutInvalid, Unsupported
-from tensorway.geometry import Group, Part, Plane, RankGeometry
+from tensorway.geometry import Group, Plane, RankGeometry
 from tensorway.offload import EngineSpec
+from tensorway_vllm.inside import WHOLE, Inside
 
 #: Where memory of other ranks is said to be; nobody reads it.
 _ELSEWHERE: Final = 4096
@@ -43,34 +44,34 @@ def page_bytes(config: Any) -> int:
     return whole
 
 
-def geometries(config: Any, tensors: Sequence[Sequence[Any]] | None = None) -> list[RankGeometry]:
+def geometries(
+    config: Any, tensors: Sequence[Sequence[Any]] | None = None, inside: Inside = WHOLE
+) -> list[RankGeometry]:
     """What all ranks have; `tensors`: of this rank, for each group those of its layers."""
     check_supported(config)
     nbytes = page_bytes(config)
     if tensors is not None:
         _compare(config, tensors, nbytes)
     return [
-        _of_rank(config, rank, nbytes, tensors if rank == config.parallel.rank else None)
+        _of_rank(config, inside, rank, nbytes, tensors if rank == config.parallel.rank else None)
         for rank in range(config.parallel.world_size)
     ]
 
 
-def _of_rank(config: Any, rank: int, nbytes: int, tensors: Sequence[Sequence[Any]] | None) -> RankGeometry:
+def _of_rank(
+    config: Any, inside: Inside, rank: int, nbytes: int, tensors: Sequence[Sequence[Any]] | None
+) -> RankGeometry:
     planes: list[Plane] = []
     for number, group in enumerate(config.groups):
-        width, rest = divmod(nbytes, group.tokens_per_block)
-        if rest:
-            true = f"A page of {nbytes} bytes has {group.tokens_per_block} tokens."
-            raise LayoutInvalid(_ASKED, true, "Offload models whose tokens have a whole number of bytes.")
         for place, name in enumerate(group.layer_names):
             # No two planes of a rank may have the same component of a layer, and groups may have the same layers.
-            part = Part(len(planes), f"page.{rank}", 0, group.tokens_per_block, width, 0, 1, width, width)
+            parts = inside.parts(len(planes), rank, config.parallel.world_size, nbytes, group.tokens_per_block)
             base, stride, pages, device = _ELSEWHERE, nbytes, 1, "cpu"
             if tensors is not None:
                 tensor = tensors[number][place]
                 base, stride, pages = tensor.data_ptr(), int(tensor.stride(0)), int(tensor.shape[0])
                 device = str(tensor.device)
-            planes.append(Plane(f"{number}.{name}"[:200], number, base, nbytes, stride, pages, (part,), device))
+            planes.append(Plane(f"{number}.{name}"[:200], number, base, nbytes, stride, pages, parts, device))
     groups = tuple(Group(group.tokens_per_block) for group in config.groups)
     return RankGeometry(tuple(planes), groups)
 
@@ -78,6 +79,11 @@ def _of_rank(config: Any, rank: int, nbytes: int, tensors: Sequence[Sequence[Any
 def tensors_of(caches: Any) -> list[list[Any]]:
     """Of each group, the tensors of its layers, from vLLM's `CanonicalKVCaches`."""
     return [[caches.tensors[ref.tensor_idx].tensor for ref in refs] for refs in caches.group_data_refs]
+
+
+def mappings_of(caches: Any) -> list[Any]:
+    """What vLLM says of the inside of each layer's pages; None where it says nothing."""
+    return [getattr(ref, "mapping", None) for refs in caches.group_data_refs for ref in refs]
 
 
 def _compare(config: Any, tensors: Sequence[Sequence[Any]], nbytes: int) -> None:
@@ -94,15 +100,25 @@ def _compare(config: Any, tensors: Sequence[Sequence[Any]], nbytes: int) -> None
                 raise LayoutInvalid(_ASKED, true, to_do)
 
 
-def facts_of(config: Any, version: str, more: dict[str, str]) -> dict[str, str]:
-    """What makes bytes of equal keys equal."""
+def facts_of(
+    config: Any,
+    version: str,
+    more: dict[str, str],
+    inside: Inside = WHOLE,
+    packing: str = "",
+    other_block_sizes: bool = False,
+) -> dict[str, str]:
+    """What makes bytes of equal keys equal. `packing`: what decides how an attention backend packs a head's page."""
+    pages = ",".join(str(group.tokens_per_block) for group in config.groups)
     return {
         **{f"user.{name}": value for name, value in more.items()},
         "engine": f"vllm {version}",
         "model": config.model.name,
         "dtype": config.model.dtype,
         "layout": str(config.kv_cache_layout),
-        "tp": str(config.parallel.tp_size),
+        "packing": packing,
+        **({} if inside.heads else {"tp": str(config.parallel.tp_size)}),
+        **({} if other_block_sizes else {"page_tokens": pages}),
     }
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-#: Memory of the host, and another engine.
+#: Memory of the host, another engine, files, and what has no word.
 HOST: Any = None
 PEER: Any = None
+DISK: Any = None
+OTHER: Any = None
 
 if importlib.util.find_spec("vllm.v1.metrics.cache_hit_source") is not None:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
     HOST, PEER = CacheHitSource.HOST, CacheHitSource.P2P
+    DISK, OTHER = CacheHitSource.DISK, CacheHitSource.EXTERNAL_UNSPECIFIED

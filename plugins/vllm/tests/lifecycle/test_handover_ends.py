@@ -57,7 +57,6 @@ def test_a_request_that_waits_is_aborted_before_anybody_looked_at_it(pair, words
     assert both.decode.free == both.decode.blocks
 
 
-@pytest.mark.xfail(strict=True, run=False, reason="told to A in found7.txt")
 @LOOPS
 def test_a_request_that_is_parked_is_aborted_and_its_pages_stay_until_nobody_writes_there(pair, words, loop):
     both = pair(faulty=True, async_scheduling=loop, options={"lease": 1.0})
@@ -277,7 +276,6 @@ def test_the_engine_that_prefilled_is_gone(pair, words, engines, policy):
     assert said.tokens == answer(prompt, 3) or (policy == "fail" and said.reason == "error")
 
 
-@pytest.mark.xfail(strict=True, run=False, reason="told to A in found7.txt")
 def test_a_load_that_stalls_beyond_its_deadline_holds_nobody_else_up(pair, words):
     both, prompt = pair(faulty=True, options={"lease": 30.0, "deadline": 0.5}), words(64)
     warm(both, words)

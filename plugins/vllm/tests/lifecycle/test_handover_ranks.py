@@ -169,7 +169,7 @@ def test_a_scheduler_that_builds_its_metadata_itself_gets_ours(pair, words, monk
     monkeypatch.setattr(Scheduler, "_build_kv_connector_meta", build)
     [said] = both.run(both.decode.add(prompt, 3, both.ticket(prompt)))
     assert said.tokens == answer(prompt, 3)
-    assert len(built) == both.decode.steps + both.prefill.steps
+    assert built and {type(each).__module__.partition(".")[0] for each in built} == {"tensorway_vllm"}
 
 
 def test_a_connector_that_is_shut_down_twice_is_shut_down(model, meeting, words):
@@ -189,7 +189,6 @@ def test_an_engine_without_work_is_not_stepped_for_nothing(pair, words):
 # -- several cache groups
 
 
-@pytest.mark.xfail(strict=True, reason="A is at it: several cache groups")
 def test_windows_and_full_attention_are_handed_over_together(pair, gemma, words):
     both, prompt = pair(model=gemma, kind="gemma2", pages=96), words(150)
     assert len(both.decode.scheduler.kv_cache_config.kv_cache_groups) == 2
@@ -198,7 +197,6 @@ def test_windows_and_full_attention_are_handed_over_together(pair, gemma, words)
     assert said.tokens == answer(prompt, 30) and said.external >= 144
 
 
-@pytest.mark.xfail(strict=True, reason="A is at it: several cache groups")
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
 def test_a_load_into_several_groups_that_fails_is_one_requests(pair, gemma, words, policy):
     options = {"lease": 1.0, "deadline": 1.0}
@@ -219,19 +217,19 @@ def test_a_load_into_several_groups_that_fails_is_one_requests(pair, gemma, word
 # -- the harness itself
 
 
-def test_the_harness_sees_a_page_that_nobody_filled(pair, words):
-    both, prompt = pair(), words(64)
+def test_the_harness_sees_a_page_that_nobody_filled(pair, words, engines):
+    both, prompt = pair(options={"lease": 0.5}), words(64)
     ticket = both.ticket(prompt)
     rank = both.decode.ranks[0]
     name = both.decode.add(prompt, 30, ticket)
     until(lambda: both.decode.said[name].tokens, both.decode, both.prefill)
-    pages, _ = rank._groups[0][0]
+    pages = rank._groups[0][0][0]
     block = both.decode.scheduler.kv_cache_manager.get_block_ids(name)[0][1]
-    kept = pages[block].copy()
     pages[block, 3] += 1
     with pytest.raises(WrongPages, match="token 19 is foreign"):
         both.decode.step()
-    pages[block] = kept
+    engines.remove(both.decode)  # it ended in the midst of a step
+    both.decode.close()
 
 
 def test_the_harness_says_what_is_still_held(pair, words):

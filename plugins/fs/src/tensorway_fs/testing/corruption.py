@@ -8,13 +8,10 @@ and what is stored again is there again.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +23,7 @@ from tensorway_fs.options import FsOptions
 from tensorway_fs.plain import FilesTier
 from tensorway_fs.records import ENTRY, PAGE, STATE, Head
 from tensorway_fs.testing.blocks import CONTEXT, DEADLINE, Wrong, block_of, key_of, read
+from tensorway_fs.testing.command import run
 from tensorway_fs.tier import SegmentTier
 
 _BLOCKS: Final = 24
@@ -242,24 +240,5 @@ def campaign(folder: Path, count: int, seed: int, say: Callable[[str], None]) ->
     return counts
 
 
-def say(text: str) -> None:
-    """Progress."""
-    sys.stderr.write(f"{text}\n")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Damage a folder of blocks, and read it.")
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--folder", type=Path, help="where there is room for a few megabytes")
-    given = parser.parse_args(arguments)
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        counts = campaign(Path(folder), given.count, given.seed, say)
-    say(f"seed {given.seed}, {time.monotonic() - begun:.0f} s: {dict(counts)}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(campaign, "count", "Damage a folder of blocks, and read it."))

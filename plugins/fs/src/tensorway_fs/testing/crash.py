@@ -9,7 +9,6 @@ of it), an instant, three processes on one folder, a quota that makes room all t
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -42,6 +41,7 @@ from tensorway_fs.testing.blocks import (
     key_of,
     read,
 )
+from tensorway_fs.testing.command import run
 from tensorway_fs.testing.disks import HOWS, PowerDisk, PowerLost, StoppingDisk
 from tensorway_fs.tier import SegmentTier
 
@@ -236,24 +236,5 @@ def one(scene: Scene, rng: random.Random, number: int, counts: Counter[str]) -> 
     return ends
 
 
-def say(text: str) -> None:
-    """Progress."""
-    sys.stderr.write(f"{text}\n")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Kill writers of a folder of segments, and read what they stored.")
-    parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--folder", type=Path, help="where there is room for a few megabytes")
-    given = parser.parse_args(arguments)
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        counts = campaign(Path(folder), given.kills, given.seed, say)
-    say(f"seed {given.seed}, {time.monotonic() - begun:.0f} s: {dict(counts)}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(campaign, "kills", "Kill writers of a folder of segments, and read what they stored."))

@@ -15,7 +15,7 @@ from tensorway.plugins import host
 from tensorway.plugins.options import fitted, validated
 
 _ASKED: Final = "kv_connector_extra_config was given to TensorwayConnector."
-_SEE: Final = "See the README of tensorway-vllm."
+_SEE: Final = "See docs/vllm.md."
 
 
 def _seconds(low: float) -> list[Callable[[Any, Any, Any], Any]]:

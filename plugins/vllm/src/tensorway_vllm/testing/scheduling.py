@@ -28,7 +28,7 @@ from tensorway_vllm.testing.faulty import FaultyFabrics
 from tensorway_vllm.testing.hollow import Hollow, Rank
 
 #: Seconds that anything here may take; only a defect takes them.
-PATIENCE: Final = 60.0
+PATIENCE: Final = 20.0
 _PAUSE: Final = 0.0005
 _names = itertools.count()
 
@@ -219,6 +219,24 @@ def until(condition: Callable[[], object], *engines: Engine, seconds: float = PA
 def settled(*engines: Engine, seconds: float = PATIENCE) -> None:
     """Step engines until vLLM's loop would rest."""
     until(lambda: not any(one.busy for one in engines), *engines, seconds=seconds)
+
+
+def offloads(
+    connector: str = "TensorwayOffloadingConnector",
+    *,
+    policy: str = "recompute",
+    capacity: int = 256,
+    tiers: Sequence[Mapping[str, Any]] = (),
+    **extra: Any,
+) -> dict[str, Any]:
+    """A `kv_transfer_config` that offloads; `extra`: what vLLM reads itself beside the spec's options."""
+    options = {"capacity_blocks": capacity, "pin": False, "tiers": [dict(tier) for tier in tiers]}
+    return {
+        "kv_connector": connector,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": policy,
+        "kv_connector_extra_config": {"spec_name": "TensorwayOffloadingSpec", "options": options, **extra},
+    }
 
 
 class Meeting:

@@ -24,6 +24,28 @@ def make(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     return folder
 
 
+def add_words(folder: Path) -> Path:
+    """A tokenizer beside the weights, for text and chat: token 17 is the word `t17`, and a chat is its words."""
+    words = {word: number for number, word in enumerate((*_SPECIAL, *(f"t{n}" for n in range(len(_SPECIAL), WORDS))))}
+    kept = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [{"id": words[word], "content": word, **kept} for word in _SPECIAL],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder")),
+    }
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{name}_token": word for name, word in zip(("pad", "bos", "eos", "unk"), _SPECIAL, strict=True)},
+        "model_max_length": _COMMON["max_position_embeddings"],
+        "chat_template": "{% for message in messages %}{{ message['content'] }} {% endfor %}",
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+    return folder
+
+
 def _weights(kind: str, numbers: Any) -> dict[str, Any]:
     import torch
 
@@ -50,6 +72,7 @@ def _weights(kind: str, numbers: Any) -> dict[str, Any]:
     return tensors
 
 
+_SPECIAL: Final = ("<pad>", "<s>", "</s>", "<unk>")
 _NORMS: Final = {
     "llama": ("input", "post_attention"),
     "gemma2": ("input", "post_attention", "pre_feedforward", "post_feedforward"),

@@ -1,18 +1,17 @@
-"""How many rows each tenant has, and how many it may have. May import the core's offload room."""
+"""How many of the rows in host memory each tenant has, and how many it may have. May import the core's offload room.
+
+What a tenant may have in a tier below is the `quota` of that tier.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Final
 
-from tensorway.offload import OffloadKey
-
-#: Where a key says whose block it is, as `tensorway.offload.key_tenant` reads it.
-_TENANT: Final = slice(-12, -4)
+from tensorway.offload import OffloadKey, key_tenant
 
 
-class Quotas:
+class Shares:
     """Rows by tenant, if they are limited. Tenants without rows are not remembered."""
 
     def __init__(self, capacity: int, share: float | None) -> None:
@@ -52,8 +51,8 @@ class Quotas:
         counts: Counter[bytes] = Counter()
         found = []
         for key in keys:
-            counts[key[_TENANT]] += 1
-            if counts[key[_TENANT]] <= self.limit:
+            counts[tenant := key_tenant(key)] += 1
+            if counts[tenant] <= self.limit:
                 found.append(key)
         return found
 
@@ -62,12 +61,6 @@ class Quotas:
         self.rows.clear()
 
 
-def tenant(key: OffloadKey) -> bytes:
-    """Whose block it is."""
-    return key[_TENANT]
-
-
 def _by_tenant(keys: Sequence[OffloadKey]) -> Mapping[bytes, int]:
-    """How many of these each tenant has; they are mostly of one."""
-    tenants = {key[_TENANT] for key in keys}
-    return dict.fromkeys(tenants, len(keys)) if len(tenants) == 1 else Counter(key[_TENANT] for key in keys)
+    """How many of these each tenant has."""
+    return Counter(map(key_tenant, keys))

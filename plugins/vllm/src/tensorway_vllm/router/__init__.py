@@ -1,0 +1,4 @@
+"""`tensorway vllm router`: in front of `vllm serve` processes of which some prefill and the others decode.
+
+May import aiohttp (the extra `router`), the core and, of this package, nothing; no module of it imports vllm.
+"""
