@@ -229,7 +229,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def place(tmp_path, model):
+def place(tmp_path, tmp_path_factory, model):
     """A folder with what the page's commands need: `vllm`, `again.py`, a home; and the environment of a shell there."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -247,7 +247,9 @@ def place(tmp_path, model):
     (tmp_path / name).write_text(script, "utf-8")
     (tmp_path / "blocks").mkdir()
     paths = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
-    own = {"HOME": str(tmp_path), "MODEL": str(model), "PATH": os.pathsep.join(paths)}
+    # What vLLM finds out about models is kept there; each engine would find it out anew.
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm")}
+    own = {"HOME": str(tmp_path), **cache, "MODEL": str(model), "PATH": os.pathsep.join(paths)}
     return tmp_path, {**os.environ, **ENVIRONMENT, **own}
 
 
@@ -346,7 +348,7 @@ def shell(place, name, text, port, **environment):
     folder, surroundings = place
     process = Process(
         name, ["bash", "-c", f"cd {shlex.quote(str(folder))} && {text}"], f"http://127.0.0.1:{port}", folder,
-        **{**{key: surroundings[key] for key in (*ENVIRONMENT, "MODEL", "PATH")}, **environment},
+        **{**{key: surroundings[key] for key in (*ENVIRONMENT, "MODEL", "PATH", "VLLM_CACHE_ROOT")}, **environment},
     )  # fmt: skip
     try:
         yield process
