@@ -19,6 +19,8 @@ HOSTS = {
     "no-color.org": "the convention that the command line follows",
     "pytorch.org": "in output: where to get another build of torch",
     "www.apache.org": "the license",
+    "127.0.0.1": "in examples: this host",
+    **dict.fromkeys(("prefill-0", "prefill-1", "decode-0", "decode-1"), "in examples: engines"),
 }
 LINK = re.compile(r"(?<!\!)\[[^\]\n]*\]\(([^)\s]+)\)")
 URL = re.compile(r"https?://[^\s)>`'\"]+")

@@ -208,8 +208,9 @@ def test_a_decode_engine_that_is_killed_in_the_middle_leaves_a_clear_error_and_o
     *good, error = events
     assert error["error"]["code"] == 502
     assert first.url[7:] in error["error"]["message"]
-    told = "".join(map(piece, good)).split()
-    assert told == said(prefill.post(COMPLETIONS, {**body, "max_tokens": len(told)})).split()
+    told = "".join(map(piece, good))
+    assert 0 < len(told) < len(whole := said(prefill.post(COMPLETIONS, {**body, "max_tokens": len(good) + 20})))
+    assert whole.startswith(told)
     assert streamed(router, COMPLETIONS, asking(COMPLETIONS, 71)) == said(
         prefill.post(COMPLETIONS, asking(COMPLETIONS, 71))
     )
@@ -220,11 +221,12 @@ def test_a_decode_engine_that_is_killed_in_the_middle_leaves_a_clear_error_and_o
 def test_a_client_that_goes_away_ends_its_request_at_the_engine(fleet):
     [prefill], [decode] = fleet.have("prefill"), fleet.have("decode-1")
     router = fleet.route([prefill], [decode])
+    known = decode.metric("vllm:generation_tokens_total")
     events = router.stream(COMPLETIONS, asking(COMPLETIONS, 75, max_tokens=3000))
     next(events)
     events.close()
     until(lambda: idle(decode) and idle(prefill))
-    assert decode.metric("vllm:request_success_total", finished_reason="abort") >= 1
+    assert decode.metric("vllm:generation_tokens_total") - known < 2900
     assert router.metric("tensorway_router_gone_total") == 1
 
 
@@ -283,8 +285,10 @@ def test_a_router_that_is_told_to_end_ends_its_streams_first(fleet):
     assert refused["status"] == 503
     *rest, last = events
     assert last == "[DONE]"
-    assert len("".join(map(piece, (first, *rest))).split()) == 400
-    assert 0 == router.close()
+    assert "".join(map(piece, (first, *rest))) == said(
+        prefill.post(COMPLETIONS, asking(COMPLETIONS, 95, max_tokens=400))
+    )
+    assert 0 == router.ended()
 
 
 @pytest.mark.long

@@ -137,6 +137,10 @@ class Process:
         """Tell it to end."""
         self._signal(signal.SIGTERM)
 
+    def ended(self, deadline: float = _END) -> int:
+        """Wait until it has ended; returns what with."""
+        return self._process.wait(deadline)
+
     def kill(self) -> None:
         """As a machine that loses its power."""
         self._signal(signal.SIGKILL)
