@@ -29,6 +29,12 @@ pytestmark = pytest.mark.timeout(300)
 OURS = {"tensorway": {"eplb": {"communicator": "onesided", "policy": "incremental"}}}
 
 
+@pytest.fixture(autouse=True)
+def events(monkeypatch):
+    """A state of vLLM 0.30 has one of CUDA's, whatever there is; later ones have torch's."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: None)
+
+
 @pytest.fixture
 def configured():
     """Run something as a worker of vLLM does, with a config that has this in `additional_config`."""

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, Uni
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from tensorway._logging import logger
+from tensorway_vllm import plugin
 from tensorway_vllm.manager import ManagerAdapter
 from tensorway_vllm.metrics import OffloadingStats
 from tensorway_vllm.plugin import SPEC
@@ -53,6 +54,7 @@ class TensorwayOffloadingConnector(OffloadingConnector):
     """See `vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector`."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        plugin.needed(plugin.CONNECTOR[0])
         _name_spec(vllm_config)
         _say_heads(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
@@ -74,6 +76,7 @@ class TensorwayOffloadingConnector(OffloadingConnector):
     @classmethod
     def build_prom_metrics(cls, vllm_config: VllmConfig, *given: Any, **named: Any) -> KVConnectorPromMetrics:
         """Where metrics are served no connector is made, and the configuration is as it was written."""
+        plugin.needed(plugin.CONNECTOR[0])
         _name_spec(vllm_config)
         return super().build_prom_metrics(vllm_config, *given, **named)
 

@@ -36,16 +36,41 @@ _BALANCING: Final = "vllm.distributed.eplb.eplb_state"
 _WAITED: Final = (*_FACTORIES, _BALANCING)
 
 _log = logging.getLogger(__name__)
+#: What was said in this process, so that it is said once: vLLM loads plugins in several places.
+_said: set[str] = set()
+#: Whether the names were registered in this process, or wait to be.
+_registered = False
 
 
 def register() -> None:
     """Have the names registered with vLLM's factories; again changes nothing. An engine starts, whatever goes wrong."""
+    global _registered
+    _registered = True
     waited = [name for name in _WAITED if name not in sys.modules]
     if waited and not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Waiting())
     for name in _WAITED:
         if name in sys.modules:
             tell(sys.modules[name])
+
+
+def needed(name: str) -> None:
+    """A class of ours is used. Where vLLM has not loaded the plugin, say so, and have all names registered after all.
+
+    Then it was found by its module's path. Without the names, statistics of children of `MultiConnector`, which vLLM
+    looks up by name, end the process that serves.
+    """
+    if _registered:
+        return
+    register()
+    allowed = getattr(sys.modules.get("vllm.envs"), "VLLM_PLUGINS", None)
+    why = "is not installed where vLLM looks for plugins"
+    if allowed is not None:
+        why = f"is not in VLLM_PLUGINS ({','.join(allowed)})"
+    _say(
+        f"{name} was found by its module's path, for vLLM did not load the plugin {PLUGIN!r}: it {why}. "
+        f"Add {PLUGIN} to VLLM_PLUGINS, or unset it. See: tensorway vllm doctor."
+    )
 
 
 def tell(module: ModuleType) -> None:
@@ -61,13 +86,27 @@ def tell(module: ModuleType) -> None:
         for name, where in names:
             if name not in factory._registry:
                 getattr(factory, method)(name, where, name)
+            elif not _is_ours(factory._registry[name], where):
+                _say(
+                    f"Somebody else has registered {name} with vLLM's {owner}, and vLLM will take theirs. "
+                    f"For Tensorway's, give its module's path: {where}."
+                )
     except Exception as error:  # of any vLLM, which may have changed what is used here
-        _log.warning(
-            "Tensorway is not registered with %s, which is not as expected (%s: %s). See: tensorway vllm doctor.",
-            module.__name__,
-            type(error).__name__,
-            error,
+        _say(
+            f"Tensorway is not registered with {module.__name__}, which is not as expected "
+            f"({type(error).__name__}: {error}). See: tensorway vllm doctor."
         )
+
+
+def _is_ours(loader: Any, where: str) -> bool:
+    """Whether what a factory keeps for a name loads our module: it keeps a function that knows the module's path."""
+    return any(cell.cell_contents == where for cell in getattr(loader, "__closure__", None) or ())
+
+
+def _say(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        _log.warning("%s", line)
 
 
 class _Waiting(MetaPathFinder):

@@ -17,7 +17,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 import tensorway
 from tensorway.errors import Unsupported
 from tensorway.offload import OffloadContext
-from tensorway_vllm import metrics, probes, sources
+from tensorway_vllm import metrics, plugin, probes, sources
 from tensorway_vllm.inside import Inside
 from tensorway_vllm.manager import ManagerAdapter
 from tensorway_vllm.options import SpecOptions, options_of
@@ -38,6 +38,7 @@ class TensorwayOffloadingSpec(theirs.OffloadingSpec):
         return metrics.offloading_definitions()
 
     def __init__(self, config: OffloadingConfig) -> None:
+        plugin.needed(plugin.SPEC[0])
         probes.check_offloading()
         self.options = options_of(config.extra_config)
         super().__init__(config)

@@ -22,7 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from tensorway._logging import logger
 from tensorway.kv import METRICS
-from tensorway_vllm import probes, sources
+from tensorway_vllm import plugin, probes, sources
 from tensorway_vllm.counting import Counting
 from tensorway_vllm.handover.making import Opened, Recipe
 from tensorway_vllm.handover.memory import facts_of, geometry, processor_of, shape_of
@@ -54,6 +54,8 @@ class TensorwayConnector(KVConnectorBase_V1, SupportsHMA):
         _cache_hit_source = sources.PEER
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        plugin.needed(plugin.HANDOVER[0])
+        probes.check_handover(scheduling=role is KVConnectorRole.SCHEDULER)
         super().__init__(vllm_config, role, kv_cache_config)
         given = vllm_config.kv_transfer_config
         self._options = options_of(given.kv_connector_extra_config)
@@ -99,6 +101,7 @@ class TensorwayConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def build_prom_metrics(cls, *given: Any, **named: Any) -> HandoverPromMetrics:
         """What Prometheus is told, where it asks."""
+        plugin.needed(plugin.HANDOVER[0])
         return HandoverPromMetrics(*given, **named)
 
     def get_kv_connector_stats(self) -> HandoverStats | None:

@@ -4,13 +4,15 @@ May import torch and all of this package, and vllm in the ranks. What is real: v
 plugins, its config, `EplbState` with all that it calls, its policy, its planning and its mover.
 
 What is not, for vLLM refuses expert balancing where there is no accelerator: that check is passed by (`enable_eplb` is
-set on a config that is made already), the model is a stand-in that has weights and computes nothing, and the clock by
-which vLLM times a rearrangement is one of the processor (`torch.Event` has none there). vLLM's own communicator beside
-ours is the one that it takes for weights in host memory: `torch_nccl`, on its group of processors.
+set on a config that is made already), the model is a stand-in that has weights and computes nothing, and what vLLM asks
+of an accelerator's streams and events is answered by stand-ins, for a processor has done what it was told when it
+returns. vLLM's own communicator beside ours is the one that it takes for weights in host memory: `torch_nccl`, on its
+group of processors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -108,7 +110,11 @@ def enter(rank: Rank, place: Place, folder: str) -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    torch.Event = _Clock  # type: ignore[assignment,misc]
+    torch.Event = torch.Stream = _Done  # type: ignore[assignment,misc]
+    torch.cuda.Event = torch.cuda.Stream = _Done  # type: ignore[misc]  # of vLLM 0.30
+    torch.cuda.stream = lambda _: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    for name in ("set_device_index", "set_stream", "current_stream", "current_accelerator"):
+        setattr(torch.accelerator, name, lambda *_: None)
     config = _config({}, len(place.members))
     with set_current_vllm_config(config):
         size, me, method = len(place.members), place.me, f"file://{folder}/ranks"
@@ -138,13 +144,36 @@ def make(rank: Rank, name: str, additional: dict[str, Any], slots: int = 5, laye
 
 
 def rearrange(rank: Rank, name: str, seed: int, end: tuple[int, int] | None = None) -> Told:
-    """One rearrangement of vLLM's, for loads of this seed. `end`: at which layer this rank gets which signal."""
+    """One rearrangement of vLLM's, for loads of this seed. `end`: at which layer this rank gets a signal; 0 fails."""
     found = rank.notes[name]
     loads = torch.randint(0, 1000, found.held.expert_load_window.shape, generator=torch.Generator().manual_seed(seed))
     found.held.expert_load_window.copy_(loads)
     if end is not None:
         _end_at(found.held.communicator, *end)
     return _told(found, found.state.rearrange)
+
+
+def beside(rank: Rank, name: str, seed: int, end: tuple[int, int] | None, seconds: float) -> Told:
+    """The same in vLLM's thread, and steps of an engine meanwhile: for so long, or until all layers have moved."""
+    found = rank.notes[name]
+    state, held = found.state, found.held
+    state.is_async, state.device_index = True, 0
+    state.start_async_loop()
+    told = rearrange(rank, name, seed, end)
+    until = time.monotonic() + seconds
+    # All ranks take as many steps: a step has a collective call while layers move.
+    while told.error == "" and held.rebalanced and not _any_over(until):
+        told = _told(found, state.step)
+    return told
+
+
+def _any_over(until: float) -> bool:
+    """Whether the time of any rank is over, the same on all."""
+    from vllm.distributed.parallel_state import get_ep_group
+
+    over = torch.tensor([int(time.monotonic() >= until)])
+    torch.distributed.all_reduce(over, group=get_ep_group().cpu_group)
+    return bool(over.item())
 
 
 def move(rank: Rank, name: str, old: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> Told:
@@ -208,6 +237,8 @@ def _end_at(communicator: Any, layer: int, number: int) -> None:
 
     def executed() -> None:
         if next(calls, None) is None:
+            if not number:
+                raise OSError("this rank was made to fail")
             os.kill(os.getpid(), signal.Signals(number))
         execute()
 
@@ -219,7 +250,9 @@ def _config(additional: dict[str, Any], ranks: int) -> Any:
 
     config = VllmConfig(additional_config=additional)
     parallel = config.parallel_config
-    parallel.eplb_config = EPLBConfig(use_async=False, communicator="torch_nccl", window_size=4, step_interval=8)
+    parallel.eplb_config = EPLBConfig(
+        use_async=False, communicator="torch_nccl", window_size=4, step_interval=1_000_000
+    )
     parallel.tensor_parallel_size, parallel.world_size = ranks, ranks
     parallel.enable_expert_parallel = parallel.enable_eplb = True
     return config
@@ -229,8 +262,8 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-class _Clock:
-    """What `torch.Event` is on an accelerator, for who only times with it."""
+class _Done:
+    """What an event or a stream is to a processor, which has done what it was told; an event has its time."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._at = 0.0
@@ -240,11 +273,11 @@ class _Clock:
         self._at = time.monotonic()
 
     def wait(self, *_: Any) -> None:
-        """The processor does one thing after the other."""
+        """There is nothing to wait for."""
 
     def synchronize(self) -> None:
         """The same."""
 
-    def elapsed_time(self, later: _Clock) -> float:
+    def elapsed_time(self, later: _Done) -> float:
         """Milliseconds."""
         return 1e3 * (later._at - self._at)
