@@ -11,7 +11,7 @@ import pytest
 
 import tensorway
 from tensorway.errors import DeadlineExceeded
-from tensorway.offload import LookupResult, OffloadContext, TransferResult
+from tensorway.offload import LookupResult, OffloadContext, OffloadingEvent, TransferResult, make_offload_key
 
 with warnings.catch_warnings():  # those of importing vLLM are not ours
     warnings.simplefilter("ignore")
@@ -218,6 +218,10 @@ def test_a_request_that_may_not_use_storage_uses_no_tier(side):
     assert _known(asked("r")).req.tiers is None
 
 
+def next_step(side):
+    side.manager.on_schedule_end(theirs.ScheduleEndContext([], []))
+
+
 class Raising:
     """A backend of which all calls raise."""
 
@@ -248,7 +252,7 @@ def test_a_manager_that_raises_is_one_that_has_nothing(side, caplog):
     assert side.manager.prepare_load(keys(1), req).spec is None
     side.manager.complete_load(set(keys(1)), req)
     side.manager.on_request_finished(req)
-    side.manager.on_schedule_end(theirs.ScheduleEndContext([], []))
+    next_step(side)
     assert not side.manager.has_pending_work() and not list(side.manager.take_events())
     side.manager.shutdown()
     told = failures(side.manager._faults.beside(whole.statistics))
@@ -267,13 +271,14 @@ def test_what_a_reset_could_not_forget_is_never_asked_for_again(side, monkeypatc
 
 
 def test_a_lookup_that_never_resolves_is_a_miss_after_a_while_and_for_that_request(side, monkeypatch):
-    never = type("Never", (), {"lookup": lambda *_: LookupResult.RETRY})()
-    monkeypatch.setattr(side.manager, "manager", never)
+    monkeypatch.setattr(side.manager.manager, "lookup", lambda *_: LookupResult.RETRY)
     req = asked("waits")
     assert side.manager.lookup(keys(1)[0], req) is theirs.LookupResult.RETRY
     side.now = 4.9
+    next_step(side)
     assert side.manager.lookup(keys(1)[0], req) is theirs.LookupResult.RETRY
     side.now = 5.0
+    next_step(side)
     assert [side.manager.lookup(key, req) for key in keys(1, 2)] == [theirs.LookupResult.MISS] * 2
     assert side.manager.lookup(keys(1)[0], asked("another")) is theirs.LookupResult.RETRY
     assert failures(side.manager._faults.beside(lambda: [])) == {("lookup", "late"): 1}
@@ -281,9 +286,11 @@ def test_a_lookup_that_never_resolves_is_a_miss_after_a_while_and_for_that_reque
 
 def test_blocks_that_had_to_come_from_below_are_told_as_such(side, monkeypatch):
     answers = iter([LookupResult.HIT_PENDING, LookupResult.HIT, LookupResult.HIT])
-    monkeypatch.setattr(side.manager, "manager", type("Slow", (), {"lookup": lambda *_: next(answers)})())
+    monkeypatch.setattr(side.manager.manager, "lookup", lambda *_: next(answers))
     req, (slow, quick) = asked("r"), keys(1, 2)
-    assert [side.manager.lookup(key, req) for key in (slow, slow, quick)][1:] == [theirs.LookupResult.HIT] * 2
+    assert side.manager.lookup(slow, req) is theirs.LookupResult.HIT_PENDING
+    next_step(side)
+    assert [side.manager.lookup(key, req) for key in (slow, quick)] == [theirs.LookupResult.HIT] * 2
     assert side.manager.get_load_source(slow, req) == "files"
     assert side.manager.get_load_source(quick, req) == sources.HOST
     assert side.manager.get_load_source(slow, asked("another")) == sources.HOST
@@ -308,7 +315,7 @@ def test_all_that_was_told_is_told_to_be_gone_after_a_reset(side):
 def test_events_that_nobody_takes_are_not_kept(side):
     side.manager._events = False
     stored(side, keys(1), (1,))
-    side.manager.on_schedule_end(theirs.ScheduleEndContext([], []))
+    next_step(side)
     side.manager._events = True
     assert not list(side.manager.take_events())
 
@@ -383,5 +390,75 @@ def test_vllm_gives_blocks_of_a_single_group_no_other_hashes_than_their_own():
     cache = SimpleNamespace(block_size=64, prefix_match_unit=32, enable_prefix_caching=True)
     parallel = SimpleNamespace(decode_context_parallel_size=1)
     config = SimpleNamespace(cache_config=cache, parallel_config=parallel, kv_transfer_config=object())
-    with pytest.raises(ValueError, match="prefix_match_unit=32"):
-        resolve_kv_cache_block_sizes(SimpleNamespace(kv_cache_groups=[group]), config)
+    try:
+        sizes = resolve_kv_cache_block_sizes(SimpleNamespace(kv_cache_groups=[group]), config)
+    except ValueError as error:  # since 0.32
+        assert "prefix_match_unit=32" in str(error)
+    else:
+        assert sizes == (64, 64)
+
+
+def in_order(name, *groups):
+    """A request as vLLM makes it: it knows which keys follow each other."""
+    req = asked(name)
+    for chain in groups:
+        for place, key in enumerate(chain):
+            req.set_offload_key_position(key, 16 * place)
+    return req
+
+
+def test_a_backend_is_asked_once_a_step_for_all_blocks_of_a_request(side, monkeypatch):
+    stored(side, keys(1, 2, 3), (1, 2, 3))
+    calls, whole = [], side.manager.manager.lookup_prefix
+    monkeypatch.setattr(side.manager.manager, "lookup_prefix", lambda *given: calls.append(given) or whole(*given))
+    req = in_order("r", keys(1, 2, 3, 4))
+    for _ in range(2):
+        results = [side.manager.lookup(key, req) for key in keys(1, 2, 3, 4)]
+    assert results == [theirs.LookupResult.HIT] * 3 + [theirs.LookupResult.MISS] and len(calls) == 1
+    next_step(side)
+    side.manager.lookup(keys(1)[0], req)
+    assert len(calls) == 2, "what was found is not believed in the next step"
+
+
+def test_blocks_that_are_asked_for_from_the_last_one_on_are_found(side):
+    stored(side, keys(2, 3, 4), (2, 3, 4))
+    req, names = in_order("r", keys(1, 2, 3, 4)), keys(4, 3, 2, 1)
+    assert [side.manager.lookup(key, req) for key in names] == [theirs.LookupResult.HIT] * 3 + [
+        theirs.LookupResult.MISS
+    ]
+
+
+def test_a_block_that_comes_after_a_miss_is_asked_for_by_itself(side):
+    stored(side, keys(1, 3), (1, 3))
+    req = in_order("r", keys(1, 2, 3))
+    assert [side.manager.lookup(key, req).name for key in keys(1, 2, 3)] == ["HIT", "MISS", "HIT"]
+
+
+def test_of_many_blocks_those_on_their_way_are_told_apart_and_given_up_together(side):
+    stored(side, keys(1), (1,))
+    side.manager.prepare_store(keys(2, 3), asked("stores"))
+    req = in_order("r", keys(1, 2, 3, 4))
+    results = [side.manager.lookup(key, req).name for key in keys(1, 2, 3, 4)]
+    assert results == ["HIT", "HIT_PENDING", "HIT_PENDING", "MISS"]
+    next_step(side)
+    side.now = 5.0
+    assert [side.manager.lookup(key, req).name for key in keys(1, 2)] == ["HIT", "MISS"]
+
+
+def test_a_reset_forgets_what_was_found_in_this_step(side):
+    stored(side, keys(1, 2), (1, 2))
+    req = in_order("r", keys(1, 2))
+    assert side.manager.lookup(keys(1)[0], req) is theirs.LookupResult.HIT
+    side.manager.reset_cache()
+    assert [side.manager.lookup(key, req) for key in keys(1, 2)] == [theirs.LookupResult.MISS] * 2
+
+
+def test_a_backend_that_wants_whole_requests_is_given_them(side, monkeypatch):
+    monkeypatch.setattr(side.manager.manager, "begins", lambda req: "all")
+    assert side.manager.on_new_request(asked("r")).policy is theirs.OffloadPolicy.REQUEST_LEVEL
+
+
+def test_events_of_groups_that_vllm_has_not_are_left_out(side, monkeypatch):
+    other = OffloadingEvent("stored", [make_offload_key(b"x" * 32, 7)], "cpu")
+    monkeypatch.setattr(side.manager.manager, "take_events", lambda: [other])
+    assert list(side.manager.take_events()) == []

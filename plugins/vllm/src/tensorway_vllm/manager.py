@@ -6,7 +6,7 @@ May import vllm, the core and this package. It is called in the scheduler's proc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from tensorway.offload import (
     LookupResult,
     OffloadingManager,
     OffloadKey,
+    PrefixLookup,
     ReqContext,
     Ticket,
     key_group,
@@ -62,6 +63,14 @@ class _Request:
     over: bool = False
     #: Blocks that it found below host memory.
     below: set[OffloadKey] = attrs.field(factory=set)
+    #: What was found in this step, and the groups of which many blocks were asked for at once.
+    step: int = -1
+    found: dict[bytes, theirs.LookupResult] = attrs.field(factory=dict)
+    asked: set[int] = attrs.field(factory=set)
+    #: Of each of vLLM's groups its keys and ours in the order of tokens, where they are, and how many vLLM had told.
+    chains: dict[int, tuple[list[theirs.OffloadKey], list[OffloadKey]]] = attrs.field(factory=dict)
+    places: dict[bytes, int] = attrs.field(factory=dict)
+    told: int = 0
 
 
 class ManagerAdapter(theirs.OffloadingManager):
@@ -90,6 +99,7 @@ class ManagerAdapter(theirs.OffloadingManager):
         self._faults = Faults(backend)
         #: A reset failed: whatever the backend still has is of other weights, and is not asked for any more.
         self._gone = False
+        self._step = 0
         #: What was told to be there in each medium, for those who must be told that all of it is gone.
         self._told: dict[str, set[OffloadKey]] = {}
         self._original = {place: group for group, place in groups.items()}
@@ -106,8 +116,10 @@ class ManagerAdapter(theirs.OffloadingManager):
         """Ours of theirs. Tenants are in vLLM's hash already, which begins with the request's salt."""
         return make_offload_key(theirs.get_offload_block_hash(key), self._groups[theirs.get_offload_group_idx(key)])
 
-    def _back(self, key: OffloadKey) -> theirs.OffloadKey:
-        return theirs.make_offload_key(key_hash(key), self._original[key_group(key)])
+    def _back(self, keys: Iterable[OffloadKey]) -> list[theirs.OffloadKey]:
+        """Theirs of ours, without those of groups that vLLM has not, which a shared tier may tell of."""
+        pairs = ((key, self._original.get(key_group(key))) for key in keys)
+        return [theirs.make_offload_key(key_hash(key), group) for key, group in pairs if group is not None]
 
     def on_new_request(self, req_context: theirs.ReqContext) -> theirs.RequestOffloadingContext:
         """A request is there."""
@@ -116,17 +128,65 @@ class ManagerAdapter(theirs.OffloadingManager):
         return theirs.RequestOffloadingContext(policy=policy)
 
     def lookup(self, key: theirs.OffloadKey, req_context: theirs.ReqContext) -> theirs.LookupResult:
-        """What is known of a block; soon, or it is a miss."""
-        known, ours = _known(req_context), self._key(key)
-        if self._gone:
-            return theirs.LookupResult.MISS
-        found = self._faults.asked(LookupResult.MISS, self.manager.lookup, ours, known.req)
-        if found is LookupResult.HIT_PENDING or found is LookupResult.RETRY:
-            if ours not in self._stores:
-                known.below.add(ours)
-            if self._waited(known):
-                return theirs.LookupResult.MISS
-        return _FOUND.get(found, theirs.LookupResult.MISS)
+        """What is known of a block; soon, or it is a miss.
+
+        vLLM asks for each block of a request, in each step in which it waits. The backend is asked once a step for all.
+        """
+        known = _known(req_context)
+        if known.step != self._step:
+            known.step = self._step
+            known.found.clear()
+            known.asked.clear()
+        found = known.found.get(key)
+        if found is None:
+            found = known.found[key] = next(self._look([self._key(key)], known))
+            if found is not theirs.LookupResult.MISS:
+                behind, ours = self._behind(key, req_context, known)
+                known.found.update(zip(behind, self._look(ours, known), strict=False))
+        return found
+
+    def _behind(
+        self, key: theirs.OffloadKey, context: theirs.ReqContext, known: _Request
+    ) -> tuple[list[theirs.OffloadKey], list[OffloadKey]]:
+        """What follows this key, theirs and ours, if it is the first one of its group that is found in this step.
+
+        Else nothing: of a group with a window vLLM asks from the last one on.
+        """
+        positions = getattr(context, "_offload_key_positions", {})
+        if len(positions) != known.told:
+            known.told = len(positions)
+            known.chains.clear()
+            for each in positions:
+                chain, ours = known.chains.setdefault(theirs.get_offload_group_idx(each), ([], []))
+                known.places[each] = len(chain)
+                chain.append(each)
+                ours.append(self._key(each))
+        group, place = theirs.get_offload_group_idx(key), known.places.get(key)
+        if place is None or group in known.asked:
+            return [], []
+        known.asked.add(group)
+        chain, ours = known.chains[group]
+        return chain[place + 1 :], ours[place + 1 :]
+
+    def _look(self, keys: list[OffloadKey], known: _Request) -> Iterator[theirs.LookupResult]:
+        """Of each of these up to the first miss, in the order of tokens."""
+        results: Sequence[LookupResult] = []
+        if len(keys) > 1 and not self._gone:
+            there = self._faults.asked(PrefixLookup(0), self.manager.lookup_prefix, keys, known.req)
+            results = [LookupResult.HIT] * there.ready
+            if there.later:
+                coming = keys[there.ready : there.ready + there.later]
+                results += self._faults.asked([], self.manager.lookup_many, coming, known.req)
+        elif not self._gone:
+            results = [self._faults.asked(LookupResult.MISS, self.manager.lookup, keys[0], known.req)]
+        for key, found in zip(keys, results, strict=False):
+            if found is LookupResult.HIT_PENDING or found is LookupResult.RETRY:
+                if key not in self._stores:
+                    known.below.add(key)
+                if self._waited(known):
+                    break
+            yield _FOUND.get(found, theirs.LookupResult.MISS)
+        yield theirs.LookupResult.MISS
 
     def _waited(self, known: _Request) -> bool:
         """Whether a request has waited for as long as it may."""
@@ -191,9 +251,9 @@ class ManagerAdapter(theirs.OffloadingManager):
             number = 0
             self._faults.asked(None, self.manager.complete_store, prepared.ticket)
         return theirs.PrepareStoreOutput(
-            keys_to_store=[self._back(key) for key in stored],
+            keys_to_store=self._back(stored),
             store_spec=Carried(number, prepared.target),
-            evicted_keys=[self._back(key) for key in prepared.evicted],
+            evicted_keys=self._back(prepared.evicted),
         )
 
     def complete_store(
@@ -228,6 +288,7 @@ class ManagerAdapter(theirs.OffloadingManager):
 
     def on_schedule_end(self, context: theirs.ScheduleEndContext) -> None:
         """Once in each step."""
+        self._step += 1
         self._faults.asked(None, self.manager.poll)
         if not self._events:
             self._faults.asked([], self.manager.take_events)  # or they would be kept for nobody
@@ -248,10 +309,10 @@ class ManagerAdapter(theirs.OffloadingManager):
             else:
                 keys = sorted(told)
                 told.clear()
-            if keys:
+            names = self._back(keys)
+            if names:
                 medium = theirs.Medium.CPU if event.medium == "cpu" else theirs.Medium.STORAGE
-                ours = [self._back(key) for key in keys]
-                yield theirs.OffloadingEvent(keys=ours, medium=medium, removed=event.what != "stored")
+                yield theirs.OffloadingEvent(keys=names, medium=medium, removed=event.what != "stored")
 
     def get_stats(self) -> Any:
         """What was counted since the last call, for vLLM's own metrics; None if nothing was."""
@@ -264,6 +325,7 @@ class ManagerAdapter(theirs.OffloadingManager):
         except Exception as error:  # a backend is a plugin of anybody
             self._faults.raised("reset", error)
             self._gone = True
+        self._step += 1
         self._forgotten.update(self._open)
         self._open.clear()
         self._stores.clear()
