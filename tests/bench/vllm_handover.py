@@ -8,8 +8,10 @@ A pair of engines, each in a process, for each way: `local` and `nixl` are Tenso
 is computed by the first engine of a pair; the second one is asked with the ticket, and then once more, with the prompt
 in its own cache. TTFT is of the former, as the second engine sees it; what it takes longer than the latter is the
 hand-over. Ways take turns within each repetition, and ratios are of one repetition: the machine is shared, and seconds
-of one turn say little about those of another. `--scattered` leaves both caches with free blocks in random order first.
-`--core-process` gives each engine's core a process of its own, as `vllm serve` does.
+of one turn say little about those of another. Processor time is what the second engine's process used until then, with
+all its threads; steps are those of its engine, of which each that computes nothing sleeps a millisecond. `--scattered`
+leaves both caches with free blocks in random order first. `--core-process` gives each engine's core a process of its
+own, as `vllm serve` does; then processor time is that of the process in front of it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import random
 import secrets
 import socket
@@ -61,6 +62,7 @@ class Pair:
     """Two engines."""
 
     def __init__(self, way: str, given: argparse.Namespace, folder: Path, address: str, secret: str) -> None:
+        from tensorway_vllm.testing.deployment import VARIABLES
         from tensorway_vllm.testing.disaggregated import Served, transfer
 
         self.way = way
@@ -88,18 +90,14 @@ class Pair:
             name = f"{way}-{role}"
             theirs = {"kv_connector": "NixlConnector", "kv_role": f"kv_{role}", "kv_buffer_device": "cpu"}
             kv = {**theirs, "engine_id": name} if way == "vllm" else transfer(name, extra)
-            environment = {
-                **os.environ,
+            variables = {
+                **VARIABLES,
                 "HOME": str(folder),
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
                 "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(given.core_process)),
-                "VLLM_HOST_IP": "127.0.0.1",
                 "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-                "VLLM_NO_USAGE_STATS": "1",
             }
-            self.sides.append(Served(str(folder / "model"), kv, environment, folder / f"{name}.log", **options))
+            self.sides.append(Served(str(folder / "model"), kv, variables, folder / f"{name}.log", **options))
 
     def scatter(self, numbers: random.Random, tokens: int) -> None:
         """Many requests that end in no order leave free blocks in none."""
@@ -118,7 +116,13 @@ class Pair:
         warm = consumer.ask(prompt, 1)
         assert first.tokens == handed.tokens, f"{self.way}: another token was said with the ticket than without"
         assert came >= len(prompt) - 64, f"{self.way}: only {came} tokens of {len(prompt)} came"
-        return {"computed": first.first, "ttft": handed.first, "warm": warm.first}
+        return {
+            "computed": first.first,
+            "ttft": handed.first,
+            "warm": warm.first,
+            "processor": handed.processor,
+            "steps": handed.steps,
+        }
 
 
 def measured(pairs: list[Pair], given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -151,22 +155,31 @@ def row(tokens: int, way: str, turns: list[dict[str, dict[str, float]]]) -> dict
         "computed_ms": 1e3 * median(lambda one: one["computed"]),
         "ttft_ms": 1e3 * median(lambda one: one["ttft"]),
         "handover_ms": 1e3 * median(lambda one: one["ttft"] - one["warm"]),
+        "processor_ms": 1e3 * median(lambda one: one["processor"]),
+        "steps": median(lambda one: one["steps"]),
     }
     if way != "vllm" and "vllm" in turns[0]:
-        ratios = sorted(turn[way]["ttft"] / turn["vllm"]["ttft"] for turn in turns)
-        made["of_vllm"] = [statistics.median(ratios), ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]]
+        for what in ("ttft", "processor"):
+            ratios = sorted(turn[way][what] / turn["vllm"][what] for turn in turns)
+            made[f"{what}_of_vllm"] = [
+                statistics.median(ratios),
+                ratios[len(ratios) // 4],
+                ratios[-1 - len(ratios) // 4],
+            ]
     return made
 
 
 def say(one: dict[str, Any]) -> None:
     """A line."""
     beside = ""
-    if "of_vllm" in one:
-        middle, low, high = one["of_vllm"]
-        beside = f"   {middle:.2f} of NixlConnector's TTFT (half of the turns {low:.2f} to {high:.2f})"
+    if "ttft_of_vllm" in one:
+        middle, low, high = one["ttft_of_vllm"]
+        beside = f"; of NixlConnector's {middle:.2f} (half of the turns {low:.2f} to {high:.2f})"
+        beside += f", and {one['processor_of_vllm'][0]:.2f} of its processor time"
     print(
-        f"{one['tokens']:>5} tokens, {one['way']:>5}: TTFT {one['ttft_ms']:7.2f} ms, "
-        f"over a warm cache {one['handover_ms']:+7.2f} ms, computed {one['computed_ms']:7.1f} ms{beside}",
+        f"{one['tokens']:>5} tokens, {one['way']:>5}: TTFT {one['ttft_ms']:7.2f} ms in {one['steps']:g} steps, "
+        f"over a warm cache {one['handover_ms']:+7.2f} ms, processor {one['processor_ms']:7.2f} ms, "
+        f"computed {one['computed_ms']:7.1f} ms{beside}",
         flush=True,
     )
 

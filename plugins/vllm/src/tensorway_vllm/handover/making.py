@@ -16,7 +16,7 @@ import attrs
 import tensorway
 from tensorway._logging import logger
 from tensorway.errors import PluginDefect, TensorwayError
-from tensorway.kv import KVContext, Mover, Planner, RankGeometry
+from tensorway.kv import KVContext, Mover, Planner, RankGeometry, Result
 from tensorway.metrics import Counters
 from tensorway.rendezvous import Rendezvous
 from tensorway_vllm.handover.options import HandoverOptions
@@ -26,6 +26,9 @@ _SideT = TypeVar("_SideT", Planner, Mover)
 _ResultT = TypeVar("_ResultT")
 #: Seconds after which a side that cannot be made is tried again, at most.
 _LONGEST: Final = 60.0
+#: Seconds after which the same is told again, and how many are told apart.
+_AGAIN: Final = 60.0
+_MOST: Final = 256
 #: Seconds that the end of one side may take.
 _ENDING: Final = 5.0
 
@@ -153,6 +156,8 @@ class Troubles:
 
     def __init__(self, counts: Counters) -> None:
         self._counts, self._told = counts, set[tuple[str, type[BaseException]]]()
+        #: When it was told last that blocks did not come, by cause and engine.
+        self._missed: dict[tuple[str, str], float] = {}
 
     def say(self, doing: str, error: Exception) -> None:
         """It was to do something, and raised this."""
@@ -163,6 +168,16 @@ class Troubles:
             return
         self._told.add(kind)
         _log.error("%s", defect(doing, error), exc_info=None if isinstance(error, TensorwayError) else error)
+
+    def missed(self, result: Result) -> None:
+        """A request's blocks did not come; told once a minute for each engine and cause."""
+        whose, now = (result.cause, result.why.partition(":")[0]), time.monotonic()
+        if now - self._missed.get(whose, -_AGAIN) < _AGAIN:
+            return
+        if len(self._missed) >= _MOST:
+            self._missed.clear()
+        self._missed[whose] = now
+        _log.warning("A request's KV blocks did not come, and are computed (%s). %s", result.cause, result.why)
 
     def guard(self, doing: str, call: Callable[[], _ResultT], otherwise: _ResultT) -> _ResultT:
         """What the call returns, or what is true if it raises."""

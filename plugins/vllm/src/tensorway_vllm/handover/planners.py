@@ -94,7 +94,8 @@ class Planners:
         if planner is None:
             return None
         try:
-            return planner.plan_step()
+            step = planner.plan_step()
+            return Decided(set(step.released), set(step.received), dict(step.failed), bytes(step.plan))
         except Exception as error:  # of whatever backend: its requests are computed
             self._failed("plan a step", error)
             return None
@@ -125,6 +126,9 @@ class Planners:
         results: Sequence[Result] = said.results
         if not results:
             return False
+        for result in results:
+            if result.cause and result.cause != "cancelled":
+                self._troubles.missed(result)
         try:
             planner.on_results(rank, results)
         except Exception as error:  # of whatever backend

@@ -253,10 +253,9 @@ class Scheduling:
     def _take(self, decided: Decided) -> set[str]:
         """What a step has decided; requests that were received."""
         self._plans.append(decided.plan)
-        released = [name for name in decided.released if name in self._kept]
-        for name in released:
-            del self._kept[name]
-        self._sent.update(released)
+        for name in decided.released:
+            if self._kept.pop(name, None) is not None:
+                self._sent.add(name)
         for name, good in decided.failed.items():
             parked = self._parked.pop(name, None)
             if parked is not None:

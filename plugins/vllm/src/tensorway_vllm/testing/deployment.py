@@ -23,7 +23,8 @@ OPTIONS: Final[dict[str, Any]] = {"transport": "local", "deadline": 4.0, "lease"
 #: Seconds after which everything that was kept or awaited is over, on a machine that does much else.
 OVER: Final = 60.0
 HAND_OVER: Final = {"hand_over": True}
-_ENVIRONMENT: Final = {
+#: Of an engine's environment.
+VARIABLES: Final = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -44,11 +45,11 @@ def prompt_of(seed: int, tokens: int = 300) -> list[int]:
 class Deployment:
     """A rendezvous in this process, and engines by their names, each in a process."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], **options: Any) -> None:
-        """`environment`: what engines' processes get beside what vLLM needs; `options`: of the connector."""
+    def __init__(self, folder: Path, **options: Any) -> None:
+        """`options`: of the connector."""
         self.folder, self.secret = folder, secrets.token_hex(16)
         self.model = str(make(folder / "model"))
-        self._environment = {**environment, **_ENVIRONMENT, "HOME": str(folder)}
+        self._variables = {**VARIABLES, "HOME": str(folder)}
         self._options = {**OPTIONS, **options, "secret": self.secret}
         self._meeting: Any = tensorway.create("rendezvous", "direct", {"secret": self.secret})
         self.address: str = self._meeting.address
@@ -58,8 +59,19 @@ class Deployment:
 
     # -- engines
 
-    def start(self, name: str, *, model: str = "", extra: Mapping[str, Any] | None = None, **options: Any) -> Served:
-        """An engine of that name, which may not yet be ready; `extra`: what is other in the connector's options."""
+    def start(
+        self,
+        name: str,
+        *,
+        model: str = "",
+        extra: Mapping[str, Any] | None = None,
+        kv: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Served:
+        """An engine of that name, which may not yet be ready.
+
+        `extra`: what is other in the connector's options; `kv`: a KVTransferConfig in place of ours.
+        """
         whole: dict[str, Any] = {
             "rendezvous": "direct",
             "rendezvous_options": {"address": self.address, "secret": self.secret},
@@ -68,7 +80,8 @@ class Deployment:
         given = dict(extra or {})
         whole["options"] = {**whole["options"], **given.pop("options", {})}
         log = self.folder / f"{name}.log"
-        served = Served(model or self.model, transfer(name, {**whole, **given}), self._environment, log, **options)
+        ours = transfer(name, {**whole, **given})
+        served = Served(model or self.model, ours if kv is None else kv, self._variables, log, **options)
         self._engines[name] = served
         self._rest.pop(name, None)
         return served

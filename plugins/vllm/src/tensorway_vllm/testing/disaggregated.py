@@ -51,8 +51,18 @@ class Answer:
     #: Seconds until the first token, and until the end, as its engine has seen them.
     first: float
     seconds: float
-    #: Prompt tokens that were not computed.
-    cached: int
+    #: Until the first token: what its engine's process used of processors, and how many steps the engine took.
+    processor: float = 0.0
+    steps: int = 0
+
+
+@attrs.frozen
+class _Clocks:
+    """When something was, by several."""
+
+    wall: float
+    processor: float
+    steps: int
 
 
 class Served:
@@ -62,21 +72,22 @@ class Served:
         self,
         model: str,
         kv: Mapping[str, Any] | None,
-        environment: Mapping[str, str],
+        variables: Mapping[str, str],
         log: Path,
         **options: Any,
     ) -> None:
-        """`environment`: of the process, all of it; `log`: what it prints; `options`: of vLLM's engine."""
+        """`kv`: a KVTransferConfig, or nothing; `variables`: of its environment, beside ours; `log`: what it prints;
+        `options`: of vLLM's engine."""
         self._log, self._number = log, 0
         self._link, other = Pipe()
         self._begun: set[str] = set()
         self._answers: dict[str, Answer] = {}
         self._said: list[Any] = []
-        command = [sys.executable, "-m", __name__, str(other.fileno())]
+        # `env` becomes the interpreter: what its environment is beyond ours stands in the command.
+        command = ["env", *(f"{name}={value}" for name, value in variables.items())]
+        command += [sys.executable, "-m", __name__, str(other.fileno())]
         with log.open("ab") as out, other:
-            self._process = subprocess.Popen(
-                command, env=dict(environment), stdout=out, stderr=out, pass_fds=[other.fileno()]
-            )
+            self._process = subprocess.Popen(command, stdout=out, stderr=out, pass_fds=[other.fileno()])
         self._link.send({"model": model, "kv": kv, "options": options})
 
     @property
@@ -221,13 +232,14 @@ class Serving:
         from tensorway_vllm.testing.engine import engine
 
         self._link, self._ended = link, False
-        self._llm = engine(plan["model"], plan["kv"], **plan["options"])
+        self._llm = engine(plan["model"], plan["kv"] or None, **plan["options"])
         self._engine = self._llm.llm_engine
         #: None where the engine's core is in a process of its own, with a loop of its own.
         self._core = getattr(self._engine.engine_core, "engine_core", None)
-        #: Of each request under way: its name inside, when it came, and when its first token did.
-        self._asked: dict[str, tuple[str, float]] = {}
-        self._first: dict[str, float] = {}
+        #: Of each request under way: its name inside, and the clocks when it came; and when its first token did.
+        self._asked: dict[str, tuple[str, _Clocks]] = {}
+        self._first: dict[str, _Clocks] = {}
+        self._steps = 0
         link.send(("ready",))
 
     def run(self) -> None:
@@ -262,57 +274,54 @@ class Serving:
 
         extra = {"kv_transfer_params": params} if params else None
         how = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, extra_args=extra)
-        came = time.perf_counter()
+        came = self._clocks()
         inside = self._engine.add_request(name, {"prompt_token_ids": prompt}, how)
         self._asked[name] = inside, came
 
     def _abort(self, name: str) -> None:
-        inside, came = self._asked.pop(name, ("", 0.0))
+        inside, came = self._asked.pop(name, ("", self._clocks()))
         if inside:
             self._engine.abort_request([inside], internal=True)
-            self._first.pop(name, None)
-            took = time.perf_counter() - came
-            gone: dict[str, Any] = {
-                "tokens": [],
-                "reason": "abort",
-                "params": None,
-                "first": took,
-                "seconds": took,
-                "cached": 0,
-            }
-            self._link.send(("answer", name, gone))
+            self._answer(name, [], "abort", None, came)
 
     def _step(self) -> None:
         if self._core is None and not self._asked:
             return  # its own loop does what is left
+        self._steps += 1
         outputs = self._engine.step()
-        now = time.perf_counter()
         for output in outputs:
-            self._heard(output, now)
+            self._heard(output)
         if not outputs and self._core is not None and self._core.scheduler.has_requests():
             time.sleep(_YIELD)
 
-    def _heard(self, output: Any, now: float) -> None:
+    def _heard(self, output: Any) -> None:
         name, [said] = output.request_id, output.outputs
         if name not in self._asked:
             return
-        came = self._asked[name][1]
         if said.token_ids and name not in self._first:
-            self._first[name] = now - came
+            self._first[name] = self._clocks()
             if not output.finished:
                 self._link.send(("began", name))
         if output.finished:
-            del self._asked[name]
-            first, took = self._first.pop(name, now - came), now - came
-            answer = {
-                "tokens": list(said.token_ids),
-                "reason": str(said.finish_reason),
-                "params": output.kv_transfer_params,
-                "first": first,
-                "seconds": took,
-                "cached": output.num_cached_tokens or 0,
-            }
-            self._link.send(("answer", name, answer))
+            _, came = self._asked.pop(name)
+            self._answer(name, list(said.token_ids), str(said.finish_reason), output.kv_transfer_params, came)
+
+    def _answer(self, name: str, tokens: list[int], reason: str, params: Any, came: _Clocks) -> None:
+        now = self._clocks()
+        first = self._first.pop(name, now)
+        answer = {
+            "tokens": tokens,
+            "reason": reason,
+            "params": params,
+            "first": first.wall - came.wall,
+            "seconds": now.wall - came.wall,
+            "processor": first.processor - came.processor,
+            "steps": first.steps - came.steps,
+        }
+        self._link.send(("answer", name, answer))
+
+    def _clocks(self) -> _Clocks:
+        return _Clocks(time.perf_counter(), time.process_time(), self._steps)
 
     def _state(self) -> dict[str, Any]:
         metrics = {each.name: each.value for each in self._llm.get_metrics() if hasattr(each, "value")}
