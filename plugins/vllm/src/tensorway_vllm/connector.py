@@ -5,6 +5,7 @@ May import vllm and this package. What vLLM's classes keep to themselves is not 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults, KVConnectorWorkerMetadata
@@ -27,11 +28,14 @@ from tensorway_vllm.worker import WorkerAdapter
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
 
 _log = logger("vllm")
 
@@ -62,6 +66,11 @@ class TensorwayOffloadingConnector(OffloadingConnector):
         self._by_request = len(kv_cache_config.kv_cache_groups) > 1
         #: Of loads that workers have begun, whose they are.
         self._loading: dict[int, str] = {}
+        #: On the scheduler's side: requests whose loads begin in this step.
+        self._begun: set[str] = set()
+        #: Nothing was planned since the last reset: vLLM asserts that what a reset leaves to flush is planned before
+        #: the next one, and there is nothing more to forget.
+        self._forgotten = False
         if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
             _log.warning(
                 "Requests whose KV blocks cannot be loaded will fail, for kv_load_failure_policy is 'fail'. "
@@ -84,6 +93,28 @@ class TensorwayOffloadingConnector(OffloadingConnector):
         """What was counted on this side since the last call."""
         worker = self._worker()
         return super().get_kv_connector_stats() if worker is None else worker.stats()
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Its blocks are there; a load of it may begin."""
+        if num_external_tokens:
+            self._begun.add(request.request_id)
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """What this step is. A reset preempts requests and lets them load in one step; vLLM takes a preempted request
+        to have stores only, and its assertion would end the engine. One that loads has no stores to wait for.
+        """
+        preempted, begun = scheduler_output.preempted_req_ids, self._begun
+        self._begun, self._forgotten = set(), False
+        if preempted and not begun.isdisjoint(preempted):
+            scheduler_output = dataclasses.replace(scheduler_output, preempted_req_ids=preempted - begun)
+        return super().build_connector_meta(scheduler_output)
+
+    def reset_cache(self) -> bool | None:
+        """Forget what is offloaded."""
+        done = True if self._forgotten else super().reset_cache()
+        self._forgotten = True
+        return done
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The worker is made; from now on this connector hears of what fails."""

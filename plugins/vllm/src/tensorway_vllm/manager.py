@@ -263,6 +263,8 @@ class ManagerAdapter(theirs.OffloadingManager):
         numbers = {self._stores.get(self._key(key), 0) for key in keys} - {0}
         for number in sorted(numbers):
             done = self._open.pop(number)
+            for key in done.keys:  # those of a store of before a reset may be another's by now
+                self._stores.pop(key, None)
             if not success:
                 done.failed.update(done.keys)
             self._complete(done)
@@ -342,8 +344,6 @@ class ManagerAdapter(theirs.OffloadingManager):
 
     def _complete(self, job: _Open) -> None:
         if job.store:
-            for key in job.keys:
-                self._stores.pop(key, None)
             self._faults.asked(None, self.manager.complete_store, job.ticket, job.failed)
         else:
             self._faults.asked(None, self.manager.complete_load, job.ticket, job.failed)

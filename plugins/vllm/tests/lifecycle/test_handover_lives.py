@@ -51,8 +51,8 @@ def test_a_request_without_the_wish_is_given_no_ticket_and_keeps_nothing(pair, w
 
 def test_while_pages_are_on_their_way_nothing_of_the_request_is_computed_or_cached(pair, words):
     both, prompt = pair(faulty=True), words(70)
+    both.run(both.decode.add(prompt[::-1], 1, both.ticket(prompt[::-1])))  # now its fabric is there, and connected
     ticket = both.ticket(prompt)
-    both.decode.run(both.decode.add(words(5), 1))  # the engine has had a step, so its fabric is there
     both.fabric().faults.rates = {"stall": 1.0}
     name = both.decode.add(prompt, 3, ticket)
     until(lambda: both.decode.parked(name), both.decode)

@@ -1,4 +1,4 @@
-"""Blocks that are offloaded and come back, by vLLM's own scheduler and offloading connector. Needs vLLM, and no model."""
+"""Blocks that are offloaded and come back, by vLLM's own scheduler and connector. Needs vLLM, and no model."""
 
 from __future__ import annotations
 
@@ -287,6 +287,28 @@ def test_a_reset_while_requests_run_is_answered_all_the_same(engine, words):
     assert said.tokens == answer(prompt, 30)
 
 
+def test_two_resets_before_the_next_step_are_one(engine, words, held):
+    one, prompt = engine(offloads()), words(100)
+    held["held"] = True
+    one.run(one.add(prompt, 1))
+    assert one.scheduler.reset_prefix_cache(reset_connector=True)
+    assert one.scheduler.reset_prefix_cache(reset_connector=True)
+    held["held"] = False
+    settled(one)
+    assert say(one, prompt).external == 0
+
+
+@LOOPS
+def test_running_requests_that_are_reset_and_found_again_do_not_end_the_engine(engine, words, loop):
+    one, prompt = engine(offloads(), async_scheduling=loop), words(100)
+    say(one, prompt)
+    name = one.add(prompt, 30)
+    until(lambda: len(one.said[name].tokens) > 3, one)
+    one.scheduler.reset_prefix_cache(reset_running_requests=True)
+    [said] = one.run(name)
+    assert said.tokens == answer(prompt, 30)
+
+
 # -- failures
 
 
@@ -379,6 +401,16 @@ def test_windows_and_full_attention_come_back_together(engine, gemma, words, bro
 
 
 # -- beside others
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4)])
+def test_an_engine_of_another_tensor_parallel_size_finds_them_in_files(engine, words, tmp_path, before, after):
+    tiers = [{"backend": "fs", "options": {"folder": str(tmp_path)}}]
+    first, prompt = engine(offloads(tiers=tiers), ranks=before), words(100)
+    say(first, prompt)
+    until(lambda: any(tmp_path.rglob("*")), first)
+    said = say(engine(offloads(tiers=tiers), ranks=after), prompt, 4)
+    assert said.external == whole(prompt)
 
 
 def test_another_engine_finds_in_files_what_this_one_stored(engine, words, tmp_path):

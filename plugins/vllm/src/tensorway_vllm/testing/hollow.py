@@ -106,7 +106,8 @@ class Rank:
         #: Called with what this rank says of a step, before others see it; tests lie with it.
         self.said: Callable[[Any], Any] = lambda output: output
         self._held: dict[str, _Held] = {}
-        self._groups: list[list[tuple[Any, int | None]]] = []
+        #: Of each cache group, its layers: their pages, what numbers are mixed with by head, and their window.
+        self._groups: list[list[tuple[Any, Any, int | None]]] = []
         self._page_tokens: list[int] = []
 
     def open(self, caches: Any) -> None:
@@ -116,9 +117,9 @@ class Rank:
             spec = group.kv_cache_spec
             self._page_tokens.append(spec.block_size)
             window = getattr(spec, "sliding_window", None)
-            self._groups.append([(_pages(memory[name]), window) for name in group.layer_names])
+            self._groups.append([(_pages(memory[name]), self._salts(name), window) for name in group.layer_names])
         for views in self._groups:
-            for pages, _ in views:
+            for pages, _, _ in views:
                 pages[:] = BLANK
         if self.config.kv_transfer_config is None:
             return
@@ -175,12 +176,12 @@ class Rank:
         held, stop = self._held[name], start + count
         stamps = held.text.upto(stop)
         for group, layers in enumerate(self._groups):
-            for layer, (pages, window) in enumerate(layers):
-                mine = stamps ^ (group * 8 + layer + 64 * self.number)
+            for pages, salts, window in layers:
+                mine = stamps[:, None, None] ^ salts
                 begin = 0 if window is None else max(0, start - window + 1)
                 self._check(name, pages, group, mine, begin, start)
                 blocks, slots = self._places(group, held, start, stop)
-                pages[blocks, slots] = mine[start:stop, None, None]
+                pages[blocks, slots] = mine[start:stop]
         if stop < held.known:
             return []
         held.known = stop + 1
@@ -188,11 +189,17 @@ class Rank:
 
     def _check(self, name: str, pages: Any, group: int, stamps: Any, begin: int, stop: int) -> None:
         blocks, slots = self._places(group, self._held[name], begin, stop)
-        good = (pages[blocks, slots] == stamps[begin:stop, None, None]).all(axis=(1, 2))
+        good = (pages[blocks, slots] == stamps[begin:stop]).all(axis=(1, 2))
         if not good.all():
             first = begin + int(np.argmin(good))
             true = "blank" if (pages[blocks[first - begin], slots[first - begin]] == BLANK).all() else "foreign"
             raise WrongPages(f"rank {self.number}: {name} attends to {stop} tokens, and token {first} is {true}")
+
+    def _salts(self, layer: str) -> Any:
+        """KV is that of a layer and a head; ranks that have the same head have the same KV."""
+        first = self.number * _HEADS // self.config.parallel_config.world_size
+        heads = np.arange(first, first + self.layers[layer].num_kv_heads, dtype=np.int64)
+        return ((1 + list(self.layers).index(layer)) << 8 | heads)[:, None]
 
     def _places(self, group: int, held: _Held, start: int, stop: int) -> tuple[Any, Any]:
         tokens, each = np.arange(start, stop), self._page_tokens[group]
