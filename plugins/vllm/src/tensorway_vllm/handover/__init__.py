@@ -7,12 +7,6 @@ library. Whatever a backend raises stays with the requests that it concerns; it 
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Any
-
-from tensorway_vllm.handover.options import HandoverOptions
-from tensorway_vllm.handover.wishes import HAND_OVER, TICKET
-=======
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -27,25 +21,13 @@ _HOMES: Final = {
     "HandoverOptions": "options",
     "TensorwayConnector": "connector",
 }
->>>>>>> 6f63d50d2b0e076b6f057481efe071dc4e424971
-
-if TYPE_CHECKING:
-    from tensorway_vllm.handover.connector import TensorwayConnector
 
 __all__ = ["HAND_OVER", "TICKET", "HandoverOptions", "TensorwayConnector"]
 
 
 def __getattr__(name: str) -> Any:
-<<<<<<< HEAD
-    """The connector needs vLLM; options are checked where there is none, too."""
-    if name == "TensorwayConnector":
-        from tensorway_vllm.handover.connector import TensorwayConnector
-
-        return TensorwayConnector
-=======
     if name in _HOMES:
         from importlib import import_module
 
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
->>>>>>> 6f63d50d2b0e076b6f057481efe071dc4e424971
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
