@@ -308,7 +308,7 @@ def test_an_engine_whose_own_engine_is_dead_is_left_alone_at_once():
     async def down(stage):
         return 0 == await stage.counted("engine_up", engine=stage.decode[0].url.removeprefix("http://"))
 
-    play(scene, [], [Engine(), Engine()])
+    play(scene, [], [Engine(), Engine()], health_failures=100)
 
 
 def test_a_request_of_which_nothing_was_heard_leaves_an_engine_that_goes_down():
@@ -321,7 +321,7 @@ def test_a_request_of_which_nothing_was_heard_leaves_an_engine_that_goes_down():
         assert 1 == await stage.counted("retries_total", cause="out")
         assert 1 == stage.decode[0].cancelled
 
-    play(scene, [], [Engine(stopped), Engine()], health_deadline=0.2)
+    play(scene, [], [Engine(stopped), Engine()], health_deadline=0.5)
 
 
 def test_errors_that_an_engine_answers_with_do_not_take_it_out():
