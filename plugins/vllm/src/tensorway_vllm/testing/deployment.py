@@ -31,6 +31,8 @@ VARIABLES: Final = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+#: Seconds that a door has to answer; most have nothing to say to strangers.
+_HEARD: Final = 0.2
 _SOCKET: Final = re.compile(r"socket:\[(\d+)\]")
 #: A listening socket in the kernel's tables: of TCP by state, of Unix by flags.
 _LISTENS, _ACCEPTS = "0A", 0x10000
@@ -176,7 +178,7 @@ def shout(doors: list[tuple[int, int, Any]], numbers: random.Random, *foreign: b
         for words in (numbers.randbytes(7), numbers.randbytes(4096), *foreign, b""):
             try:
                 with socket.socket(family, kind) as door:
-                    door.settimeout(2.0)
+                    door.settimeout(_HEARD)
                     door.connect(address)
                     entered += 1
                     if words:
