@@ -1,4 +1,5 @@
-"""What a request says, and what each engine is told of it. May import msgspec and the core.
+"""What a request says, and what each engine is told of it. May import msgspec, the core, and what hand-overs
+are called in requests.
 
 What an engine is sent is written anew from what was read here, never cut out of the client's bytes: so that what was
 checked is what is sent.
@@ -11,10 +12,8 @@ from typing import Any, Final
 import msgspec
 
 from tensorway.decoding import UNREADABLE
+from tensorway_vllm.handover.wishes import HAND_OVER, TICKET
 
-#: As `tensorway_vllm.handover` calls them, which needs vLLM to be imported.
-TICKET: Final = "tensorway"
-HAND_OVER: Final = "hand_over"
 #: Fields by which an engine is told to fetch something from elsewhere.
 _TRANSFERS: Final = ("kv_transfer_params", "ec_transfer_params")
 MOST_OF_A_TICKET: Final = 1 << 20
