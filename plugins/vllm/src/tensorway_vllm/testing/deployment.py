@@ -18,8 +18,8 @@ from tensorway.errors import DeadlineExceeded
 from tensorway_vllm.testing.disaggregated import Served, transfer
 from tensorway_vllm.testing.tiny import make
 
-#: Of engines here, in which a test does not wait long for them.
-OPTIONS: Final[dict[str, Any]] = {"transport": "local", "deadline": 4.0, "lease": 4.0, "presence": 2.0}
+#: Of engines here: short, so that a test need not wait long for their end, and longer than a busy machine is late.
+OPTIONS: Final[dict[str, Any]] = {"transport": "local", "deadline": 5.0, "lease": 8.0, "presence": 2.0}
 #: Seconds after which everything that was kept or awaited is over, on a machine that does much else.
 OVER: Final = 60.0
 HAND_OVER: Final = {"hand_over": True}
