@@ -160,7 +160,8 @@ def beside(rank: Rank, name: str, seed: int, end: tuple[int, int] | None, second
     """The same in vLLM's thread, and steps of an engine meanwhile: for so long, or until all layers have moved."""
     found = rank.notes[name]
     state, held = found.state, found.held
-    state.is_async, state.device_index = True, 0
+    state.is_async = True
+    state.device_index = state.cuda_device_index = 0  # in 0.30 it has the other name
     state.start_async_loop()
     told = rearrange(rank, name, seed, end)
     until = time.monotonic() + seconds
