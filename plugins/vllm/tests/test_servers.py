@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-#: Words of a prompt, and how many whole pages of 32 tokens it has: what a decode engine may load of it.
+#: Words of a prompt, and what its whole pages of 32 tokens have: so much is offloaded. Of the page that is not full a
+#: hand-over has what was computed of it, too.
 WORDS, LOADED = 300, 9 * 32
 QUICK = ("--health-seconds", "0.5", "--health-deadline", "10", "--health-backoff", "2", "--prefill-seconds", "20")
 
@@ -115,6 +116,11 @@ def hits(engine):
     return engine.metric("vllm:external_prefix_cache_hits_total")
 
 
+def handed(tokens, prompts=1):
+    """Whether these are all tokens of so many prompts that can be handed over: not the last one, which is computed."""
+    return LOADED * prompts <= tokens < WORDS * prompts
+
+
 def until(holds, seconds=60.0):
     end = time.monotonic() + seconds
     while not holds():
@@ -136,7 +142,7 @@ def test_what_is_handed_over_by_the_router_is_what_one_engine_says_alone(fleet):
             told = streamed(router, path, body) if stream else said(router.post(path, body))
             assert told == said(prefill.post(path, body))
             assert len(told.split()) == 12
-            assert hits(decode) - known == LOADED
+            assert handed(hits(decode) - known)
     ids = [router.post(COMPLETIONS, asking(COMPLETIONS, 20, return_token_ids=True)) for _ in range(2)]
     assert ids[0]["choices"][0]["token_ids"] == ids[1]["choices"][0]["token_ids"]
     assert router.metric("tensorway_router_handed_over_total", result="ticket") == 6
@@ -170,7 +176,7 @@ def test_many_at_once_are_answered_as_one_engine_answers_them(fleet):
         told = list(pool.map(lambda each: streamed(router, *each), asked))
     assert told == [said(prefill.post(*each)) for each in asked]
     loaded = [hits(engine) - before for engine, before in zip(decode, known, strict=True)]
-    assert sum(loaded) == len(asked) * LOADED
+    assert handed(sum(loaded), len(asked))
     assert all(loaded)
     until(lambda: all(map(idle, (prefill, *decode))))
 
@@ -246,7 +252,7 @@ def test_a_prefill_engine_that_hangs_or_is_killed_costs_the_ticket_and_it_is_use
     [prefill] = fleet.have("prefill")
     router = fleet.route([prefill], [decode])
     assert said(router.post(COMPLETIONS, asking(COMPLETIONS, 82))) == expected[82]
-    assert hits(decode) - known == LOADED
+    assert handed(hits(decode) - known)
 
 
 @pytest.mark.long
@@ -270,7 +276,7 @@ def test_a_router_that_is_killed_is_replaced_by_another_and_engines_forget_what_
     assert said(router.post(COMPLETIONS, asking(COMPLETIONS, 91))) == said(
         prefill.post(COMPLETIONS, asking(COMPLETIONS, 91))
     )
-    assert hits(decode) - known == LOADED
+    assert handed(hits(decode) - known)
 
 
 @pytest.mark.long
