@@ -344,10 +344,13 @@ def test_a_worker_that_has_lost_its_way_is_closed_and_fails_all(side, monkeypatc
     side.worker.submit_load(7, side.manager.prepare_load(keys(1), asked("again")), pages(8))
     prepared = side.manager.prepare_store(keys(2), asked("r"))
     side.worker.submit_store(8, pages(2), prepared.store_spec)
+    closed, close = [], side.worker.worker.close
+    monkeypatch.setattr(side.worker.worker, "close", lambda deadline=5.0: closed.append(deadline) or close(deadline))
     monkeypatch.setattr(side.worker.worker, what, getattr(Raising(), what))
     if what == "wait":
         side.worker.wait({7, 8})
     first = side.worker.get_finished()
+    assert closed == [10.0], "or it could write to pages that others have by now"
     assert {each.job_id for each in [*first, *side.worker.get_finished()]} == {7, 8}
     assert side.worker.bad_pages() == {8}
     side.manager.told(side.worker.outcome())
@@ -390,12 +393,12 @@ def test_vllm_gives_blocks_of_a_single_group_no_other_hashes_than_their_own():
     cache = SimpleNamespace(block_size=64, prefix_match_unit=32, enable_prefix_caching=True)
     parallel = SimpleNamespace(decode_context_parallel_size=1)
     config = SimpleNamespace(cache_config=cache, parallel_config=parallel, kv_transfer_config=object())
+    sizes, refused = None, ""
     try:
         sizes = resolve_kv_cache_block_sizes(SimpleNamespace(kv_cache_groups=[group]), config)
     except ValueError as error:  # since 0.32
-        assert "prefix_match_unit=32" in str(error)
-    else:
-        assert sizes == (64, 64)
+        refused = str(error)
+    assert sizes == (64, 64) or "prefix_match_unit=32" in refused
 
 
 def in_order(name, *groups):

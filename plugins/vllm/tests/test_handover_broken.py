@@ -19,7 +19,7 @@ with warnings.catch_warnings():  # those of importing vLLM are not ours
     from tensorway_vllm.testing.scheduling import WISH, Engine, Meeting, settled, until
 
 pytestmark = [
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(300),
     *(pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning", "UserWarning")),
 ]
 PLANNER = ("lookup", "reserve", "plan_step", "finish", "on_results", "cancel", "busy", "statistics")
@@ -268,6 +268,28 @@ def test_with_the_policy_to_fail_only_the_request_fails(make, breaking, words):
     assert ask(good, bad, other, None).tokens == answer(other, 3)
     breaking.mend()
     works_again(good, bad, words)
+
+
+def test_an_engine_takes_and_gives_what_its_role_says(make, words):
+    prefills, decodes = make("prefills", role="kv_producer"), make("decodes", role="kv_consumer")
+    settled(prefills, decodes)
+    prompt, another = words(50), words(40)
+    ticket = ticket_of(prefills, prompt)
+    said = ask(prefills, decodes, prompt, {**ticket, **WISH})
+    assert (said.tokens, said.external, said.params) == (answer(prompt, 3), 49, None)
+    assert ticket_of(decodes, another) is None
+    other = make("both")
+    settled(other)
+    assert ask(other, prefills, another, ticket_of(other, another)).external == 0
+    settled(prefills, decodes, other)
+
+
+def test_no_more_than_a_share_of_the_pages_is_kept_for_others(make, words):
+    one = make("little", max_kept=0.2)  # of 32 pages: one prompt of four, not two
+    settled(one)
+    assert ticket_of(one, words(60)) is not None and ticket_of(one, words(60)) is None
+    settled(one)  # the lease has ended
+    assert ticket_of(one, words(60)) is not None
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_a_page_of_a_layer_is_one_piece_and_a_token_its_share_of_it(order):
         [part] = plane.parts
         assert (plane.page_bytes, plane.stride, plane.pages) == (NBYTES, NBYTES, COUNT)
         assert (part.component, part.tokens, part.token_stride, part.width) == (
-            "page.1",
+            "page.1.",
             PAGE,
             NBYTES // PAGE,
             NBYTES // PAGE,

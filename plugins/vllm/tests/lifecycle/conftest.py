@@ -52,9 +52,9 @@ def meeting():
 
 @pytest.fixture(scope="session")
 def fabrics():
-    from tensorway_vllm.testing.faulty import FaultyFabrics
+    from tensorway_vllm.testing.faulty import faulty
 
-    return FaultyFabrics()
+    return faulty()
 
 
 @pytest.fixture

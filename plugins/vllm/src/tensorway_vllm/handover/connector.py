@@ -25,7 +25,7 @@ from tensorway.kv import METRICS
 from tensorway_vllm import plugin, probes, sources
 from tensorway_vllm.counting import Counting
 from tensorway_vllm.handover.making import Opened, Recipe
-from tensorway_vllm.handover.memory import facts_of, geometry, processor_of, shape_of
+from tensorway_vllm.handover.memory import attention_of, facts_of, geometry, shape_of
 from tensorway_vllm.handover.options import check, options_of
 from tensorway_vllm.handover.scheduling import Scheduling
 from tensorway_vllm.handover.words import Step, WorkerMetadata
@@ -74,17 +74,16 @@ class TensorwayConnector(KVConnectorBase_V1, SupportsHMA):
             self._side = Scheduling(
                 self._options,
                 self._shape,
-                lambda: self._recipe.make("planner", 0, geometry(self._shape, 0), self._facts("")),
+                lambda: self._recipe.make("planner", 0, geometry(self._shape, 0), self._facts()),
                 self._recipe.ranks,
                 consumer=given.is_kv_consumer,
                 producer=given.is_kv_producer,
             )
         self._counting = Counting(lambda: () if self._side is None else self._side.statistics(), METRICS)
 
-    def _facts(self, processor: str) -> dict[str, str]:
-        options = self._options
-        about = self._vllm_config, self._kv_cache_config, probes.version()
-        return facts_of(*about, options.model, options.facts, processor)
+    def _facts(self) -> dict[str, str]:
+        options, about = self._options, (self._vllm_config, self._kv_cache_config, probes.version())
+        return facts_of(*about, options.model, options.facts)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
@@ -121,7 +120,7 @@ class TensorwayConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Its pages are there."""
-        if request.kv_transfer_params is not None:
+        if self._side.concerns(request):
             self._side.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
@@ -145,7 +144,7 @@ class TensorwayConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The same."""
-        if request.kv_transfer_params is None:
+        if not self._side.concerns(request):
             return False, None
         ended: tuple[bool, dict[str, Any] | None] = self._side.finished(request, block_ids)
         return ended
@@ -162,9 +161,9 @@ class TensorwayConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """The memory of this rank. What cannot be handed over is an error here, before any request comes."""
-        pages = geometry(self._shape, self._rank, kv_caches)
+        pages = geometry(self._shape, self._rank, kv_caches, attention_of(self._vllm_config, self._shape))
         device = next(tensor.device for tensor in kv_caches.values())
-        facts = self._facts(processor_of(str(device)))
+        facts = self._facts()
 
         def make() -> Opened[Any]:
             _use(device)

@@ -56,6 +56,8 @@ class Shape:
     groups: tuple[Pages, ...]
     #: How many pages there are.
     pages: int
+    #: Whether vLLM has a hash for each page, and each is of use without what a window has left.
+    hashed: bool = False
 
     def whole(self, tokens: int) -> int:
         """So many, with all of their last page."""
@@ -95,7 +97,9 @@ def shape_of(vllm_config: Any, kv_cache_config: Any) -> Shape:
     if len(sizes) > 1:
         true = f"Its cache groups have pages of {', '.join(map(str, sizes))} tokens."
         raise Unsupported(_ASKED, true, "Hand over models whose groups have pages of as many tokens.")
-    return Shape(sizes[0], tuple(_pages(place, group) for place, group in groups), int(kv_cache_config.num_blocks))
+    found = tuple(_pages(place, group) for place, group in groups)
+    hashed = getattr(kv_cache_config, "hash_block_size", None) in (None, sizes[0]) and not any(map(_short, found))
+    return Shape(sizes[0], found, int(kv_cache_config.num_blocks), hashed)
 
 
 def _check_parallel(parallel: Any) -> None:
@@ -140,8 +144,12 @@ def _kind(spec: Any, layer: str) -> tuple[int, int]:
     raise Unsupported(_ASKED, true, "Hand over models of full attention, windows and chunks.")
 
 
-def geometry(shape: Shape, rank: int, caches: Mapping[str, Any] | None = None) -> RankGeometry:
-    """A rank's pages; without its memory, what a planner needs to know of any rank."""
+def geometry(shape: Shape, rank: int, caches: Mapping[str, Any] | None = None, attention: str = "") -> RankGeometry:
+    """A rank's pages; without its memory, what a planner needs to know of any rank.
+
+    Pages that other attention lays out are something else, and so they are called something else.
+    """
+    component = f"page.{rank}.{attention}"[:200]
     groups = tuple(Group(shape.tokens, _ALL if _short(group) else 0) for group in shape.groups)
     planes: list[Plane] = []
     for number, group in enumerate(shape.groups):
@@ -150,7 +158,7 @@ def geometry(shape: Shape, rank: int, caches: Mapping[str, Any] | None = None) -
         else:
             pages = _joined({name: _page(name, caches[name], shape) for name in group.layers})
         for name, page in pages.items():
-            planes.append(_plane(f"{number}.{name}"[:200], number, f"page.{rank}", len(planes), page, shape.tokens))
+            planes.append(_plane(f"{number}.{name}"[:200], number, component, len(planes), page, shape.tokens))
     found = RankGeometry(tuple(planes), groups)
     if caches is not None:
         found.check(f"rank {rank} of vLLM")
@@ -208,18 +216,18 @@ def _plane(name: str, group: int, component: str, layer: int, page: _Page, token
     return Plane(name, group, page.base, page.nbytes, page.stride, page.count, (part,), page.device)
 
 
-def facts_of(
-    vllm_config: Any, kv_cache_config: Any, version: str, model: str, more: Mapping[str, str], processor: str
-) -> dict[str, str]:
-    """What makes pages of two engines alike, beside their shapes."""
-    about, cache = vllm_config.model_config, vllm_config.cache_config
+def attention_of(vllm_config: Any, shape: Shape) -> str:
+    """Who lays pages out on this rank; empty if no layer says so."""
     layers = getattr(vllm_config.compilation_config, "static_forward_context", {})
-    attention = {
-        layer.get_attn_backend().get_name()
-        for group in kv_cache_config.kv_cache_groups
-        for name in group.layer_names
-        if (layer := layers.get(name)) is not None
-    }
+    names = (name for group in shape.groups for name in group.layers if name in layers)
+    return "+".join(sorted({layers[name].get_attn_backend().get_name() for name in names}))
+
+
+def facts_of(
+    vllm_config: Any, kv_cache_config: Any, version: str, model: str, more: Mapping[str, str]
+) -> dict[str, str]:
+    """What makes pages of two engines alike, beside their shapes; the same on both sides of an engine."""
+    about, cache = vllm_config.model_config, vllm_config.cache_config
     return {
         **{f"user.{name}": value for name, value in more.items()},
         "engine": f"vllm {version}",
@@ -231,8 +239,7 @@ def facts_of(
         "layout": str(kv_cache_config.kv_cache_layout),
         "tp": str(vllm_config.parallel_config.tensor_parallel_size),
         "page": str(cache.block_size),
-        "attention": " ".join(sorted(attention)),
-        "processor": processor,
+        "processor": processor_of(str(vllm_config.device_config.device_type)),
     }
 
 
@@ -240,7 +247,7 @@ def processor_of(device: str) -> str:
     """What pages in memory of the host depend on: their inside follows the instructions that the processor has."""
     if not device.startswith("cpu"):
         return ""
-    import torch  # vLLM has imported it where there is memory
+    import torch  # vLLM has imported it long before
 
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{' AMX' if amx else ''}"

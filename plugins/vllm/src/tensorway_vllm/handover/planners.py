@@ -20,7 +20,7 @@ from tensorway.errors import (
     Unauthenticated,
     Unsupported,
 )
-from tensorway.kv import Planner, Result
+from tensorway.kv import Capabilities, Planner, Result
 from tensorway.kv import Step as Decided
 from tensorway.metrics import Sample
 from tensorway_vllm.handover.making import Attempt, Opened, Pause, Troubles, ended
@@ -45,6 +45,7 @@ class Planners:
         self._life = 0
         self._opened: Opened[Planner] | None = None
         self._ready: set[int] = set()
+        self._can = Capabilities()
         self._ending: list[threading.Thread] = []
         self._closed = False
         self._attempt: Attempt[Planner] | None = self._begin()
@@ -66,6 +67,8 @@ class Planners:
             self._opened, error, self._attempt = self._attempt.take(), self._attempt.error, None
             if error is not None:
                 self._failed("be opened", error)
+            if self._opened is not None:
+                self._can = self._opened.side.capabilities
             self._life += 1
             self._ready.clear()
         elif self._opened is None and self._attempt is None and not self._closed and self._pause.over:
@@ -76,6 +79,16 @@ class Planners:
     def life(self) -> int:
         """Of the planner that is there, counted from 1; 0 if there is none. Movers are of one planner's life."""
         return self._life if self._opened is not None else 0
+
+    @property
+    def by_content(self) -> bool:
+        """Whether blocks are looked up by what they are, also for requests without a ticket."""
+        return self._opened is not None and self._can.by_content
+
+    @property
+    def by_ticket(self) -> bool:
+        """Whether a request is handed over to whoever has its ticket."""
+        return self._opened is not None and (self._can.pull or self._can.push)
 
     @property
     def opening(self) -> bool:

@@ -122,17 +122,33 @@ class Scheduling:
 
     def _came(self, request: Any) -> _Coming | None:
         name = request.request_id
-        if not self._consumer or request.kv_transfer_params is None:
+        if not self._consumer or not self.concerns(request):
             return None
         if name not in self._coming:
-            found = promised(request)
-            self._coming[name] = self._of(request, found) if found is not None else None
+            self._coming[name] = self._of(request, promised(request) if self._planners.by_ticket else None)
         return self._coming[name]
 
-    def _of(self, request: Any, found: Promised) -> _Coming:
-        tokens = min(found.tokens, request.num_tokens - 1)
-        view = RequestView(request.request_id, self._shape.whole(tokens), found.ticket, salt=found.about)
+    def concerns(self, request: Any) -> bool:
+        """Whether anything can be had for it, or of it."""
+        known = request.kv_transfer_params is not None or request.request_id in self._coming
+        return known or self._planners.by_content
+
+    def _of(self, request: Any, found: Promised | None) -> _Coming | None:
+        """Without a ticket, what may be found by its content: whole pages, for only these have a hash."""
+        name, tokens = request.request_id, request.num_tokens - 1
+        hashes = self._hashes(request, tokens)
+        if found is None:
+            tokens = len(hashes) * self._shape.tokens
+            return _Coming(RequestView(name, tokens, hashes=hashes), tokens) if hashes else None
+        tokens = min(found.tokens, tokens)
+        view = RequestView(name, self._shape.whole(tokens), found.ticket, hashes, found.about)
         return _Coming(view, tokens)
+
+    def _hashes(self, request: Any, tokens: int) -> tuple[bytes, ...]:
+        """Of whole pages, if the backend asks for them; in vLLM's is the salt that separates tenants already."""
+        if not self._planners.by_content or not self._shape.hashed:
+            return ()
+        return tuple(map(bytes, request.block_hashes[: tokens // self._shape.tokens]))
 
     def allocated(self, request: Any, blocks: Sequence[Sequence[int]], tokens: int) -> None:
         """See `update_state_after_alloc`: vLLM calls it a second time when the pages have come."""
@@ -182,30 +198,48 @@ class Scheduling:
             return False, None
         if coming is not None and not coming.reserved:  # it was aborted before it had pages
             self._told(coming, [[] for _ in self._shape.groups], 0, 0)
-        if not self._producer or not wanted(request):
+        if not self._producer or str(request.get_finished_reason()) not in _SAID:
             return False, None
-        return self._hand_over(request, blocks)
+        if wanted(request) and self._planners.by_ticket:
+            return self._hand_over(request, blocks)
+        return self._offer(request, blocks) if self._planners.by_content else (False, None)
 
     def _hand_over(self, request: Any, blocks: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
-        planner = self._planners.now
         tokens = min(request.num_prompt_tokens, request.num_computed_tokens - request.num_in_flight_tokens)
-        aborted = str(request.get_finished_reason()) not in _SAID
-        what = about(request, tokens) if tokens > 0 and planner is not None and not aborted else None
-        if what is None or planner is None:
+        what = about(request, tokens) if tokens > 0 else None
+        if what is None or self._planners.now is None:
             return False, None
         lists = self._shape.lists(blocks, tokens)
-        count = sum(map(len, lists))
-        if not self._shape.suffice(lists, tokens) or self._too_many(count):
+        if not self._shape.suffice(lists, tokens):
             self._counts.add("kv_leases_refused_total")
             return False, None
-        self._asked = True
-        view = RequestView(request.request_id, self._shape.whole(tokens), salt=what, hand_over=True)
-        kept = self._troubles.guard(
-            "keep a request", lambda: planner.finish(view, lists, self._shape.whole(tokens)), _UNKEPT
-        )
-        if kept.keep:
-            self._kept[request.request_id] = count
+        hashes = self._hashes(request, tokens)
+        view = RequestView(request.request_id, self._shape.whole(tokens), None, hashes, what, hand_over=True)
+        kept = self._keep(view, lists)
         return kept.keep, None if kept.ticket is None else told(kept.ticket, tokens)
+
+    def _offer(self, request: Any, blocks: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
+        """To whoever has the same content: all whole pages, of what was said, too."""
+        hashes = self._hashes(request, request.num_computed_tokens - request.num_in_flight_tokens)
+        if not hashes:
+            return False, None
+        tokens = len(hashes) * self._shape.tokens
+        view = RequestView(request.request_id, tokens, None, hashes)
+        return self._keep(view, self._shape.lists(blocks, tokens)).keep, None
+
+    def _keep(self, view: RequestView, lists: list[list[int]]) -> Retention:
+        """Let the planner keep these pages."""
+        planner, count = self._planners.now, sum(map(len, lists))
+        if planner is None:
+            return _UNKEPT
+        if self._too_many(count):
+            self._counts.add("kv_leases_refused_total")
+            return _UNKEPT
+        self._asked = True
+        kept = self._troubles.guard("keep a request", lambda: planner.finish(view, lists, view.tokens), _UNKEPT)
+        if kept.keep:
+            self._kept[view.id] = count
+        return kept
 
     def _too_many(self, pages: int) -> bool:
         return sum(self._kept.values()) + pages > self._options.max_kept * self._shape.pages

@@ -5,6 +5,8 @@ May import the core and its testing.
 
 from __future__ import annotations
 
+import functools
+
 import attrs
 
 from tensorway.plugins import register
@@ -50,3 +52,9 @@ class FaultyFabrics:
         fabric = FaultyFabric(LocalFabric(), Faults(seed=len(self._made), delay=0.05))
         self._made.setdefault(options.of, []).append(fabric)
         return Endpoint(fabric)
+
+
+@functools.cache
+def faulty() -> FaultyFabrics:
+    """Those of this process, in which a transport is registered once."""
+    return FaultyFabrics()

@@ -1,9 +1,9 @@
 """Random lives of vLLM's scheduler with our connectors: `python -m tensorway_vllm.testing.lives --seed 1 --count 100`.
 
-May import vllm in functions, and the core. A life is one or two engines without models (see `hollow`), to which requests
-come, are given up, are preempted, and fail to load; caches are reset in between. At the end all of them must have been
-answered as a model would have, but for those that were given up or that the policy says are to fail; and nobody may
-hold a block. A life is made of its seed; what threads do in it is not, so a seed that fails may hold the next time.
+May import vllm in functions, and the core. A life is one or two engines without models (see `hollow`), to which
+requests come, are given up, are preempted, and fail to load; caches are reset in between. At the end all of them must
+have been answered as a model would have, but for those that were given up or that the policy says are to fail; and
+nobody may hold a block. A life is made of its seed; what threads do in it is not, so a seed that fails may hold again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _EVENTS: Final = 30
 _STEPS: Final = 6
 #: Seconds in which a life must have come to rest when nothing goes wrong any more.
 _REST: Final = 30.0
+#: Lives of which one line tells.
+_TOLD: Final = 25
 _FAULTS: Final = ("stall", "refuse", "partial", "late", "lose", "delay")
 _JUNK: Final[tuple[Any, ...]] = (
     {},
@@ -68,9 +70,9 @@ class Life:
     def prompt(self) -> list[int]:
         """A new one, one with a beginning that others have, or one that was asked before."""
         draw = self.rng.random()
-        if draw < 0.25 and self.asked:
+        if draw < 0.45 and self.asked:
             return list(self.rng.choice(self.asked).prompt)
-        if draw < 0.6:
+        if draw < 0.7:
             return self.rng.choice(self._beginnings) + self._words(self.rng.randrange(1, 80))
         return self._words(self.rng.choice((1, 15, 16, 17, 33, 64, 100, 140)))
 
@@ -248,11 +250,16 @@ class OffloadLife(Life):
             "ask": (8, lambda: self.ask(self.engine, self.prompt())),
             "give up": (1.5, self.give_up),
             "reset": (1, self.reset),
-            "forget": (3, lambda: self.engine.scheduler.reset_prefix_cache()),
+            "forget": (3, self.engine.scheduler.reset_prefix_cache),
+            "calm": (2, self._calm),
             "hold": (1, lambda: setattr(self._mischief, "held", True)),
             "break": (1, self._break),
             "mend": (2, self.mend),
         }
+
+    def _calm(self) -> None:
+        for _ in range(60):
+            self.engine.step()
 
     def _break(self) -> None:
         self._mischief.loads, self._mischief.stores = self.rng.choice((0.0, 0.3, 1.0)), self.rng.choice((0.0, 0.3))
@@ -297,19 +304,19 @@ class Mischief:
 
 def campaign(seed: int, count: int, which: Sequence[str] = ("handover", "offload")) -> Counter[str]:
     """So many lives; what happened in them. The first that should not be is raised, with its seed."""
-    from tensorway_vllm.testing.faulty import FaultyFabrics
+    from tensorway_vllm.testing.faulty import faulty
     from tensorway_vllm.testing.scheduling import Meeting
     from tensorway_vllm.testing.tiny import make
 
     happened: Counter[str] = Counter()
-    fabrics, meeting = FaultyFabrics(), Meeting()
+    meeting = Meeting()
     try:
         with tempfile.TemporaryDirectory() as folder, Mischief().done() as mischief:
             models = {kind: make(Path(folder) / kind, kind) for kind in ("llama", "gemma2")}
             for number in range(seed, seed + count):
                 for kind in which:
                     life: Life = (
-                        HandoverLife(number, models, meeting, fabrics)
+                        HandoverLife(number, models, meeting, faulty())
                         if kind == "handover"
                         else OffloadLife(number, models, mischief)
                     )
@@ -338,12 +345,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--which", choices=("handover", "offload"), default=None)
     given = parser.parse_args(arguments)
-    began = time.monotonic()
-    happened = campaign(given.seed, given.count, (given.which,) if given.which else ("handover", "offload"))
-    told = ", ".join(f"{what} {number}" for what, number in sorted(happened.items()))
-    sys.stdout.write(
-        f"seeds {given.seed} to {given.seed + given.count - 1}: {told}; {time.monotonic() - began:.1f} s\n"
-    )
+    kinds = (given.which,) if given.which else ("handover", "offload")
+    for seed in range(given.seed, given.seed + given.count, _TOLD):
+        count, began = min(_TOLD, given.seed + given.count - seed), time.monotonic()
+        happened = campaign(seed, count, kinds)
+        told = ", ".join(f"{what} {number}" for what, number in sorted(happened.items()))
+        sys.stdout.write(f"seeds {seed} to {seed + count - 1}: {told}; {time.monotonic() - began:.1f} s\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -172,12 +172,12 @@ class Engine:
 
     def parked(self, name: str) -> bool:
         """Whether its pages are on their way."""
-        return self.status(name) == RequestStatus.WAITING_FOR_REMOTE_KVS.name
+        return bool(self.status(name) == RequestStatus.WAITING_FOR_REMOTE_KVS.name)
 
     @property
     def busy(self) -> bool:
         """Whether vLLM's loop goes on."""
-        return bool(self.scheduler.has_requests() or self.core.batch_queue)
+        return bool(self.scheduler.has_requests()) or bool(self.core.batch_queue)
 
     def run(self, *names: str) -> list[Said]:
         """Until these have ended, or all of them."""
@@ -194,7 +194,7 @@ class Engine:
         held = {
             "requests": list(scheduler.requests),
             "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting) + len(scheduler.kv_holding_waiting),
+            "waiting": len(scheduler.waiting) + len(getattr(scheduler, "kv_holding_waiting", ())),  # not in 0.30
             "blocks": self.blocks - self.free,
             "loads": [*scheduler.finished_recving_kv_req_ids, *scheduler.failed_recving_kv_req_ids],
         }
@@ -245,9 +245,10 @@ class Meeting:
     def __init__(self, **options: Any) -> None:
         secret = secrets.token_hex(16)
         self._where: Any = tensorway.create("rendezvous", "direct", {"secret": secret})
+        self.address: str = self._where.address
         self._meet = {
             "rendezvous": "direct",
-            "rendezvous_options": {"address": self._where.address, "secret": secret},
+            "rendezvous_options": {"address": self.address, "secret": secret},
         }
         self._options = {"transport": "local", "secret": secret, "deadline": 10.0, "presence": 5.0, **options}
 
