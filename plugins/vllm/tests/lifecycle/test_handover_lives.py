@@ -146,6 +146,18 @@ def test_a_ticket_that_is_too_late_is_computed(pair, words):
     assert said.tokens == answer(prompt, 3)
 
 
+def test_an_engine_does_what_its_role_says(engine, meeting, words):
+    prompt, roles = words(64), ("kv_producer", "kv_consumer")
+    gives, takes = (engine(meeting.config(f"only-{role}", role=role)) for role in roles)
+    [said] = gives.run(gives.add(prompt, 1, WISH))
+    name = takes.add(prompt, 3, {**said.params, **WISH})
+    until(lambda: takes.said[name].reason, gives, takes)
+    assert takes.said[name].tokens == answer(prompt, 3) and takes.said[name].external >= whole(prompt)
+    assert takes.said[name].params is None  # it hands nothing over
+    [again] = gives.run(gives.add(words(64), 3, said.params))
+    assert again.external == 0  # it fetches nothing
+
+
 JUNK = [
     {},
     {"tensorway": None},

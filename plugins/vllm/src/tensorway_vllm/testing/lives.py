@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _EVENTS: Final = 30
 _STEPS: Final = 6
 #: Seconds in which a life must have come to rest when nothing goes wrong any more.
-_REST: Final = 30.0
+_REST: Final = 60.0
 #: Lives of which one line tells.
 _TOLD: Final = 25
 _FAULTS: Final = ("stall", "refuse", "partial", "late", "lose", "delay")

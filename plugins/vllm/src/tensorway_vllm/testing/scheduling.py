@@ -28,7 +28,7 @@ from tensorway_vllm.testing.faulty import FaultyFabrics
 from tensorway_vllm.testing.hollow import Hollow, Rank
 
 #: Seconds that anything here may take; only a defect takes them.
-PATIENCE: Final = 20.0
+PATIENCE: Final = 60.0
 _PAUSE: Final = 0.0005
 _names = itertools.count()
 
