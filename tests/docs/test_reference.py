@@ -145,6 +145,15 @@ def test_every_extra_that_a_page_names_exists_and_every_backend_has_one():
     assert set(FOLDERS) <= extras
 
 
+def test_the_releases_of_vllm_are_those_of_the_code(page):
+    versions = pytest.importorskip("tensorway_vllm.versions", reason="tensorway-vllm is not installed")
+    rows = [row[:2] for row in page("vllm.md").rows(2, "Versions")]
+    assert [[name, release.tried] for name, release in versions.RELEASES.items()] == rows
+    said = {name: text for name, _, text in page("vllm.md").rows(2, "Versions")}
+    for name, release in versions.RELEASES.items():
+        assert (said[name] == "nothing") == (set(versions.FEATURES) == release.features)
+
+
 def test_the_tutorial_lists_what_the_suite_checks(page):
     tests = [name for name in dir(OfferSuite) if name.startswith("test_")]
     assert sorted(tests) == sorted(row[0].strip("`") for row in page("authoring.md").rows(2, "What the suite checks"))

@@ -72,9 +72,15 @@ WRONG = {
     "no object": ("[1]", "It is a list", "JSON object"),
     "key": (changed(kv_rol="kv_both"), "no key 'kv_rol'", "'kv_role'"),
     "role": (changed(kv_role="kv_booth"), "kv_booth", "kv_both"),
-    "no role": ({"kv_connector": "TensorwayConnector"}, "needs a kv_role", "kv_both"),
+    "no role": ({k: v for k, v in OFFLOADING.items() if k != "kv_role"}, "needs a kv_role", "kv_both"),
     "name": (changed(kv_connector="TensorwayOffloadConnector"), "no connector", "'TensorwayOffloadingConnector'"),
     "option": (with_extra({"flush_secnds": 3}), "flush_secnds", "'flush_seconds'"),
+    "option of a hand-over": (
+        with_extra({"rendezvous": "direct", "layot": "LBHNC"}, kv_connector="TensorwayConnector"),
+        "layot",
+        "'layout'",
+    ),
+    "no rendezvous": (with_extra({}, kv_connector="TensorwayConnector"), "'rendezvous' has no default", "Give"),
     "option of the backend": (with_extra({"options": {"capacity_byts": 1}}), "capacity_byts", "'capacity_bytes'"),
     "type": (with_extra({"backend": 3}), "backend", "str"),
     "backend": (with_extra({"backend": "cpuu"}), "cpuu", "cpu"),
@@ -211,8 +217,8 @@ def test_the_vllm_that_is_installed_is_looked_at():
     assert exits.USAGE == done.returncode, done
     document = json.loads(done.stdout)
     VALID.validate(document)
-    assert document["vllm"]["tried"] and "loaded" == document["plugin"]["state"]
-    assert {"offloading", "expert balancing"} <= {row["of"] for row in document["findings"]}
+    assert document["vllm"]["judged"] in ("supported", "newer") and "loaded" == document["plugin"]["state"]
+    assert {"offloading", "handing over", "expert balancing"} <= {row["of"] for row in document["findings"]}
     assert [] == [row for row in document["findings"] if not row["good"]]
     (found,) = [row for row in document["remarks"] if row["level"] == ERROR]
     assert "vLLM refuses it" in found["true"] and "kv_booth" in found["true"]

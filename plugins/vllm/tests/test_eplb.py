@@ -135,17 +135,18 @@ def test_a_policy_of_ours_places_experts_and_vllm_moves_them(ranks):
     name, classes = ranks.make({"policy": "incremental", "receives_per_layer": 4})
     assert [OWN] * RANKS == classes, "a communicator was not asked for"
     assert ["TensorwayEplbPolicy"] * RANKS == ranks.each(experts.policy_of, name)
-    told = ranks.each(experts.rearrange, name, 3)
-    assert [""] * RANKS == [each.error for each in told]
-    as_the_maps_say(told)
-    start = np.arange(RANKS * SLOTS) % experts.ROUTED
-    for row in np.array(told[0].maps):
-        assert set(range(experts.ROUTED)) == set(row)
-        received = sum(
-            len(set(mine) - set(before))
-            for mine, before in zip(row.reshape(RANKS, -1), start.reshape(RANKS, -1), strict=True)
-        )
-        assert 0 < received <= 4, "vLLM's own policy moves far more"
+    before = np.tile(np.arange(RANKS * SLOTS) % experts.ROUTED, (experts.LAYERS, 1))
+    for seed in (3, 4):
+        told = ranks.each(experts.rearrange, name, seed)
+        assert [""] * RANKS == [each.error for each in told]
+        as_the_maps_say(told)
+        after = np.array(told[0].maps)
+        for was, row in zip(before, after, strict=True):
+            assert set(range(experts.ROUTED)) == set(row)
+            pairs = zip(row.reshape(RANKS, -1), was.reshape(RANKS, -1), strict=True)
+            received = sum(len(set(mine) - set(had)) for mine, had in pairs)
+            assert 0 < received <= 4, "vLLM's own policy moves far more"
+        before = after
 
 
 def test_communicator_and_policy_together(ranks):

@@ -188,9 +188,9 @@ def test_vllm_and_ours_take_what_is_said_of_experts(theirs):
 # -- tables
 
 
-def rows(section, number):
+def rows(page, section, number):
     """The rows of a table of a section: what the first two cells say."""
-    text = re.split(rf"^## {section}$", PAGE.read_text("utf-8"), flags=re.MULTILINE)[1]
+    text = re.split(rf"^## {section}$", page.read_text("utf-8"), flags=re.MULTILINE)[1]
     text = re.split(r"^## ", text, flags=re.MULTILINE)[0]
     table = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[number]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
@@ -204,8 +204,10 @@ def test_the_tables_of_options_are_those_of_the_classes(theirs):
     from tensorway_vllm.handover.options import HandoverOptions
     from tensorway_vllm.options import SpecOptions
 
-    for number, options in enumerate((SpecOptions, HandoverOptions, EplbOptions)):
-        assert rows("Options", number) == {field.name: default(field) for field in attrs.fields(options)}
+    for number, options in enumerate((SpecOptions, HandoverOptions)):
+        assert rows(PAGE, "Options", number) == {field.name: default(field) for field in attrs.fields(options)}
+    experts = rows(PAGE.with_name("vllm-eplb.md"), "Ask for it", 0)
+    assert set(experts) == {field.name for field in attrs.fields(EplbOptions)}
 
 
 def default(field):
@@ -229,7 +231,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def place(tmp_path, model):
+def place(tmp_path, tmp_path_factory, model):
     """A folder with what the page's commands need: `vllm`, `again.py`, a home; and the environment of a shell there."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -247,7 +249,9 @@ def place(tmp_path, model):
     (tmp_path / name).write_text(script, "utf-8")
     (tmp_path / "blocks").mkdir()
     paths = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
-    own = {"HOME": str(tmp_path), "MODEL": str(model), "PATH": os.pathsep.join(paths)}
+    # What vLLM finds out about models is kept there; each engine would find it out anew.
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm")}
+    own = {"HOME": str(tmp_path), **cache, "MODEL": str(model), "PATH": os.pathsep.join(paths)}
     return tmp_path, {**os.environ, **ENVIRONMENT, **own}
 
 
@@ -346,7 +350,7 @@ def shell(place, name, text, port, **environment):
     folder, surroundings = place
     process = Process(
         name, ["bash", "-c", f"cd {shlex.quote(str(folder))} && {text}"], f"http://127.0.0.1:{port}", folder,
-        **{**{key: surroundings[key] for key in (*ENVIRONMENT, "MODEL", "PATH")}, **environment},
+        **{**{key: surroundings[key] for key in (*ENVIRONMENT, "MODEL", "PATH", "VLLM_CACHE_ROOT")}, **environment},
     )  # fmt: skip
     try:
         yield process

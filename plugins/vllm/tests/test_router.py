@@ -153,7 +153,7 @@ def test_a_prefill_that_fails_costs_the_ticket_and_not_the_answer(behave, result
         assert "kv_transfer_params" not in stage.decode[0].bodies[0]
         assert 1 == await stage.counted("handed_over_total", result=result)
 
-    play(scene, [Engine(behave)], [Engine()], prefill_seconds=0.3)
+    play(scene, [Engine(behave)], [Engine()], prefill_seconds=0.3 if result == "late" else 30.0)
 
 
 def test_without_a_prefill_engine_that_is_up_decode_computes_the_prompt():
@@ -197,7 +197,8 @@ def test_another_decode_engine_is_asked_while_the_client_has_heard_nothing(behav
         tickets = ["kv_transfer_params" in body for body in stage.decode[1].bodies]
         assert tickets == [keeps_the_ticket, True]
 
-    play(scene, [Engine()], [Engine(behave), Engine()], first_seconds=0.5, health_backoff=30.0)
+    first = 0.5 if cause == "late" else 30.0
+    play(scene, [Engine()], [Engine(behave), Engine()], first_seconds=first, health_backoff=30.0)
 
 
 def test_an_answer_that_is_no_stream_is_held_back_until_it_is_whole():
@@ -278,6 +279,23 @@ def test_an_engine_that_falls_silent_in_the_middle_of_a_stream_is_not_waited_for
         await asyncio.sleep(50)
 
     play(scene, [], [Engine(silent)], silence_seconds=0.3)
+
+
+def test_a_stream_that_takes_longer_than_requests_may_ends_with_an_error_and_no_engine_is_blamed():
+    async def endless(engine, request, body):
+        return await events(request, EVENTS[:1] * 10_000)
+
+    async def scene(stage):
+        status, said = await stage.post(body={"stream": True})
+        assert status == 200
+        *whole, last, _ = said.split(b"\n\n")
+        assert {EVENTS[0].strip()} == set(whole)
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == 504
+        await stage.until(lambda: stage.decode[0].cancelled == 1)
+        assert 1 == await stage.counted("broken_total", cause="late")
+        assert 0 == await stage.counted("engine_failures_total")
+
+    play(scene, [], [Engine(endless)], request_seconds=2.0)
 
 
 def test_a_long_answer_passes_and_one_that_is_cut_is_seen_to_be():
@@ -366,7 +384,7 @@ def test_an_engine_is_held_back_by_a_client_that_does_not_read_and_the_deadline_
         writer.close()
         assert 1 == await stage.counted("broken_total", cause="late")
 
-    play(scene, [], [Engine(endless)], request_seconds=5.0)
+    play(scene, [], [Engine(endless)], request_seconds=4.0)
 
 
 def test_what_is_not_handed_over_is_answered_by_a_decode_engine():

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import importlib.util
 import json
 import logging
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("aiohttp", reason='needs aiohttp: pip install "tensorway-vllm[router]"')
 
 from tensorway.metrics import Counters
-from tensorway_vllm.router import bodies, headers
+from tensorway_vllm.router import headers
 from tensorway_vllm.router.engines import Engines
 from tensorway_vllm.router.options import options_of
 from tensorway_vllm.router.vocabulary import METRICS
@@ -308,7 +306,7 @@ def test_an_engine_whose_own_engine_is_dead_is_left_alone_at_once():
     async def down(stage):
         return 0 == await stage.counted("engine_up", engine=stage.decode[0].url.removeprefix("http://"))
 
-    play(scene, [], [Engine(), Engine()])
+    play(scene, [], [Engine(), Engine()], health_failures=100, health_seconds=0.5)
 
 
 def test_a_request_of_which_nothing_was_heard_leaves_an_engine_that_goes_down():
@@ -321,7 +319,7 @@ def test_a_request_of_which_nothing_was_heard_leaves_an_engine_that_goes_down():
         assert 1 == await stage.counted("retries_total", cause="out")
         assert 1 == stage.decode[0].cancelled
 
-    play(scene, [], [Engine(stopped), Engine()], health_deadline=0.2)
+    play(scene, [], [Engine(stopped), Engine()], health_deadline=0.5)
 
 
 def test_errors_that_an_engine_answers_with_do_not_take_it_out():
@@ -411,10 +409,3 @@ def test_an_engine_that_stays_down_is_asked_less_and_less_often():
         assert engine.pause == 2.0
 
     asyncio.run(scene())
-
-
-def test_the_words_for_hand_overs_are_those_of_the_connector():
-    # Read and not imported: that needs vLLM, and ten seconds.
-    text = Path(importlib.util.find_spec("tensorway_vllm.handover").origin).read_text(encoding="utf-8")
-    assert f'TICKET: Final = "{bodies.TICKET}"' in text
-    assert f'HAND_OVER: Final = "{bodies.HAND_OVER}"' in text

@@ -19,6 +19,8 @@ import pytest
 
 from tensorway.cli.output import Output
 from tensorway.errors import AddressInvalid, BackendUnavailable, OptionsInvalid
+from tensorway.plugins.options import fitted
+from tensorway_vllm.handover.options import HandoverOptions
 from tensorway_vllm.router import command
 from tensorway_vllm.router.options import RouterOptions, options_of, read
 
@@ -155,7 +157,8 @@ def test_the_start_on_the_page_is_what_the_commands_take():
     config = json.loads(kv[0].removeprefix("KV="))
     assert config["kv_connector"] == "TensorwayConnector"
     assert config["kv_load_failure_policy"] == "recompute"
-    assert config["kv_connector_extra_config"]["rendezvous_options"] == {"address": "127.0.0.1:7400"}
+    extra = config["kv_connector_extra_config"]
+    assert fitted(HandoverOptions, extra, "", "").rendezvous_options == {"address": "127.0.0.1:7400"}
     ports = {f"http://127.0.0.1:{words[words.index('--port') + 1]}" for words in engines}
     assert all(words[:2] == ["vllm", "serve"] and words[-2:] == ["--kv-transfer-config", "$KV"] for words in engines)
     assert router[:3] == ["tensorway", "vllm", "router"]

@@ -164,7 +164,7 @@ def test_many_at_once_are_answered_as_one_engine_answers_them(fleet):
 
     [prefill], decode = fleet.have("prefill"), fleet.have("decode-0", "decode-1")
     router = fleet.route([prefill], decode)
-    asked = [(path, asking(path, 40 + seed)) for seed in range(6) for path in (COMPLETIONS, CHAT)]
+    asked = [(path, asking(path, seed)) for seed, path in zip(range(40, 52), (COMPLETIONS, CHAT) * 6, strict=True)]
     known = [hits(engine) for engine in decode]
     with ThreadPoolExecutor(12) as pool:
         told = list(pool.map(lambda each: streamed(router, *each), asked))

@@ -108,11 +108,11 @@ def wrong_backend():
     yield raised(check, wrong, memory=False)
 
 
-def load_failures(caplog, engine):
+def load_failures(heard, engine):
     for kv in (OFFLOADING, HANDING_OVER):
-        caplog.clear()
+        heard.clear()
         with engine(kv):
-            yield one_of(caplog, "kv_load_failure_policy")
+            yield one_of(heard, "kv_load_failure_policy")
 
 
 def rendezvous_refuses():
@@ -126,14 +126,14 @@ def rendezvous_refuses():
         yield raised(client.get, "/kv", deadline=0.3)
 
 
-def restarts(caplog):
+def restarts(heard):
     from vllm.utils.hashing import xxhash
     from vllm.v1.core.kv_cache_utils import init_none_hash
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONHASHSEED", raising=False)
         init_none_hash(xxhash)
-    yield one_of(caplog, "PYTHONHASHSEED")
+    yield one_of(heard, "PYTHONHASHSEED")
 
 
 def refused_models():
@@ -187,6 +187,48 @@ def no_metadata():
     yield raised(metadata.version, "vllm")
 
 
+def computed(heard, model):
+    """Two engines whose operators say of their weights that they differ."""
+    from tensorway_vllm.testing.scheduling import WISH, Engine, Meeting, until
+
+    meeting, engines = Meeting(), []
+    try:
+        for name in ("prefill-0", "decode-0"):
+            kv = meeting.config(name)
+            kv["kv_connector_extra_config"]["facts"] = {"weights": f"those of {name}"}
+            engines.append(Engine(model, kv))
+        prefill, decode = engines
+        prompt = range(4, 100)
+        (first,) = prefill.run(prefill.add(prompt, 1, WISH))
+        name = decode.add(prompt, 2, first.params)
+        until(lambda: decode.said[name].reason, prefill, decode)
+        assert len(decode.said[name].tokens) == 2
+        yield one_of(heard, "did not come, and are computed")
+    finally:
+        for each in reversed(engines):
+            each.close()
+        meeting.close()
+
+
+def another_vllm():
+    from tensorway_vllm import probes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "version", lambda: "0.29.1")
+        yield raised(probes.check_offloading)
+
+
+def by_its_module(heard):
+    from tensorway_vllm import plugin
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugin, "_registered", False)
+        patch.setattr(plugin, "_said", set())
+        patch.setattr("vllm.envs.VLLM_PLUGINS", ["others"], raising=False)
+        plugin.needed("TensorwayConnector")
+    yield one_of(heard, "by its module's path")
+
+
 def experts():
     from vllm.config.parallel import EPLBConfig
 
@@ -206,6 +248,9 @@ SECTIONS = {
     "A script starts its engine again and again": no_guard,
     "vllm serve ends at once on a machine without accelerators": no_metadata,
     "A communicator of experts is refused": experts,
+    "A class was found by its module's path": by_its_module,
+    "Engines do not hand over to each other": computed,
+    "vLLM is another one than was tried": another_vllm,
 }
 
 

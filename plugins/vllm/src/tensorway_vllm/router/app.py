@@ -36,6 +36,8 @@ _OWN: Final = ("/health", "/metrics")
 _ONE_MODEL: Final = "/v1/models/"
 #: Seconds that a connection may idle, and that connections are given when all requests have ended.
 _IDLE, _LAST = 75.0, 1.0
+#: For which a connection to an engine is kept: less than vLLM keeps it, or it would be used as it is closed.
+_KEPT: Final = 3.0
 _KINDS: Final = {400: "BadRequestError", 404: "NotFoundError", 405: "MethodNotAllowed", 503: "ServiceUnavailable"}
 
 
@@ -66,7 +68,7 @@ class Router:
         """Ask all engines how they are, then listen; returns the URL."""
         connect = aiohttp.ClientTimeout(total=None, sock_connect=self._options.connect_seconds)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT),
             timeout=connect,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,

@@ -1,4 +1,5 @@
-"""What a request says, and what each engine is told of it. May import msgspec and the modules beside it.
+"""What a request says, and what each engine is told of it. May import msgspec, the core, and what hand-overs
+are called in requests.
 
 What an engine is sent is written anew from what was read here, never cut out of the client's bytes: so that what was
 checked is what is sent.
@@ -10,9 +11,9 @@ from typing import Any, Final
 
 import msgspec
 
-#: As `tensorway_vllm.handover` calls them, which needs vLLM to be imported.
-TICKET: Final = "tensorway"
-HAND_OVER: Final = "hand_over"
+from tensorway.decoding import UNREADABLE
+from tensorway_vllm.handover.wishes import HAND_OVER, TICKET
+
 #: Fields by which an engine is told to fetch something from elsewhere.
 _TRANSFERS: Final = ("kv_transfer_params", "ec_transfer_params")
 MOST_OF_A_TICKET: Final = 1 << 20
@@ -20,7 +21,6 @@ _READ: Final = msgspec.json.Decoder(dict[str, Any])
 _WRITE: Final = msgspec.json.Encoder()
 #: Of no use where one token is computed, or not allowed there.
 _DROPPED: Final = ("stream_options", "min_tokens", "logprobs", "top_logprobs", *_TRANSFERS)
-_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError)
 
 
 class Refused(Exception):
@@ -35,7 +35,7 @@ def read(raw: bytes) -> dict[str, Any]:
     """A request's body; raises `Refused` for what is none, and for one that says where its blocks are."""
     try:
         body = _READ.decode(raw)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         why = str(error).splitlines()[0] if str(error) else "it is nested too deeply"
         raise Refused(400, "invalid", f"The body is no JSON object: {why}.") from None
     extra = body.get("vllm_xargs")
@@ -82,7 +82,7 @@ def ticket_in(raw: bytes) -> dict[str, Any] | None:
     """The ticket in a prefill engine's answer, None if it gave none; raises `ValueError` for what is no answer."""
     try:
         given = _READ.decode(raw).get("kv_transfer_params")
-    except _UNREADABLE:
+    except UNREADABLE:
         raise ValueError("it is no JSON object") from None
     if given is None:
         return None
@@ -106,7 +106,7 @@ def begins_with_an_error(event: bytes) -> bool:
         return False
     try:
         said = _READ.decode(line[len(b"data:") :])
-    except _UNREADABLE:
+    except UNREADABLE:
         return False
     failed = said.get("error")
     return isinstance(failed, dict) and isinstance(failed.get("code"), int) and failed["code"] >= 500

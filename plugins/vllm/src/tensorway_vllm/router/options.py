@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import attrs
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.errors import OptionsInvalid
 from tensorway.plugins.options import fitted
 
@@ -91,7 +92,7 @@ def read(path: Path) -> dict[str, Any]:
         return _READ.decode(path.read_bytes())
     except OSError as error:
         raise OptionsInvalid(ASKED, f"{path} cannot be read: {error.strerror}.", "Give a file of JSON.") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         true = f"{path} is no JSON object: {str(error).splitlines()[0]}."
         raise OptionsInvalid(ASKED, true, "Give an object whose names are those of the options.") from None
 

@@ -27,6 +27,8 @@ _log = logger("vllm.router")
 _MOST_OF_A_PREFILL: Final = 4 << 20
 #: Prefill engines that are asked for one ticket: the first may be down without anybody knowing yet.
 _PREFILLS: Final = 2
+#: Seconds for what is told to a client whose time is over.
+_LAST_WORDS: Final = 2.0
 #: Why an engine failed, as what became of the hand-over.
 _RESULTS: Final = {"status": "refused", "error": "refused", "unreachable": "down", "out": "down"}
 
@@ -166,24 +168,34 @@ class Relay:
             answer.response.release()
             return web.Response(status=answer.response.status, headers=down, body=answer.head)
         sent = web.StreamResponse(status=answer.response.status, headers=down)
-        await _within(sent.prepare(asked.request), end)
         try:
-            await self._passed_on(answer, sent, end)
-        except EngineFailed as error:
-            engine.failed(error.cause)
-            self._counts.add("router_broken_total", cause=error.cause)
-            _log.warning("%s at %s broke off: %s", asked.identity, engine.name, error.message)
-            if not answer.events:  # an answer that ends as if it were whole would be believed
-                _cut(asked.request)
-                return sent
-            text = f"{engine.name} broke off in the middle of the answer. {error.message}"
-            await _within(sent.write(b"data: " + bodies.error(502, "EngineLost", text) + b"\n\n"), end)
+            await _within(sent.prepare(asked.request), end)
+            try:
+                await self._passed_on(answer, sent, end)
+            except (EngineFailed, OutOfTime) as error:
+                await self._broken(asked, answer, engine, sent, error)
+            else:
+                await _within(sent.write_eof(), end)
         except asyncio.TimeoutError:  # the client does not read
             self._counts.add("router_broken_total", cause="late")
             _cut(asked.request)
-            return sent
-        await _within(sent.write_eof(), end)
         return sent
+
+    async def _broken(
+        self, asked: Asked, answer: Begun, engine: Engine, sent: web.StreamResponse, error: EngineFailed | OutOfTime
+    ) -> None:
+        """Tell the client that there is no more, and why."""
+        if isinstance(error, EngineFailed):
+            engine.failed(error.cause)
+        self._counts.add("router_broken_total", cause=error.cause)
+        _log.warning("%s at %s broke off: %s", asked.identity, engine.name, error.message)
+        if not answer.events:  # an answer that ends as if it were whole would be believed
+            _cut(asked.request)
+            return
+        text = f"{engine.name} broke off in the middle of the answer. {error.message}"
+        now = time.monotonic()
+        await _within(sent.write(b"data: " + bodies.error(error.status, "AnswerIncomplete", text) + b"\n\n"), now)
+        await _within(sent.write_eof(), now)
 
     async def _passed_on(self, answer: Begun, sent: web.StreamResponse, end: float) -> None:
         """All of it, as it comes. Of events only whole ones: after a half one no error could be told."""
@@ -197,11 +209,13 @@ class Relay:
                 rest = rest[whole:]
             if ended:
                 return
-            left = min(self._options.silence_seconds, end - time.monotonic())
+            left = end - time.monotonic()
             try:
-                part = await asyncio.wait_for(content.readany(), max(left, 0.0))
+                part = await asyncio.wait_for(content.readany(), max(min(self._options.silence_seconds, left), 0.0))
             except asyncio.TimeoutError:
-                raise EngineFailed("late", f"It said nothing for {left:.3g} s.") from None
+                if time.monotonic() >= end:
+                    raise OutOfTime(self._options.request_seconds) from None
+                raise EngineFailed("late", f"It said nothing for {self._options.silence_seconds:g} s.") from None
             except (aiohttp.ClientError, OSError) as error:
                 raise EngineFailed("lost", f"The connection broke ({type(error).__name__}).") from None
             ended, rest = not part, rest + part
@@ -215,8 +229,19 @@ class Unanswered(Exception):
         self.status, self.message, self.last = status, message, last
 
 
-async def _within(waited: Any, end: float) -> None:
-    await asyncio.wait_for(waited, max(end - time.monotonic(), 0.0))
+class OutOfTime(Exception):
+    """A request was not answered in the time that requests have, and no engine did wrong."""
+
+    cause, status = "late", 504
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.message = f"The time of a request, {seconds:g} s, was over."
+
+
+async def _within(written: Any, end: float) -> None:
+    """Wait until the client has taken it; also at the end it has a little time, for the last words."""
+    await asyncio.wait_for(written, max(end - time.monotonic(), 0.0) + _LAST_WORDS)
 
 
 def _cut(request: web.BaseRequest) -> None:

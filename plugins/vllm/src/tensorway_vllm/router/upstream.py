@@ -23,6 +23,8 @@ _MOST_LOOKED_AT = 1 << 20
 class EngineFailed(Exception):
     """An engine that gave no answer, and why, as `vocabulary.CAUSES` says it."""
 
+    status = 502
+
     def __init__(self, cause: str, message: str, answer: Whole | None = None) -> None:
         super().__init__(message)
         self.cause, self.message, self.answer = cause, message, answer

@@ -18,8 +18,8 @@ from tensorway.errors import DeadlineExceeded
 from tensorway_vllm.testing.disaggregated import Served, transfer
 from tensorway_vllm.testing.tiny import make
 
-#: Of engines here, in which a test does not wait long for them.
-OPTIONS: Final[dict[str, Any]] = {"transport": "local", "deadline": 4.0, "lease": 4.0, "presence": 2.0}
+#: Of engines here: short, so that a test need not wait long for their end, and longer than a busy machine is late.
+OPTIONS: Final[dict[str, Any]] = {"transport": "local", "deadline": 5.0, "lease": 8.0, "presence": 2.0}
 #: Seconds after which everything that was kept or awaited is over, on a machine that does much else.
 OVER: Final = 60.0
 HAND_OVER: Final = {"hand_over": True}
@@ -31,6 +31,8 @@ VARIABLES: Final = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+#: Seconds that a door has to answer; most have nothing to say to strangers.
+_HEARD: Final = 0.2
 _SOCKET: Final = re.compile(r"socket:\[(\d+)\]")
 #: A listening socket in the kernel's tables: of TCP by state, of Unix by flags.
 _LISTENS, _ACCEPTS = "0A", 0x10000
@@ -176,7 +178,7 @@ def shout(doors: list[tuple[int, int, Any]], numbers: random.Random, *foreign: b
         for words in (numbers.randbytes(7), numbers.randbytes(4096), *foreign, b""):
             try:
                 with socket.socket(family, kind) as door:
-                    door.settimeout(2.0)
+                    door.settimeout(_HEARD)
                     door.connect(address)
                     entered += 1
                     if words:

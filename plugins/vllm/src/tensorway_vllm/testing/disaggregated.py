@@ -212,6 +212,7 @@ class Served:
                     raise DeadlineExceeded(asked, true, "Look at its log.")
                 word, *rest = self._link.recv()
             except (EOFError, ConnectionError):
+                self._process.wait(30.0)  # its end of the connection is closed before it has ended
                 true = f"Its process ended. Its log ends with:\n{self.log[-3000:]}"
                 raise PeerLost(asked, true, "Look at its log.") from None
             if word == "began":

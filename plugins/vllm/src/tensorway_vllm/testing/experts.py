@@ -52,15 +52,16 @@ class Told:
 class Experts:
     """What vLLM asks of a model with experts, and the weights; see `MixtureOfExperts`."""
 
-    def __init__(self, ranks: int, me: int, slots: int, layers: int = LAYERS) -> None:
+    def __init__(self, ranks: int, me: int, slots: int, layers: int = LAYERS, wide: int = 1) -> None:
         self.num_moe_layers, self.num_expert_groups = layers, 1
         self.num_routed_experts = self.num_logical_experts = ROUTED
         self.num_physical_experts, self.num_local_physical_experts = ranks * slots, slots
         self.num_redundant_experts = ranks * slots - ROUTED
         self.moe_layers: list[Any] = []
         self.expert_weights = [
-            [torch.zeros((slots, *shape), dtype=kind) for shape, kind in _TENSORS] for _ in range(layers)
+            [torch.zeros((slots, wide, *shape), dtype=kind) for shape, kind in _TENSORS] for _ in range(layers)
         ]
+        self._wide = wide
         self._first = me * slots
 
     def set_eplb_state(self, *_: Any) -> None:
@@ -72,7 +73,9 @@ class Experts:
             for slot in range(self.num_local_physical_experts):
                 for index, tensor in enumerate(self.expert_weights[layer]):
                     expert = row[self._first + slot]
-                    _bytes(tensor[slot]).copy_(row_of(layer, expert, index) if expert >= 0 else torch.tensor(0))
+                    _bytes(tensor[slot]).copy_(
+                        row_of(layer, expert, index, self._wide) if expert >= 0 else torch.tensor(0)
+                    )
 
     def held(self) -> list[list[int]]:
         """Which expert's bytes are in each slot, all tensors of it."""
@@ -82,7 +85,7 @@ class Experts:
     def _expert_in(self, layer: int, slot: int) -> int:
         rows = [_bytes(tensor[slot]) for tensor in self.expert_weights[layer]]
         for expert in range(ROUTED):
-            if all(torch.equal(row, row_of(layer, expert, index)) for index, row in enumerate(rows)):
+            if all(torch.equal(row, row_of(layer, expert, index, self._wide)) for index, row in enumerate(rows)):
                 return expert
         return -1 if not any(row.any() for row in rows) else -2
 
@@ -95,12 +98,12 @@ class Experts:
         return found.hexdigest()
 
 
-def row_of(layer: int, expert: int, index: int) -> torch.Tensor:
-    """The bytes of an expert in one tensor of a layer."""
+def row_of(layer: int, expert: int, index: int, wide: int = 1) -> torch.Tensor:
+    """The bytes of an expert in one tensor of a layer, so many times."""
     shape, kind = _TENSORS[index]
     length = torch.Size(shape).numel() * kind.itemsize
     made = torch.Generator().manual_seed(1 + (layer * ROUTED + expert) * len(_TENSORS) + index)
-    return torch.randint(0, 256, (length,), dtype=torch.uint8, generator=made)
+    return torch.randint(0, 256, (length,), dtype=torch.uint8, generator=made).repeat(wide)
 
 
 def enter(rank: Rank, place: Place, folder: str) -> None:
@@ -111,8 +114,8 @@ def enter(rank: Rank, place: Place, folder: str) -> None:
 
     load_general_plugins()
     torch.Event = torch.Stream = _Done  # type: ignore[assignment,misc]
-    torch.cuda.Event = torch.cuda.Stream = _Done  # type: ignore[misc]  # of vLLM 0.30
-    torch.cuda.stream = lambda _: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    for name, instead in (("Event", _Done), ("Stream", _Done), ("stream", contextlib.nullcontext)):
+        setattr(torch.cuda, name, instead)  # vLLM 0.30 asks these
     for name in ("set_device_index", "set_stream", "current_stream", "current_accelerator"):
         setattr(torch.accelerator, name, lambda *_: None)
     config = _config({}, len(place.members))
@@ -123,7 +126,7 @@ def enter(rank: Rank, place: Place, folder: str) -> None:
     rank.notes["place"] = place
 
 
-def make(rank: Rank, name: str, additional: dict[str, Any], slots: int = 5, layers: int = LAYERS) -> str:
+def make(rank: Rank, name: str, additional: dict[str, Any], slots: int = 5, layers: int = LAYERS, wide: int = 1) -> str:
     """A state of vLLM's with a model, as its workers make it; returns the communicator's class, or what was raised."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed.eplb.eplb_state import EplbState
@@ -133,7 +136,7 @@ def make(rank: Rank, name: str, additional: dict[str, Any], slots: int = 5, laye
     with set_current_vllm_config(config):
         try:
             state = EplbState(config.parallel_config, torch.device("cpu"))
-            model = Experts(len(place.members), place.me, slots, layers)
+            model = Experts(len(place.members), place.me, slots, layers, wide)
             state.add_model(model, SimpleNamespace(compute_hash=lambda: "one", model=name))
         except Exception as error:  # the test says which it expects
             return f"{type(error).__name__}: {error}"
@@ -157,7 +160,8 @@ def beside(rank: Rank, name: str, seed: int, end: tuple[int, int] | None, second
     """The same in vLLM's thread, and steps of an engine meanwhile: for so long, or until all layers have moved."""
     found = rank.notes[name]
     state, held = found.state, found.held
-    state.is_async, state.device_index = True, 0
+    state.is_async = True
+    state.device_index = state.cuda_device_index = 0  # in 0.30 it has the other name
     state.start_async_loop()
     told = rearrange(rank, name, seed, end)
     until = time.monotonic() + seconds

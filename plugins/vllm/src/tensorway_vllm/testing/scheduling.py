@@ -194,7 +194,7 @@ class Engine:
         held = {
             "requests": list(scheduler.requests),
             "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting) + len(scheduler.kv_holding_waiting),
+            "waiting": len(scheduler.waiting) + len(getattr(scheduler, "kv_holding_waiting", ())),  # not in 0.30
             "blocks": self.blocks - self.free,
             "loads": [*scheduler.finished_recving_kv_req_ids, *scheduler.failed_recving_kv_req_ids],
         }
