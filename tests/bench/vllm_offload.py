@@ -37,9 +37,9 @@ def ours() -> Any:
     """The adapter, as the offloading spec makes it, over a manager of host memory."""
     import tensorway
     from tensorway.offload import OffloadContext
-    from tensorway_vllm.inside import Inside
-    from tensorway_vllm.manager import ManagerAdapter
-    from tensorway_vllm.pages import geometries
+    from tensorway_vllm.offloading.inside import Inside
+    from tensorway_vllm.offloading.manager import ManagerAdapter
+    from tensorway_vllm.offloading.pages import geometries
 
     parallel = SimpleNamespace(rank=0, world_size=1, pp_size=1, pcp_size=1, dcp_size=1, tp_size=1)
     groups = [SimpleNamespace(tokens_per_block=16, layer_names=["a"], group_id=0)]

@@ -19,10 +19,10 @@ with warnings.catch_warnings():  # those of importing vLLM are not ours
     import vllm.v1.kv_offload.base as theirs
 
     from tensorway_vllm import sources
-    from tensorway_vllm.manager import ManagerAdapter, _known
-    from tensorway_vllm.pages import geometries
-    from tensorway_vllm.words import Outcome
-    from tensorway_vllm.worker import WorkerAdapter
+    from tensorway_vllm.offloading.manager import ManagerAdapter, _known
+    from tensorway_vllm.offloading.pages import geometries
+    from tensorway_vllm.offloading.words import Outcome
+    from tensorway_vllm.offloading.worker import WorkerAdapter
 
 PAGES, NBYTES, LAYERS = 16, 2048, 2
 

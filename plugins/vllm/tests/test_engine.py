@@ -222,7 +222,7 @@ def test_other_connectors_of_vllm_use_the_spec(run, without):
 
 @pytest.mark.long
 def test_it_is_used_by_its_module_in_an_engines_own_process_where_the_plugin_is_left_out(run, without):
-    kv = {**offloading(), "kv_connector_module_path": "tensorway_vllm.connector"}
+    kv = {**offloading(), "kv_connector_module_path": "tensorway_vllm.offloading.connector"}
     plan = {"kv": kv, "rounds": ["", "reset"]}
     [rounds], log = run(plan, VLLM_PLUGINS="none", VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert hits(rounds) == [0, ALL] and same(rounds, without), log[-3000:]

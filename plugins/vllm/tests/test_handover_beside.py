@@ -34,7 +34,7 @@ def pair(request, tmp_path_factory):
         ours = meeting.config(f"{name}-{request.param}")
         theirs = {
             "kv_connector": "TensorwayOffloadingConnector",
-            "kv_connector_module_path": "tensorway_vllm.connector",
+            "kv_connector_module_path": "tensorway_vllm.offloading.connector",
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"options": {"capacity_blocks": 64, "pin": False}},
         }

@@ -9,9 +9,9 @@ import pytest
 
 from tensorway.errors import LayoutInvalid, OptionsInvalid, Unsupported
 from tensorway_cpu.canonical import canonical
-from tensorway_vllm.inside import Inside
-from tensorway_vllm.options import options_of
-from tensorway_vllm.pages import facts_of, geometries, page_bytes, pages_of
+from tensorway_vllm.offloading.inside import Inside
+from tensorway_vllm.offloading.options import options_of
+from tensorway_vllm.offloading.pages import facts_of, geometries, page_bytes, pages_of
 
 
 def configured(*groups, nbytes=4096, world=1, rank=0, **parallel):

@@ -10,7 +10,7 @@ import pytest
 
 from tensorway.errors import OptionsInvalid
 from tensorway_vllm import plugin
-from tensorway_vllm.options import options_of
+from tensorway_vllm.offloading.options import options_of
 from tensorway_vllm.plugin import needed, register
 
 
@@ -61,10 +61,10 @@ def test_names_are_registered_once(factories, caplog):
     register()
     assert factories["KVConnectorFactory"].told() == {
         "TensorwayConnector": "tensorway_vllm.handover",
-        "TensorwayOffloadingConnector": "tensorway_vllm.connector",
+        "TensorwayOffloadingConnector": "tensorway_vllm.offloading.connector",
     }
     assert not caplog.text, "vLLM's factories refuse what they have"
-    assert factories["OffloadingSpecFactory"].told() == {"TensorwayOffloadingSpec": "tensorway_vllm.spec"}
+    assert factories["OffloadingSpecFactory"].told() == {"TensorwayOffloadingSpec": "tensorway_vllm.offloading.spec"}
 
 
 def test_factories_that_come_later_are_told_when_they_do(tmp_path):
@@ -152,7 +152,19 @@ def test_the_entry_point_costs_less_than_ten_milliseconds_of_a_processor():
     assert min(tried) < 0.010, tried
 
 
-@pytest.mark.parametrize("module", ["plugin", "options", "probes", "versions", "counting", "command", "pages"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "plugin",
+        "probes",
+        "versions",
+        "counting",
+        "command",
+        "offloading.options",
+        "offloading.pages",
+        "handover.options",
+    ],
+)
 def test_nothing_of_vllm_is_imported_before_it_is_needed(module):
     code = (
         f"import sys, tensorway_vllm.{module}; sys.exit(any(m.split('.')[0] in ('vllm', 'torch') for m in sys.modules))"

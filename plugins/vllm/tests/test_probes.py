@@ -14,6 +14,7 @@ if importlib.util.find_spec("vllm") is None:
 
 with warnings.catch_warnings():  # those of importing vLLM are not ours
     warnings.simplefilter("ignore")
+    import vllm.envs
     import vllm.v1.kv_offload.base as offloading
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -23,9 +24,9 @@ with warnings.catch_warnings():  # those of importing vLLM are not ours
     from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
     from tensorway_vllm import plugin, probes, versions
-    from tensorway_vllm.connector import TensorwayOffloadingConnector
     from tensorway_vllm.handover import TensorwayConnector
-    from tensorway_vllm.spec import TensorwayOffloadingSpec
+    from tensorway_vllm.offloading.connector import TensorwayOffloadingConnector
+    from tensorway_vllm.offloading.spec import TensorwayOffloadingSpec
     from tensorway_vllm.testing.scheduling import Engine, Meeting, offloads
     from tensorway_vllm.testing.tiny import make
 
@@ -141,6 +142,7 @@ def without_plugin(monkeypatch):
         monkeypatch.setattr(factory, "_registry", kept)
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setattr(plugin, "_said", set())
+    vllm.envs.disable_envs_cache()  # an engine of another test has filled it
     monkeypatch.setenv("VLLM_PLUGINS", "another")
 
 

@@ -143,7 +143,7 @@ def theirs():
 def taken(kv):
     """The options of one of our connectors, and those of its backends, by their own classes."""
     from tensorway_vllm.handover.options import options_of as of_handover
-    from tensorway_vllm.options import options_of as of_offloading
+    from tensorway_vllm.offloading.options import options_of as of_offloading
 
     extra = kv["kv_connector_extra_config"]
     if kv["kv_connector"] == "TensorwayConnector":
@@ -202,7 +202,7 @@ def test_the_tables_of_options_are_those_of_the_classes(theirs):
 
     from tensorway_vllm.eplb.options import EplbOptions
     from tensorway_vllm.handover.options import HandoverOptions
-    from tensorway_vllm.options import SpecOptions
+    from tensorway_vllm.offloading.options import SpecOptions
 
     for number, options in enumerate((SpecOptions, HandoverOptions)):
         assert rows(PAGE, "Options", number) == {field.name: default(field) for field in attrs.fields(options)}

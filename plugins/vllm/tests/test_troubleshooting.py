@@ -58,9 +58,9 @@ def imported():
         import vllm.distributed.kv_transfer.kv_connector.v1.multi_connector
         import vllm.v1.core.kv_cache_utils  # noqa: F401
 
-        import tensorway_vllm.connector
         import tensorway_vllm.handover
-        import tensorway_vllm.spec  # noqa: F401
+        import tensorway_vllm.offloading.connector
+        import tensorway_vllm.offloading.spec  # noqa: F401
 
 
 def said(error):
@@ -92,7 +92,7 @@ def misspelt():
     from vllm.config import KVTransferConfig
 
     from tensorway_vllm.handover.options import options_of as of_handover
-    from tensorway_vllm.options import options_of as of_offloading
+    from tensorway_vllm.offloading.options import options_of as of_offloading
 
     yield raised(of_offloading, {"optoins": {"capacity_bytes": 1 << 30}})
     yield raised(of_handover, {"options": {"transport": "nixl"}})

@@ -42,7 +42,7 @@ _OURS: Final = dict((CONNECTOR, HANDOVER))
 _MULTI: Final = "MultiConnector"
 _PLAIN: Final = "OffloadingConnector"
 #: Where the options of a connector are checked; imports nothing of vllm where that can be.
-_OPTIONS: Final = {HANDOVER[0]: "tensorway_vllm.handover.options", CONNECTOR[0]: "tensorway_vllm.options"}
+_OPTIONS: Final = {HANDOVER[0]: "tensorway_vllm.handover.options", CONNECTOR[0]: "tensorway_vllm.offloading.options"}
 #: Options of ours that name a backend: its kind, and where its own options are.
 _BACKENDS: Final = {
     HANDOVER[0]: (("rendezvous", "rendezvous", "rendezvous_options"), ("connector", "kv_connector", "options")),

@@ -15,8 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Final
 
-SPEC: Final = ("TensorwayOffloadingSpec", "tensorway_vllm.spec")
-CONNECTOR: Final = ("TensorwayOffloadingConnector", "tensorway_vllm.connector")
+SPEC: Final = ("TensorwayOffloadingSpec", "tensorway_vllm.offloading.spec")
+CONNECTOR: Final = ("TensorwayOffloadingConnector", "tensorway_vllm.offloading.connector")
 HANDOVER: Final = ("TensorwayConnector", "tensorway_vllm.handover")
 #: As the entry point is called, and so as `VLLM_PLUGINS` must name it.
 PLUGIN: Final = "tensorway"
@@ -46,8 +46,7 @@ def register() -> None:
     """Have the names registered with vLLM's factories; again changes nothing. An engine starts, whatever goes wrong."""
     global _registered
     _registered = True
-    waited = [name for name in _WAITED if name not in sys.modules]
-    if waited and not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
+    if not any(isinstance(finder, _Waiting) for finder in sys.meta_path):  # also for modules that are loaded again
         sys.meta_path.insert(0, _Waiting())
     for name in _WAITED:
         if name in sys.modules:

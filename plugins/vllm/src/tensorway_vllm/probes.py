@@ -227,6 +227,7 @@ OFFLOADING: Final[dict[str, tuple[str, ...]]] = {
     name: HANDOVER[name]
     for name in (
         "__init__",
+        "build_connector_meta",
         "build_connector_worker_meta",
         "build_kv_connector_stats",
         "build_prom_metrics",
@@ -234,8 +235,10 @@ OFFLOADING: Final[dict[str, tuple[str, ...]]] = {
         "get_kv_connector_stats",
         "get_transfer_results",
         "register_kv_caches",
+        "reset_cache",
         "start_load_kv",
         "update_connector_output",
+        "update_state_after_alloc",
     )
 }
 _CONFIG: Final = ("groups", "worker_kv_bytes_per_block", "extra_config", "engine_id", "model", "cache", "parallel")

@@ -28,7 +28,7 @@ with warnings.catch_warnings():  # those of importing vLLM are not ours
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler
     from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 
-    from tensorway_vllm.manager import ManagerAdapter
+    from tensorway_vllm.offloading.manager import ManagerAdapter
     from tensorway_vllm.testing.hollow import answer
     from tensorway_vllm.testing.scheduling import offloads, settled
 

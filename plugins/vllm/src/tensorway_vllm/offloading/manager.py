@@ -28,8 +28,8 @@ from tensorway.offload import (
 )
 from tensorway_vllm import metrics, sources
 from tensorway_vllm.counting import Counting
-from tensorway_vllm.faults import Faults
-from tensorway_vllm.words import Carried, Outcome
+from tensorway_vllm.offloading.faults import Faults
+from tensorway_vllm.offloading.words import Carried, Outcome
 
 _log = logger("vllm")
 _FOUND: Final = {

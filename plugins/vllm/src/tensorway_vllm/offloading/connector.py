@@ -19,11 +19,11 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from tensorway._logging import logger
 from tensorway_vllm import plugin
-from tensorway_vllm.manager import ManagerAdapter
 from tensorway_vllm.metrics import OffloadingStats
+from tensorway_vllm.offloading.manager import ManagerAdapter
+from tensorway_vllm.offloading.words import Outcome
+from tensorway_vllm.offloading.worker import WorkerAdapter
 from tensorway_vllm.plugin import SPEC
-from tensorway_vllm.words import Outcome
-from tensorway_vllm.worker import WorkerAdapter
 
 if TYPE_CHECKING:
     import torch

@@ -17,9 +17,9 @@ from tensorway.errors import DeadlineExceeded
 from tensorway.offload import METRICS, EngineSpec, OffloadingWorker, TransferResult
 from tensorway_vllm import metrics
 from tensorway_vllm.counting import Counting
-from tensorway_vllm.faults import Faults
-from tensorway_vllm.pages import pages_of
-from tensorway_vllm.words import Carried, Outcome
+from tensorway_vllm.offloading.faults import Faults
+from tensorway_vllm.offloading.pages import pages_of
+from tensorway_vllm.offloading.words import Carried, Outcome
 
 _log = logger("vllm")
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from tensorway.errors import LayoutInvalid, Unsupported
 from tensorway.geometry import Group, Plane, RankGeometry
 from tensorway.offload import EngineSpec
-from tensorway_vllm.inside import WHOLE, Inside
+from tensorway_vllm.offloading.inside import WHOLE, Inside
 
 #: Where memory of other ranks is said to be; nobody reads it.
 _ELSEWHERE: Final = 4096

@@ -18,11 +18,11 @@ import tensorway
 from tensorway.errors import Unsupported
 from tensorway.offload import OffloadContext
 from tensorway_vllm import metrics, plugin, probes, sources
-from tensorway_vllm.inside import Inside
-from tensorway_vllm.manager import ManagerAdapter
-from tensorway_vllm.options import SpecOptions, options_of
-from tensorway_vllm.pages import facts_of, geometries, mappings_of, page_bytes, tensors_of
-from tensorway_vllm.worker import WorkerAdapter
+from tensorway_vllm.offloading.inside import Inside
+from tensorway_vllm.offloading.manager import ManagerAdapter
+from tensorway_vllm.offloading.options import SpecOptions, options_of
+from tensorway_vllm.offloading.pages import facts_of, geometries, mappings_of, page_bytes, tensors_of
+from tensorway_vllm.offloading.worker import WorkerAdapter
 
 #: Bytes of a number of the KV cache, for those whose packing on a processor is known.
 _ITEMS: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -30,7 +30,7 @@ _AMX: Final = "+amx"
 
 
 class TensorwayOffloadingSpec(theirs.OffloadingSpec):
-    """See `vllm.v1.kv_offload.base.OffloadingSpec`; the options are `tensorway_vllm.options.SpecOptions`."""
+    """See `vllm.v1.kv_offload.base.OffloadingSpec`; the options are `tensorway_vllm.offloading.options.SpecOptions`."""
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, theirs.OffloadingMetricMetadata]:
