@@ -270,6 +270,8 @@ def bench(session: nox.Session) -> None:
         session.error(f"tests/bench has {[script.stem for script in scripts]}; asked for {sorted(wanted) or 'all'}")
     if wanted:  # in short, what needs a library is said to be missing
         session.install(*CONSTRAINTS, *LIBRARIES["nixl"], *LIBRARIES["gloo"])
+    if any(script.startswith("vllm") for script in wanted):  # and the name by which vLLM's own connector finds NIXL
+        session.install(*CONSTRAINTS, *LIBRARIES["vllm"], "nixl==1.5.1")
     options = [word for word in session.posargs if word.startswith("-")] if session.posargs else ["--short"]
     session.chdir(session.create_tmp())
     for script in scripts:
@@ -328,6 +330,9 @@ CAMPAIGNS = {
     "offload-kills": ["tensorway_fs.testing.crash", "--kills", "10000"],
     "offload-files": ["tensorway_fs.testing.corruption", "--count", "10000"],
     "offload-objects": ["tensorway_object.testing.corruption", "--count", "10000"],
+    # vLLM's own scheduler with our connectors, and real engines of it that are killed and stopped.
+    "vllm-lives": ["tensorway_vllm.testing.lives", "--count", "1000"],
+    "vllm-havoc": ["tensorway_vllm.testing.havoc", "--count", "200"],
     # Mooncake opens up to four connections to a peer, as it needs them.
     "endurance-mooncake": ["endurance", "mooncake", "--kept-files", "3"],
     "hostile-mooncake": ["hostile", "mooncake", *MOONCAKE_KEEPS, "--kinds", "descriptions,notes"],
@@ -341,7 +346,7 @@ def campaign(session: nox.Session) -> None:
     if unknown := set(wanted) - set(CAMPAIGNS):
         session.error(f"there is no campaign {', '.join(sorted(unknown))}; there is: {', '.join(CAMPAIGNS)}")
     install(session, list(DISTS))
-    for library in ("nixl", "mooncake", "object"):
+    for library in ("nixl", "mooncake", "object", "vllm"):
         if any(library in "".join(CAMPAIGNS[name]) for name in wanted):
             session.install(*CONSTRAINTS, *LIBRARIES[library])
     session.chdir(session.create_tmp())

@@ -170,3 +170,9 @@ def test_nobody_requires_the_rixl_of_the_public_index():
             if name in {"rixl", "rixl-client"}:
                 found.append(f"{file}: {place}: {string}")
     assert [] == found
+
+
+def test_every_release_of_vllm_in_the_table_has_a_session():
+    table = (PLUGINS["vllm"] / "src" / "tensorway_vllm" / "versions.py").read_text(encoding="utf-8")
+    tried = re.findall(r'Release\("([\d.]+)"', table)
+    assert tried and sorted(tried) == sorted(constant(ROOT / "noxfile.py", "VLLM"))
