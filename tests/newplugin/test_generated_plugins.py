@@ -268,7 +268,7 @@ BREAKS = {
         "max_in_flight=1, synchronous=True",
         "max_notification=1 << 21",
         "test_notifications_keep_their_order_and_their_bytes",
-        "PeerLost|DeadlineExceeded",  # the second where the machine is busy
+        "PeerLost|DeadlineExceeded|assert sent ==",  # the others where the machine is busy
         ("tests/test_transport.py", "-k", "test_notifications"),
     ),
     "the metadata does not say which API": Break(

@@ -142,7 +142,8 @@ def _staging(layout: ExpertLayout) -> Staging:
 def _bytes(region: Region) -> torch.Tensor:
     owner: Any = region.owner
     first = region.address - owner.data_ptr()
-    return owner.detach().reshape(-1).view(torch.uint8)[first : first + region.nbytes]  # type: ignore[no-any-return]
+    found: torch.Tensor = owner.detach().reshape(-1).view(torch.uint8)[first : first + region.nbytes]
+    return found
 
 
 @contextlib.contextmanager

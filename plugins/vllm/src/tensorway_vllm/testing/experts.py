@@ -113,7 +113,8 @@ def enter(rank: Rank, place: Place, folder: str) -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    torch.Event = torch.Stream = _Done  # type: ignore[assignment,misc]
+    for name in ("Event", "Stream"):
+        setattr(torch, name, _Done)
     for name, instead in (("Event", _Done), ("Stream", _Done), ("stream", contextlib.nullcontext)):
         setattr(torch.cuda, name, instead)  # vLLM 0.30 asks these
     for name in ("set_device_index", "set_stream", "current_stream", "current_accelerator"):
