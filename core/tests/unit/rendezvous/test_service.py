@@ -208,6 +208,7 @@ def test_a_service_that_is_stopped_or_killed_costs_its_clients_their_deadlines_o
         with enter(process.stdout.readline().decode().strip()) as client:
             assert client.get("/kept", deadline=10).value == b"value"
             process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)  # until it has stopped: a busy machine lets it answer before
             started = time.monotonic()
             with pytest.raises(DeadlineExceeded, match="No answer came"):
                 client.get("/kept", deadline=0.5)
