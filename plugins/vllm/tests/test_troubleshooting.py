@@ -103,9 +103,9 @@ def wrong_backend():
     from tensorway_vllm.handover.options import check, options_of
 
     wrong = options_of({"rendezvous": "direct", "options": {"transprot": "nixl"}})
-    yield raised(check, wrong, memory=False)
+    yield raised(check, wrong, "decode", memory=False)
     wrong = options_of({"rendezvous": "zookeeper"})
-    yield raised(check, wrong, memory=False)
+    yield raised(check, wrong, "decode", memory=False)
 
 
 def load_failures(heard, engine):
