@@ -19,6 +19,7 @@ import attrs
 
 from tensorway.errors import LayoutInvalid, Unsupported
 from tensorway.geometry import Group, Part, Plane, RankGeometry
+from tensorway_vllm.parallel import check_undivided
 
 _ASKED: Final = "KV blocks of vLLM were to be handed over by TensorwayConnector."
 #: Where a scheduler, which has no memory, says that it is; nobody reads it.
@@ -103,13 +104,13 @@ def shape_of(vllm_config: Any, kv_cache_config: Any) -> Shape:
 
 
 def _check_parallel(parallel: Any) -> None:
-    for what, size in (
-        ("pipeline", parallel.pipeline_parallel_size),
-        ("prefill context", getattr(parallel, "prefill_context_parallel_size", 1)),
-        ("decode context", getattr(parallel, "decode_context_parallel_size", 1)),
-    ):
-        if size != 1:
-            raise Unsupported(_ASKED, f"The {what} parallel size is {size}.", "Use tensor and data parallelism alone.")
+    check_undivided(
+        _ASKED,
+        "Use tensor and data parallelism alone.",
+        pipeline=parallel.pipeline_parallel_size,
+        prefill_context=getattr(parallel, "prefill_context_parallel_size", 1),
+        decode_context=getattr(parallel, "decode_context_parallel_size", 1),
+    )
 
 
 def _pages(place: int, group: Any) -> Pages:

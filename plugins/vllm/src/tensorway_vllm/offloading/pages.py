@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from tensorway.errors import LayoutInvalid, Unsupported
+from tensorway.errors import LayoutInvalid
 from tensorway.geometry import Group, Plane, RankGeometry
 from tensorway.offload import EngineSpec
 from tensorway_vllm.offloading.inside import WHOLE, Inside
+from tensorway_vllm.parallel import check_undivided
 
 #: Where memory of other ranks is said to be; nobody reads it.
 _ELSEWHERE: Final = 4096
@@ -24,14 +25,13 @@ _ASKED: Final = "KV blocks of vLLM were to be offloaded."
 
 def check_supported(config: Any) -> None:
     """Raise `Unsupported` for what is not described rightly by a number of bytes for each layer and rank."""
-    parallel = config.parallel
-    for what, size in (
-        ("pipeline", parallel.pp_size),
-        ("prefill context", parallel.pcp_size),
-        ("decode context", parallel.dcp_size),
-    ):
-        if size != 1:
-            raise Unsupported(_ASKED, f"The {what} parallel size is {size}.", "Use tensor parallelism alone.")
+    check_undivided(
+        _ASKED,
+        "Use tensor parallelism alone.",
+        pipeline=config.parallel.pp_size,
+        prefill_context=config.parallel.pcp_size,
+        decode_context=config.parallel.dcp_size,
+    )
 
 
 def page_bytes(config: Any) -> int:
