@@ -129,10 +129,6 @@ class Process:
         """Hold it as it is: it keeps its connections and answers nothing."""
         os.killpg(self.pid, signal.SIGSTOP)
 
-    def go_on(self) -> None:
-        """After `stop`."""
-        os.killpg(self.pid, signal.SIGCONT)
-
     def terminate(self) -> None:
         """Tell it to end."""
         self._signal(signal.SIGTERM)
