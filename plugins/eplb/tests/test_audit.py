@@ -111,6 +111,30 @@ def regroup_with_new_weights(rank):
     rank.notes["rebalancer"].regroup(reloaded=True, deadline=SECONDS)
 
 
+def regroup_while_a_row_is_read(rank):
+    """What a look at a reloaded row says whose digest was taken before a regroup, and is compared after it, if it can."""
+    rebalancer, said = rank.notes["rebalancer"], []
+    rows, regrouped = rebalancer._rows, threading.Event()
+    live_digest = rows.live_digest
+
+    def slowly(layer, slot):
+        digest = live_digest(layer, slot)
+        if threading.current_thread() is reader:
+            reading.set()
+            regrouped.wait(0.5)
+        return digest
+
+    rows.live_digest, reading = slowly, threading.Event()
+    reader = threading.Thread(target=lambda: said.append(rebalancer.check_row(0, 1)))
+    reader.start()
+    assert reading.wait(SECONDS)
+    rebalancer.regroup(reloaded=True, deadline=SECONDS)
+    regrouped.set()
+    reader.join(SECONDS)
+    del rows.live_digest
+    return said
+
+
 def end(rank):
     rank.notes["audit"].close()
     return rank.notes["audit"].running, rank.notes["audit"].error, dict(rank.notes["audit"].statistics())
@@ -164,6 +188,14 @@ def test_what_an_engine_has_reloaded_is_right_and_what_it_loaded_again_is_checke
     world[0].call(spoil, 0, 1)
     assert ([wrong, wrong], (wrong,)) == world[0].call(look)
     world.each([0, 1], end)
+
+
+def test_a_row_that_is_read_while_a_regroup_takes_new_digests_is_no_find(world):
+    entered(world, "/reloaded/beside")
+    world[0].call(reload, 0, 1, 5)
+    world[0].start(regroup_while_a_row_is_read)
+    world[1].call(regroup_with_new_weights)
+    assert [None] == world[0].result(SECONDS)
 
 
 # -- tests of the thread

@@ -173,9 +173,11 @@ class Rebalancer:
             self._control.regroup(group)
         self._drain()
         own = self._own_digests() if reloaded else self._digests_of_held()
-        self._adopt(self._membership.exchange(self._held, own, until - time.monotonic()))
-        if reloaded:
-            self._reloaded.clear()
+        truth = self._membership.exchange(self._held, own, until - time.monotonic())
+        with self._layers:  # a row that is being read is compared with the digests of before, and told by them
+            self._adopt(truth)
+            if reloaded:
+                self._reloaded.clear()
         return self._placement
 
     @contextlib.contextmanager
