@@ -8,7 +8,9 @@ A pair of engines, each in a process, for each way: `local` and `nixl` are Tenso
 is computed by the first engine of a pair; the second one is asked with the ticket, and then once more, with the prompt
 in its own cache. TTFT is of the former, as the second engine sees it; what it takes longer than the latter is the
 hand-over. Ways take turns within each repetition, and ratios are of one repetition: the machine is shared, and seconds
-of one turn say little about those of another. Processor time is what the second engine's process used until then, with
+of one turn say little about those of another. Who has no turn is stopped: engines with NixlConnector never rest, and
+all others would wait for the processors that they hold. Idle is what both engines of a pair use of one processor while
+they have nothing to do. Processor time is what the second engine's process used until then, with
 all its threads; steps are those of its engine, of which each that computes nothing sleeps a millisecond. `--scattered`
 leaves both caches with free blocks in random order first. `--core-process` gives each engine's core a process of its
 own, as `vllm serve` does; then processor time is that of the process in front of it.
@@ -19,12 +21,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import random
 import secrets
+import signal
 import socket
 import statistics
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -56,6 +61,18 @@ def asks(way: str) -> dict[str, Any]:
         return {"hand_over": True}
     nothing = dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
     return {"do_remote_decode": True, "do_remote_prefill": False, **nothing}
+
+
+def family(process: int) -> list[int]:
+    """It, and the processes that it has started, and those that they have."""
+    children = " ".join(task.read_text() for task in Path(f"/proc/{process}/task").glob("*/children"))
+    return [process, *(each for child in children.split() for each in family(int(child)))]
+
+
+def used(process: int) -> float:
+    """Seconds of processors, by all threads of it."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Pair:
@@ -99,6 +116,28 @@ class Pair:
             }
             self.sides.append(Served(str(folder / "model"), kv, variables, folder / f"{name}.log", **options))
 
+    def idle(self, seconds: float = 2.0) -> float:
+        """How many processors its engines keep busy while they have nothing to do."""
+        self.resume()
+        before = sum(map(used, self._processes()))
+        time.sleep(seconds)
+        busy = sum(map(used, self._processes())) - before
+        self.stop()
+        return busy / seconds
+
+    def stop(self) -> None:
+        """Take the processors from it."""
+        for each in self._processes():
+            os.kill(each, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Give them back."""
+        for each in self._processes():
+            os.kill(each, signal.SIGCONT)
+
+    def _processes(self) -> list[int]:
+        return [each for side in self.sides if side.alive for each in family(side.pid)]
+
     def scatter(self, numbers: random.Random, tokens: int) -> None:
         """Many requests that end in no order leave free blocks in none."""
         for side in self.sides:
@@ -110,10 +149,12 @@ class Pair:
     def turn(self, prompt: list[int]) -> dict[str, float]:
         """One prompt: seconds that computing it takes, TTFT with the ticket, and TTFT with a warm cache."""
         producer, consumer = self.sides
+        self.resume()
         first, known = producer.ask(prompt, 1, asks(self.way)), consumer.state()["hits"]
         handed = consumer.ask(prompt, 1, first.params)
         came = consumer.state()["hits"] - known
         warm = consumer.ask(prompt, 1)
+        self.stop()
         assert first.tokens == handed.tokens, f"{self.way}: another token was said with the ticket than without"
         assert came >= len(prompt) - 64, f"{self.way}: only {came} tokens of {len(prompt)} came"
         return {
@@ -130,7 +171,9 @@ def measured(pairs: list[Pair], given: argparse.Namespace) -> list[dict[str, Any
     numbers, rows = random.Random(1), []
     if given.scattered:
         for pair in pairs:
+            pair.resume()
             pair.scatter(random.Random(2), max(given.tokens))
+            pair.stop()
     for tokens in given.tokens:
         turns: list[dict[str, dict[str, float]]] = []
         for number in range(given.repetitions + 2):
@@ -140,6 +183,8 @@ def measured(pairs: list[Pair], given: argparse.Namespace) -> list[dict[str, Any
         for pair in pairs:
             rows.append(row(tokens, pair.way, turns[2:]))  # the first ones connect, and find out shapes
             say(rows[-1])
+    for pair in pairs:
+        print(f"{pair.way}: with nothing to do, both engines use {pair.idle():.2f} processors", flush=True)
     return rows
 
 
@@ -225,9 +270,10 @@ def main() -> None:
                 pairs.append(Pair(way, given, folder, meeting.address, secret))
                 for side in pairs[-1].sides:
                     stack.callback(side.close)
-        for pair in pairs:
-            for side in pair.sides:
-                side.ready()
+                stack.callback(pairs[-1].resume)  # a process that is stopped does not end
+                for side in pairs[-1].sides:
+                    side.ready()
+                pairs[-1].stop()
         rows = measured(pairs, given)
     if given.json:
         described = {name: value for name, value in vars(given).items() if name not in ("json", "short")}

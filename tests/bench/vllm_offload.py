@@ -6,9 +6,10 @@
 `calls` is what vLLM's scheduler asks of a manager for a request of 64 blocks: each looked up and all loaded, or all
 stored, with the completions. Ours is the adapter over `tensorway-cpu`, theirs `CPUOffloadingManager`, both full, and
 with new requests each time; CPU microseconds of this thread for each block. They take turns, and ratios are of one
-turn. `prompts` is an engine whose model has random weights, in a process: a new prompt is computed, vLLM's own cache is
-reset, and the same prompt comes again from host memory; then once more, from the cache. Seconds are until the first
-token, and the ratio is of one prompt's. vLLM's own CPU offloading refuses to run on a CPU, so nothing is beside it.
+turn. `prompts` is an engine whose model has random weights, its core in a process of its own, as vLLM has it: a new
+prompt is computed, vLLM's own cache is reset, and the same prompt comes again from host memory; then once more, from
+the cache. Seconds are until the first token, and the ratio is of one prompt's. vLLM's own CPU offloading refuses to run
+on a CPU, so nothing is beside it.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def prompts(given: argparse.Namespace) -> None:
             "HOME": folder,
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_NO_USAGE_STATS": "1",
         }

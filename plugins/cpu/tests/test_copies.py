@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -66,3 +70,75 @@ def test_pieces_are_copied_as_one_would_by_hand(name, length, gaps, thresholds, 
 
     np.testing.assert_array_equal(to, wanted)
     assert len(ids[0]) * length * 2 == nbytes
+
+
+# -- pieces that wait for the interpreter are copied by the kernel
+
+
+PIECES, PIECE = 128, 64 << 10
+
+
+@pytest.fixture
+def long_pieces():
+    """Every second of many, in another order, so that no two are neighbors."""
+    rng = np.random.default_rng(3)
+    (to, to_table), (frm, frm_table) = (side(rng, PIECE, 64, planes=1, count=2 * PIECES) for _ in range(2))
+    ids = [np.asarray(random.Random(seed).sample(range(0, 2 * PIECES, 2), PIECES), np.int64) for seed in (1, 2)]
+    move = Move(to_table, frm_table, *ids)
+    return move, to, by_hand(to, frm, move), frm  # whose memory is to stay
+
+
+def test_who_copies_long_pieces_does_not_wait_for_the_interpreter_for_each(long_pieces):
+    """Beside a thread that is busy in Python, as the loop of an engine may be: each time costs a whole interval."""
+    move, to, wanted, _ = long_pieces
+    interval, stop = sys.getswitchinterval(), threading.Event()
+
+    def busy():
+        while not stop.is_set():
+            pass
+
+    beside = threading.Thread(target=busy)
+    sys.setswitchinterval(0.05)
+    try:
+        beside.start()
+        began = time.monotonic()
+        copy([move])
+        took = time.monotonic() - began
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        beside.join()
+    np.testing.assert_array_equal(to, wanted)
+    assert took < PIECES / 4 * 0.05
+
+
+@pytest.mark.parametrize("most", [1, 1000, PIECE, 3 * PIECE + 5])
+def test_what_the_kernel_leaves_is_asked_for_again(long_pieces, monkeypatch, most):
+    """As it does behind two gigabytes."""
+    move, to, wanted, _ = long_pieces
+    monkeypatch.setattr(copies, "_WAIT", -1)
+    read = copies._read_memory()
+    left = [most, most]  # then all
+
+    def some(process, targets, target_count, sources, source_count, flags):
+        if not left:
+            return read(process, targets, target_count, sources, source_count, flags)
+        short = np.zeros((target_count, 2), np.int64)
+        ctypes.memmove(short.ctypes.data, targets, short.nbytes)
+        ends = np.minimum(np.cumsum(short[:, 1]), left.pop())
+        short[:, 1] = np.diff(ends, prepend=0)
+        return read(process, short.ctypes.data, target_count, sources, source_count, flags)
+
+    monkeypatch.setattr(copies, "_read_memory", lambda: some)
+    copy([move])
+    assert not left
+    np.testing.assert_array_equal(to, wanted)
+
+
+def test_where_the_kernel_may_not_be_asked_the_c_library_copies(long_pieces, monkeypatch):
+    """As in a container whose profile knows no `process_vm_readv`."""
+    move, to, wanted, _ = long_pieces
+    monkeypatch.setattr(copies, "_WAIT", -1)
+    monkeypatch.setattr(copies, "_read_memory", lambda: lambda *_: -1)
+    copy([move])
+    np.testing.assert_array_equal(to, wanted)

@@ -1,13 +1,17 @@
 """Copying many pieces between two tables of host memory, each length in the way that is fastest for it.
 
 May import the core, numpy and ctypes. The ways are those that were measured (tests/bench/offload_copies.py): numpy's
-own loops over items as long as a piece, by ids or by slices of equal distances, which cost a few nanoseconds for each
-and let other threads run; and a memmove for each piece, or for neighbors joined, where it is long enough for a call.
+own loops over items as long as a piece, by ids or by slices of equal distances, which cost a few nanoseconds for each;
+and a memmove for each piece, or for neighbors joined, where it is long enough for a call. Other threads run meanwhile,
+and one that is busy in Python gives the interpreter back milliseconds later: so each call may wait that long. Where
+that is seen, the kernel copies what is left, at half the speed, a thousand pieces in a call.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import time
 from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
@@ -28,13 +32,19 @@ _LONG: Final = 32 << 10
 _STEPS: Final = 4 << 10
 #: Pieces that are neither read nor written in a row go through so many bytes that stay in the cache.
 _BETWEEN: Final = 256 << 10
+#: So many long pieces are copied, and then it is seen whether they have waited for more than this.
+_GROUP: Final = 16
+_WAIT: Final = 2e-3
+#: So many pieces the kernel takes at once.
+_VECTOR: Final = 1024
 _Items = NDArray[np.void]
 _NOTHING: Final = (np.zeros(0, np.int64),) * 3
 
 
 def copy(moves: Iterable[Move]) -> int:
     """Copy all pieces; how many bytes."""
-    return sum(_copied(move) for move in moves)
+    crowd = _Crowd()
+    return sum(_copied(move, crowd) for move in moves)
 
 
 def pieces(moves: Iterable[Move]) -> Runs:
@@ -47,7 +57,7 @@ def pieces(moves: Iterable[Move]) -> Runs:
     return joined(np.zeros(len(to), np.int64), to, frm, nbytes)
 
 
-def _copied(move: Move) -> int:
+def _copied(move: Move, crowd: _Crowd) -> int:
     count, nbytes = len(move.to_ids), move.to.block_bytes
     if not count:
         return 0
@@ -55,7 +65,8 @@ def _copied(move: Move) -> int:
     each = nbytes * count / len(runs.first)
     alone = len(runs.first) == count
     if each >= _LONG and (runs.touch if not alone else not _is_one_array(move)):
-        _one_by_one(_places(move.to, runs.to), _places(move.frm, runs.frm), runs.counts * nbytes)
+        targets, sources = _places(move.to, runs.to), _places(move.frm, runs.frm)
+        crowd.copy(targets.ravel(), sources.ravel(), np.tile(runs.counts * nbytes, len(targets)))
     else:
         way = _by_ids if alone or each < _STEPS else _in_steps
         for to, frm in zip(_items(move.to), _items(move.frm), strict=True):
@@ -92,11 +103,51 @@ class _Runs:
         return cls(first, counts, move.to_ids[first], move.frm_ids[first], to_step, frm_step, touch)
 
 
-def _one_by_one(to: Numbers, frm: Numbers, lengths: Numbers) -> None:
-    each = lengths.tolist()
-    memmove = _memmove()
-    for targets, sources in zip(to.tolist(), frm.tolist(), strict=True):
-        deque(map(memmove, targets, sources, each), 0)
+class _Crowd:
+    """Long pieces; whether who copies has to wait for the interpreter is known from those before."""
+
+    def __init__(self) -> None:
+        self._waits = False
+
+    def copy(self, to: Numbers, frm: Numbers, lengths: Numbers) -> None:
+        """One by one, until that was a wait."""
+        copied = 0
+        while copied < len(to) and not self._waits:
+            part = slice(copied, copied + _GROUP if copied else 1)
+            began = time.perf_counter()
+            _by_calls(to[part].tolist(), frm[part].tolist(), lengths[part].tolist())
+            # What copies less than a gigabyte in a second does not copy.
+            self._waits = time.perf_counter() - began > _WAIT + int(lengths[part].sum()) / 1e9
+            copied = part.stop
+        _by_kernel(to[copied:], frm[copied:], lengths[copied:])
+
+
+def _by_calls(to: Iterable[int], frm: Iterable[int], lengths: Iterable[int]) -> None:
+    deque(map(_memmove(), to, frm, lengths), 0)
+
+
+def _by_kernel(to: Numbers, frm: Numbers, lengths: Numbers) -> None:
+    read = _read_memory()
+    own = os.getpid()
+    for begin in range(0, len(to), _VECTOR):
+        part = slice(begin, begin + _VECTOR)
+        targets, sources = (np.stack([side[part], lengths[part]], axis=1) for side in (to, frm))
+        while len(targets):
+            moved = read(own, targets.ctypes.data, len(targets), sources.ctypes.data, len(sources), 0)
+            if moved <= 0:  # not in every container may one ask
+                _by_calls(targets[:, 0].tolist(), sources[:, 0].tolist(), targets[:, 1].tolist())
+                break
+            targets, sources = _behind(targets, moved), _behind(sources, moved)
+
+
+def _behind(pieces: Numbers, moved: int) -> Numbers:
+    """What is left of pieces behind so many bytes: nothing, where the kernel is not asked for gigabytes."""
+    ends = np.cumsum(pieces[:, 1])
+    rest: Numbers = pieces[ends > moved]
+    if len(rest):
+        within = moved - int(ends[-len(rest)] - rest[0, 1])
+        rest[0] += (within, -within)
+    return rest
 
 
 def _in_steps(to: _Items, frm: _Items, move: Move, runs: _Runs) -> None:
@@ -149,4 +200,13 @@ def _memmove() -> Any:
     """That of the C library, told what numbers mean; it lets other threads run."""
     function = libc().memmove
     function.argtypes, function.restype = (ctypes.c_size_t,) * 3, None
+    return function
+
+
+@lru_cache(maxsize=1)
+def _read_memory() -> Any:
+    """The kernel's copy from another process's memory, which may be this one's."""
+    function = libc().process_vm_readv
+    function.argtypes = (ctypes.c_int, *(ctypes.c_size_t,) * 5)
+    function.restype = ctypes.c_ssize_t
     return function
