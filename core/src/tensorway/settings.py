@@ -25,7 +25,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "TENSORWAY_SECRET": "What all members of a deployment know; whoever knows it reaches their memory.",
     "TENSORWAY_SECRET_FILE": "A file with that secret, where TENSORWAY_SECRET is not set.",
     "TENSORWAY_LOCAL_RANK": "This process's rank on its host; only rank 0 logs what every rank would log.",
-    "TENSORWAY_ENVIRONMENT_POLICY": "`off` lets all but secrets travel; `NAME=SCOPE,...` says where variables are true.",
+    "TENSORWAY_ENVIRONMENT_POLICY": "`off` lets all but secrets travel; `NAME=SCOPE` says where values are true.",
     "TENSORWAY_ENVIRONMENT_OF": "Written by launchers for their workers: where their environment comes from.",
 }
 
