@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: A value, and room for keys and numbers around it.
 MAX_FRAME: Final = MAX_VALUE + (64 << 10)
 #: The service speaks to clients of the same number only.
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 
 _Text = Annotated[str, msgspec.Meta(max_length=512)]
 
@@ -60,19 +60,50 @@ class Answer(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag="a
     refused: tuple[str, str, str] = ("", "", "")
 
 
-class Change(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag="change"):
-    """An event for one watch; `order` counts them without a gap, unless one was lost on the way."""
+class Told(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag="told"):
+    """In front of changes for one watch; `order` counts these without a gap, unless some were lost on the way."""
 
     watch: int
     order: int
+
+
+class Change(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """An event. All of one turn are one frame, the second after `Told`, and the same one for all who watch a prefix."""
+
     kind: str
     key: str
+    #: The service's, which each change makes one more: a watch drops what was before it.
+    revision: int
     row: Row | None = None
+
+
+class Status(msgspec.Struct, forbid_unknown_fields=True):
+    """What a service says about itself, and about the leases of records below a prefix."""
+
+    incarnation: str
+    #: Since it began.
+    seconds: float
+    #: What its process has in memory, and what the values of all records have.
+    memory_bytes: int
+    record_bytes: int
+    records: int
+    held_leases: int
+    watches: int
+    #: How often each call was made.
+    calls: dict[str, int]
+    #: Changes that were sent, and in how many frames.
+    changes: int
+    changes_frames: int
+    #: Lease -> the seconds for which it lasts if nobody keeps it.
+    leases: dict[str, float]
 
 
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_request: Final = msgspec.msgpack.Decoder(Request).decode
-decode_reply: Final = msgspec.msgpack.Decoder(Answer | Change).decode
+decode_reply: Final = msgspec.msgpack.Decoder(Answer | Told).decode
+decode_changes: Final = msgspec.msgpack.Decoder(list[Change]).decode
+encode_status: Final = msgspec.json.Encoder().encode
+decode_status: Final = msgspec.json.Decoder(Status).decode
 
 
 def service_keys(secret: str) -> tuple[bytes, bytes]:
