@@ -78,6 +78,28 @@ class Service:
         self._thread = threading.Thread(target=self._serve, name="tensorway-rendezvous", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it answers."""
+        return self._thread.is_alive()
+
+    def status(self, prefix: str | None = None) -> Status:
+        """How it is; only its own thread may ask for the leases of records below a prefix."""
+        now, records = time.monotonic(), self._records
+        return Status(
+            incarnation=self.incarnation,
+            seconds=now - self._began,
+            memory_bytes=_memory(),
+            record_bytes=records.nbytes,
+            records=records.count,
+            held_leases=records.leases,
+            watches=len(self._watches),
+            calls={call: count for call, count in self._calls.items() if count},
+            changes=self._changes,
+            changes_frames=self._changes_frames,
+            leases={} if prefix is None else records.left(prefix, now),
+        )
+
     def close(self) -> None:
         """Stop; every record is gone, and clients wait for a service at this address until their deadlines."""
         self._stop.set()
@@ -187,21 +209,7 @@ class Service:
         """Whatever a client says tells that it is there."""
 
     def _status(self, _client: bytes, request: Request, answer: Answer) -> None:
-        now, records = time.monotonic(), self._records
-        status = Status(
-            incarnation=self.incarnation,
-            seconds=now - self._began,
-            memory_bytes=_memory(),
-            record_bytes=records.nbytes,
-            records=records.count,
-            held_leases=records.leases,
-            watches=len(self._watches),
-            calls={call: count for call, count in self._calls.items() if count},
-            changes=self._changes,
-            changes_frames=self._changes_frames,
-            leases=records.left(request.key, now),
-        )
-        answer.text = frames.encode_status(status).decode()
+        answer.text = frames.encode_status(self.status(request.key)).decode()
 
     # -- sending
 
