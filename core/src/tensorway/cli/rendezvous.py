@@ -70,7 +70,7 @@ def serve(
             if not service.alive:
                 true, to_do = "Its thread has ended.", "Start it again, and report what its log says."
                 raise PluginDefect(f"The rendezvous at {service.address} was to be served.", true, to_do)
-        out.progress("Ending; members go on with the connections that they have.")
+        out.line("Ending; members go on with the connections that they have.")
     return exits.OK
 
 
