@@ -84,6 +84,10 @@ class DirectStore:
         # Doubled after each try: who starts with another pause comes at another moment, when all were cut at once.
         self._socket.setsockopt(zmq.RECONNECT_IVL, random.randint(20, 40))
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        # Who asks notices a dead connection, and tells the service when to: it need not ask a thousand clients itself.
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TTL, 6000)
         try:
             self._socket.connect(f"tcp://{self.address}")
         except zmq.ZMQError as error:
@@ -136,7 +140,7 @@ class DirectStore:
 
     def status(self, prefix: str, seconds: float) -> Status:
         """What the service says about itself, and about the leases of records below a prefix."""
-        return _status(self._call(seconds, "status", key=prefix).text)
+        return frames.status_of(self._call(seconds, "status", key=prefix).text)
 
     def forget(self, number: int) -> None:
         """A watch is closed."""
@@ -332,17 +336,6 @@ def _checked(answer: Answer) -> Answer:
         error: TensorwayError = kind(*answer.refused)
         raise error
     return answer
-
-
-def _status(text: str) -> Status:
-    try:
-        return frames.decode_status(text)
-    except UNREADABLE as error:
-        raise RecordRefused(
-            "The rendezvous was asked how it is.",
-            f"What it says is no status: {error}.",
-            "Install one version of tensorway in the whole deployment.",
-        ) from error
 
 
 def _record(row: Row) -> Record:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
+from tensorway.errors import RecordRefused
 from tensorway.rendezvous.contract import MAX_VALUE
 
 if TYPE_CHECKING:
@@ -103,7 +105,19 @@ decode_request: Final = msgspec.msgpack.Decoder(Request).decode
 decode_reply: Final = msgspec.msgpack.Decoder(Answer | Told).decode
 decode_changes: Final = msgspec.msgpack.Decoder(list[Change]).decode
 encode_status: Final = msgspec.json.Encoder().encode
-decode_status: Final = msgspec.json.Decoder(Status).decode
+_DECODE_STATUS: Final = msgspec.json.Decoder(Status).decode
+
+
+def status_of(text: str) -> Status:
+    """What a service said about itself; raises `RecordRefused` if that is no status."""
+    try:
+        return _DECODE_STATUS(text)
+    except UNREADABLE as error:
+        raise RecordRefused(
+            "The rendezvous was asked how it is.",
+            f"What it says is no status: {error}.",
+            "Install one version of tensorway in the whole deployment.",
+        ) from error
 
 
 def service_keys(secret: str) -> tuple[bytes, bytes]:
@@ -117,12 +131,10 @@ def service_keys(secret: str) -> tuple[bytes, bytes]:
 
 
 def bounded(socket: zmq.Socket[Any]) -> None:
-    """What both sides' sockets have in common: nothing lingers, nothing grows, a dead connection is noticed."""
+    """What both sides' sockets have in common: nothing lingers, nothing grows."""
     import zmq
 
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
