@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tensorway_ray.direct_transport import register
 from tensorway_ray.keeper import end
 
-__all__ = ["end"]
+__all__ = ["end", "register"]
