@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from tensorway.errors import BackendUnavailable, DeadlineExceeded, TensorwayError
+from tensorway_ray.actors import enter
 from tensorway_ray.cluster import library
 from tensorway_ray.options import RayOptions
 
@@ -32,9 +33,10 @@ class Keeper:
     """What runs in the actor."""
 
     def __init__(self, host: str) -> None:
+        from tensorway.rendezvous.hosts import choose
         from tensorway.rendezvous.service import Service
-        from tensorway_ray.nodes import choose
 
+        enter()
         self._service: Service | None = None
         self._secret = secrets.token_urlsafe(32)
         #: Kept instead of raised: an actor whose constructor raises dies without three lines.

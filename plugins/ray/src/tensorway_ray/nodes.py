@@ -1,10 +1,12 @@
-"""Ray's node as a host: its address, for whoever is asked for the runtime's. May import the ground and `rendezvous`."""
+"""Ray's node as a host: its address, and what tells it from others. May import tensorway's ground and `rendezvous`."""
 
 from __future__ import annotations
 
+import json
 import sys
 
-from tensorway.rendezvous import hosts
+from tensorway import settings
+from tensorway.rendezvous import environment
 
 
 def address() -> str | None:
@@ -15,6 +17,9 @@ def address() -> str | None:
     return str(ray.util.get_node_ip_address())
 
 
-def choose(policy: str) -> hosts.HostChoice:
-    """Resolve a policy on this node."""
-    return hosts.choose(policy, runtime={"ray": address})
+def identity() -> str:
+    """This host as the stamp of an environment tells it: two nodes of one machine are two, if their addresses are."""
+    plain, own = environment.this_host(), address()
+    # A driver that wrote the stamp before it was in the cluster did not know its node.
+    before = f'"host": {json.dumps(plain)}' in (settings.get(environment.STAMP) or "")
+    return plain if before or own is None else f"{plain} {own}"
