@@ -77,9 +77,8 @@ class Sources:
                     self._connecting.pop(row.peer.incarnation, None)
         finally:
             connecting.release()
-        for row in [known, *idle]:
-            if row is not None:
-                self._let_go(endpoint, row)
+        for row in [*idle, *([known] if known is not None else [])]:
+            self._let_go(endpoint, row)
         return source
 
     def _let_go(self, endpoint: Transport, source: _Source) -> None:

@@ -36,7 +36,7 @@ _STARTS = 60.0
 
 
 @dataclasses.dataclass(eq=False)
-class Described(TensorTransportMetadata):  # type: ignore[misc]
+class Described(TensorTransportMetadata):
     """What Ray carries from the actor that has the tensors to those that fetch them."""
 
     description: bytes = b""
@@ -45,7 +45,7 @@ class Described(TensorTransportMetadata):  # type: ignore[misc]
 
 
 @dataclasses.dataclass(eq=False)
-class Request(FetchRequest):  # type: ignore[misc]
+class Request(FetchRequest):
     """A fetch, given up when Ray lets go of this without having waited for it."""
 
     fetch: Fetch | None = None
@@ -57,7 +57,7 @@ class Request(FetchRequest):  # type: ignore[misc]
             self.fetch.end()
 
 
-class Tensors(TensorTransportManager):  # type: ignore[misc]
+class Tensors(TensorTransportManager):
     """One transport in one process; what it is, is written into a class of its own by `direct_transport.register`."""
 
     label: ClassVar[str]
@@ -183,7 +183,7 @@ class Tensors(TensorTransportManager):  # type: ignore[misc]
         # Only what has arrived is copied: a transfer that is given up may still write, and not into what is a caller's.
         for target, tensor in zip(targets, tensors, strict=True):
             target.copy_(tensor)
-        return targets
+        return list(targets)
 
     def recv_multiple_tensors(
         self,
@@ -194,7 +194,8 @@ class Tensors(TensorTransportManager):  # type: ignore[misc]
     ) -> list[Any]:
         """Fetch and wait."""
         request = self.fetch_multiple_tensors(obj_id, tensor_transport_metadata, communicator_metadata, target_buffers)
-        return self.wait_fetch_complete(request)
+        tensors: list[Any] = self.wait_fetch_complete(request)
+        return tensors
 
     def abort_transport(self, obj_id: str, communicator_metadata: Any) -> None:
         """Give up what is under way for an object."""
