@@ -102,6 +102,9 @@ class Fetch:
                 self._over.wait()
             for transfer in self._transfers:
                 transfer.cancel()
+            for transfer in self._transfers:
+                if transfer.error is not None:
+                    sources.doubt(transfer.route.peer)
             while not all(transfer.released for transfer in self._transfers):
                 time.sleep(_LOOK)
         self._released.set()

@@ -50,6 +50,13 @@ class Sources:
                 source.users -= 1
             self._let_go(endpoint, source)
 
+    def doubt(self, peer: Peer) -> None:
+        """Something with it did not end well: whoever comes next connects anew."""
+        with self._lock:
+            known = self._latest.get(peer.incarnation)
+            if known is not None and known.peer is peer:
+                del self._latest[peer.incarnation]
+
     def _entered(self, endpoint: Transport, described: bytes, number: int, seconds: float, incarnation: str) -> _Source:
         with self._lock:
             connecting = self._connecting.setdefault(incarnation, threading.Lock())
