@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tensorway.plugins.scan import Declaration
 
 #: The core's own commands; a plugin's command of one of these names is never reached.
-COMMANDS: Final = ("demo", "doctor", "plugins", "why", "new-plugin", "check", "probe")
+COMMANDS: Final = ("demo", "doctor", "plugins", "why", "new-plugin", "check", "probe", "environment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +98,10 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
             return check.run(out, arguments.name, arguments.hook, arguments.output, arguments.deadline)
         case "probe":
             return _probe(arguments, out)
+        case "environment":
+            from tensorway.cli import environment
+
+            return environment.run(out, arguments.host)
         case _:
             from tensorway.cli import demo
 
@@ -175,6 +179,8 @@ def _parser(others: Iterable[Declaration] = ()) -> argparse.ArgumentParser:
     check.add_argument("--output", type=Path, default=Path("conformance.json"), metavar="FILE", help="the report")
     check.add_argument("--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="how long one test may take")
     _add_probe(command("probe", "Measure what a transport really does: with a peer, or here with a second process."))
+    environment = command("environment", "Say which variables travel from here to workers, and which do not.")
+    environment.add_argument("--host", default="", metavar="POLICY", help="and which address it gives: auto, cidr:NET")
     for row in others:
         if row.name not in COMMANDS:
             commands.add_parser(row.name, help=f"From {row.dist} {row.version}.", add_help=False)

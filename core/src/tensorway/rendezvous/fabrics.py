@@ -40,15 +40,18 @@ def variables(choice: HostChoice, sysfs: Path = SYSFS) -> dict[str, str]:
     return given
 
 
+def conflicts(choice: HostChoice, sysfs: Path = SYSFS) -> dict[str, str]:
+    """Those of the variables that the user has set otherwise, with his values, which win."""
+    theirs = {name: (settings.get(name) or "").strip() for name in variables(choice, sysfs)}
+    return {name: theirs[name] for name, ours in variables(choice, sysfs).items() if not _agree(theirs[name], ours)}
+
+
 def left_unset(choice: HostChoice, names: Iterable[str] | None = None, sysfs: Path = SYSFS) -> dict[str, str]:
     """Those of the variables (or of these) that the user has left unset; one that he set otherwise is said once."""
     given = variables(choice, sysfs)
-    free = {}
-    for name in given if names is None else given.keys() & set(names):
-        theirs = (settings.get(name) or "").strip()
-        if not theirs:
-            free[name] = given[name]
-        elif not _agree(theirs, given[name]):
+    asked = given.keys() if names is None else given.keys() & set(names)
+    for name, theirs in conflicts(choice, sysfs).items():
+        if name in asked:
             warn_once(
                 _log,
                 ("host", name, theirs, given[name]),
@@ -60,7 +63,7 @@ def left_unset(choice: HostChoice, names: Iterable[str] | None = None, sysfs: Pa
                 rank=settings.local_rank(),
                 extra={"variable": name, "set": theirs, "chosen": given[name]},
             )
-    return free
+    return {name: given[name] for name in given if name in asked and not (settings.get(name) or "").strip()}
 
 
 def apply(choice: HostChoice, sysfs: Path = SYSFS) -> dict[str, str]:
@@ -73,5 +76,5 @@ def apply(choice: HostChoice, sysfs: Path = SYSFS) -> dict[str, str]:
 
 
 def _agree(theirs: str, ours: str) -> bool:
-    """Whether the user's list is within ours: he may leave out a device, and the sign for an exact name."""
-    return set(theirs.lstrip("=").split(",")) <= set(ours.lstrip("=").split(","))
+    """Whether the user's list is blank or within ours: he may leave out a device, and the sign for an exact name."""
+    return not theirs or set(theirs.lstrip("=").split(",")) <= set(ours.lstrip("=").split(","))

@@ -102,6 +102,11 @@ def meeting(rendezvous: str, policy: str = "auto") -> HostChoice:
     return choose(policy, peers=[host.strip("[]")] if host else [])
 
 
+def pinned(policy: str) -> str:
+    """A policy that gives the same in a process of this host that knows no runtime; blank stays blank."""
+    return f"addr:{choose(policy).address}" if policy.strip() else ""
+
+
 def choose(
     policy: str = "auto",
     *,

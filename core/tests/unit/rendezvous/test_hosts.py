@@ -204,6 +204,23 @@ def test_a_blank_policy_of_the_service_is_its_default_and_not_a_wider_one():
 
 
 @pytest.mark.parametrize(
+    ("address", "peers"),
+    [
+        ("10.0.0.7:4000", ["10.0.0.7"]),
+        ("[fe80::1]:4000", ["fe80::1"]),
+        ("http://etcd.example:2379/v3", ["etcd.example"]),
+        ("", []),
+        ("somewhere", []),
+    ],
+)
+def test_who_meets_by_a_rendezvous_asks_for_the_way_to_its_host(monkeypatch, address, peers):
+    asked = []
+    monkeypatch.setattr(hosts, "choose", lambda policy, peers: asked.append((policy, peers)))
+    meeting(address, "cidr:10.0.0.0/8")
+    assert [("cidr:10.0.0.0/8", peers)] == asked
+
+
+@pytest.mark.parametrize(
     ("address", "source"),
     [("127.0.0.1:5600", "route to 127.0.0.1"), ("http://127.0.0.1:2379/x", "route to 127.0.0.1"), ("", "iface:lo")],
 )
@@ -261,6 +278,12 @@ def test_nothing_is_chosen_among_several_of_one_family(addresses, policy):
     else:
         with pytest.raises(AddressInvalid):
             choose(policy, addresses=addresses)
+
+
+def test_a_policy_is_pinned_for_a_process_that_knows_no_runtime(registry, monkeypatch):
+    monkeypatch.setattr(hosts, "local_addresses", lambda: TWO)
+    provide("ray", lambda: "10.78.0.2")
+    assert ("addr:10.78.0.2", "") == (hosts.pinned("any:runtime"), hosts.pinned(" "))
 
 
 def test_a_host_with_hundreds_of_addresses_does_not_list_them_all():
