@@ -20,8 +20,9 @@ def test_every_variable_is_read():
         "TENSORWAY_PROBE_TIMEOUT": "2.5",
         "TENSORWAY_LOCAL_RANK": "3",
     }
-    # Secrets are read when somebody asks for them, and kept nowhere.
-    assert set(environ) == set(settings.VARIABLES) - {"TENSORWAY_SECRET", "TENSORWAY_SECRET_FILE"}
+    # Secrets are read when somebody asks for them, and kept nowhere; and what is for tests, by tests.
+    others = {"TENSORWAY_SECRET", "TENSORWAY_SECRET_FILE", "TENSORWAY_REQUIRE_MULTIHOST"}
+    assert set(environ) == set(settings.VARIABLES) - others
     expected = Settings(("nixl", "transport:cpu@acme"), ("rixl",), strict=True, probe_timeout=2.5, local_rank=3)
     assert expected == from_environment(environ)
 
