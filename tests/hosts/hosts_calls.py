@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
+import socket
 import time
 from types import SimpleNamespace
 
@@ -134,3 +136,16 @@ def close(_):
     """Leave."""
     here.directory.close()
     here.endpoint.close()
+
+
+def host_name(_):
+    """What this host calls itself."""
+    return socket.gethostname()
+
+
+def seconds_to_look_up(_, address):
+    """How long it takes to learn that nobody knows the name of an address."""
+    began = time.monotonic()
+    with contextlib.suppress(socket.gaierror):
+        socket.getnameinfo((address, 1), 0)
+    return time.monotonic() - began

@@ -117,7 +117,7 @@ class Nic:
 
     def lose(self, percent: float) -> Fault:
         """So many frames in a hundred are lost, at random, in either direction."""
-        lost = f"numgen random mod 10000 < {round(percent * 100)} drop"
+        lost = f"numgen random mod 10000 < {round(percent * 100)} drop" if percent < 100 else "drop"
         return self._filter(("loss",), f"iifname {self._ports} {lost}", f"oifname {self._ports} {lost}")
 
     def slow(self, rate: str) -> Fault:

@@ -28,6 +28,7 @@ def send(process: subprocess.Popen[Any], number: int, meant: int | None = None) 
     elif process.poll() is None:
         with contextlib.suppress(ProcessLookupError):  # it has ended, and the child is about to
             os.kill(meant, number)
+        process.send_signal(signal.SIGCONT)  # one that is stopped would not see the end of what it waits for
 
 
 def stop(process: subprocess.Popen[Any], meant: int | None = None) -> None:
