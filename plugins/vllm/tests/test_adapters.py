@@ -200,7 +200,10 @@ def test_a_store_that_is_late_when_its_pages_are_wanted_is_never_found(side, mon
     assert found(side, keys(1)) == [theirs.LookupResult.MISS]
 
 
-def test_a_load_that_is_late_when_its_pages_are_wanted_is_an_error(side, monkeypatch):
+@pytest.fixture
+def late_load(side, monkeypatch):
+    """One of which vLLM wants the pages back, and that does not end in time."""
+
     def late(jobs, deadline):
         raise DeadlineExceeded("a", "b", "c")
 
@@ -208,8 +211,31 @@ def test_a_load_that_is_late_when_its_pages_are_wanted_is_an_error(side, monkeyp
     found(side, keys(1))
     side.worker.submit_load(9, side.manager.prepare_load(keys(1), asked("again")), pages(3))
     monkeypatch.setattr(side.worker.worker, "wait", late)
-    with pytest.raises(DeadlineExceeded):
-        side.worker.wait({9})
+    return side
+
+
+def test_a_load_that_is_late_when_its_pages_are_wanted_costs_the_backend_and_not_the_engine(late_load):
+    late_load.worker.wait({9})
+    [ended] = late_load.worker.get_finished()
+    assert (9, True) == (ended.job_id, ended.success)
+    assert {3} == late_load.worker.bad_pages()
+    # Nothing begins any more, so nothing writes.
+    late_load.worker.submit_load(10, late_load.manager.prepare_load(keys(1), asked("third")), pages(2))
+    assert [10] == [each.job_id for each in late_load.worker.get_finished()]
+    assert {2} == late_load.worker.bad_pages()
+    assert {("wait", "failed"): 1} == failures(late_load.worker._faults.beside(lambda: []))
+
+
+def test_a_late_load_of_a_backend_that_does_not_end_ends_the_engine(late_load, monkeypatch):
+    """Pages that may be written to at any time are nobody's."""
+
+    def busy(deadline):
+        raise DeadlineExceeded("a", "b", "c")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(late_load.worker.worker, "close", busy)
+        with pytest.raises(DeadlineExceeded):
+            late_load.worker.wait({9})
 
 
 def test_a_request_that_may_not_use_storage_uses_no_tier(side):

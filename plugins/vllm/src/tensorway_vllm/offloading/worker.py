@@ -174,15 +174,19 @@ class WorkerAdapter(theirs.OffloadingWorker):
         return bad
 
     def wait(self, job_ids: Collection[int]) -> None:
-        """vLLM wants pages back. A store that is late is spoiled; a load that is late would write to others' pages."""
+        """vLLM wants pages back. A store that is late is spoiled; a load that is late would write to others' pages.
+
+        So the backend is closed for it, after which no page is touched, and the engine goes on without offloading.
+        """
         over = {result.job for result in self._ended}
         known = [job for job in job_ids if job in self._jobs and job not in over]
         try:
             if known:
                 self.worker.wait(known, self._flush_seconds)
-        except DeadlineExceeded:
+        except DeadlineExceeded as error:
             if any(self._jobs[job].load for job in known):
-                raise
+                self._give_up("wait", error)
+                return
             _log.warning("%d stores are late, and their blocks are given up.", len(known))
             for job in known:
                 self._jobs[job].spoiled = True

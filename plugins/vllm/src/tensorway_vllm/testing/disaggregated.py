@@ -325,8 +325,15 @@ class Serving:
         return _Clocks(time.perf_counter(), time.process_time(), self._steps)
 
     def _state(self) -> dict[str, Any]:
-        metrics = {each.name: each.value for each in self._llm.get_metrics() if hasattr(each, "value")}
-        state = {"hits": int(metrics.get("vllm:external_prefix_cache_hits", 0)), "metrics": metrics}
+        values = [each for each in self._llm.get_metrics() if hasattr(each, "value")]
+        metrics = {each.name: each.value for each in values}
+        # vLLM counts hits when it admits a request; these are the requests whose blocks have come.
+        loaded = [each for each in values if each.name == "vllm:tensorway_kv_requests"]
+        state = {
+            "hits": int(metrics.get("vllm:external_prefix_cache_hits", 0)),
+            "loaded": int(sum(each.value for each in loaded if each.labels["cause"] == "none")),
+            "metrics": metrics,
+        }
         if self._core is not None:
             scheduler = self._core.scheduler
             state["free"] = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
