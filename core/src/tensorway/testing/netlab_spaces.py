@@ -84,7 +84,7 @@ def run(*command: str, text: str = "") -> str:
     )
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
-        raise RuntimeError(f"{' '.join(command)} failed: {' '.join([*text.splitlines(), said])}")
+        raise RuntimeError(f"{shlex.join(command)} failed: {' '.join([*text.splitlines(), said])}")
     return done.stdout
 
 
