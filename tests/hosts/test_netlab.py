@@ -1,6 +1,6 @@
 """The lab itself: each fault does what it says and harms nobody else, and nothing is left of a lab.
 
-Measured by plain sockets of the hosts, which `Host.call` makes in their networks.
+Measured by plain sockets of the hosts, which `LabHost.call` makes in their networks.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def tensorway_process() -> Iterator[Callable[..., RankProcess]]:
 
     started: list[RankProcess] = []
 
-    def start(host: netlab.Host, **environment: str) -> RankProcess:
+    def start(host: netlab.LabHost, **environment: str) -> RankProcess:
         variables = [f"{name}={value}" for name, value in environment.items()]
         started.append(RankProcess("", lambda *command: host.command("env", *variables, *command)))
         return started[-1]

@@ -26,13 +26,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from tensorway.errors import Closed, Unsupported
 from tensorway.testing.netlab_faults import FAULTS, Carried, Fault, Nic, no_fault
 from tensorway.testing.netlab_spaces import PATIENCE, Space, first_line, no_hosts, program
 
-__all__ = ["FAULTS", "Carried", "Fault", "Host", "Lab", "Nic", "missing"]
+__all__ = ["FAULTS", "Carried", "Fault", "Lab", "LabHost", "Nic", "missing"]
 
 #: Hosts in one lab, and interfaces of a host: what fits into the addresses, and more than a machine bears.
 _HOSTS: Final = 200
@@ -61,7 +61,6 @@ wait $!
 #: A name server that refuses at once. One that does not answer costs whoever looks up an address many seconds, and
 #: some libraries look up every address that they meet.
 _RESOLVER: Final = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n"
-_Returned = TypeVar("_Returned")
 
 
 def missing(*faults: str) -> str:
@@ -70,7 +69,7 @@ def missing(*faults: str) -> str:
     return no_hosts() or next(reasons, "")
 
 
-class Host:
+class LabHost:
     """One host of a lab. It is on when its lab begins."""
 
     def __init__(self, name: str, nics: Iterable[Nic], network: Space, folder: Path, private: Sequence[str]) -> None:
@@ -138,7 +137,7 @@ class Host:
             *(program("setpriv"), "--pdeathsig", "KILL", *arguments),
         ]
 
-    def call(self, function: Callable[..., _Returned], *arguments: Any) -> _Returned:
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in this host's network, in our process: sockets that it makes are this host's."""
         return self._network.call(function, *arguments)
 
@@ -167,9 +166,9 @@ class Host:
 class Lab:
     """So many hosts, each with so many interfaces, one network for each: `with Lab(2, nics=2) as lab`.
 
-    Host n has 10.77.I.n and fd77:0:0:I::n at its interface ethI, and a default route over eth0 that leads nowhere. Its
-    name is `names[n - 1]`, else `hostN`. Each of the folders `private` (`/dev/shm` is one always) is empty on every
-    host, and its own.
+    The host of number n has 10.77.I.n and fd77:0:0:I::n at its interface ethI, and a default route over eth0 that leads
+    nowhere. Its name is `names[n - 1]`, else `hostN`. Each of the folders `private` (`/dev/shm` is one always) is empty on
+    every host, and its own.
     """
 
     def __init__(
@@ -190,7 +189,7 @@ class Lab:
         self._ipv4, self._ipv6, self._nics, self._private = ipv4, ipv6, nics, private
         self._open = contextlib.ExitStack()
         #: Its hosts, in the order of their numbers.
-        self.hosts: list[Host] = []
+        self.hosts: list[LabHost] = []
 
     def __enter__(self) -> Lab:
         if why := no_hosts():
@@ -220,12 +219,12 @@ class Lab:
         for host in self.hosts:
             host.heal()
 
-    def _furnished(self, number: int, name: str, folder: Path, switch: Space, stack: contextlib.ExitStack) -> Host:
+    def _furnished(self, number: int, name: str, folder: Path, switch: Space, stack: contextlib.ExitStack) -> LabHost:
         folder.mkdir()
         (folder / "resolv.conf").write_text(_RESOLVER, "utf-8")
         network = Space()
         nics = [self._nic(number, index, network, switch) for index in range(self._nics)]
-        host = Host(name, nics, network, folder, self._private)
+        host = LabHost(name, nics, network, folder, self._private)
         stack.callback(host.close)
         network.ip("link set lo up")
         for nic in nics:
