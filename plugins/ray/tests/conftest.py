@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -53,10 +52,11 @@ def cluster(ray: Any) -> Iterator[Any]:
     """Three nodes, each with an address of its own; this process is a driver on the first."""
     head = {**LEAN, "node_ip_address": ADDRESSES[0], "resources": {"node1": 1}}
     # Ray's workers refuse a folder below their own virtual environment, which is where nox has its temporary one.
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/var/tmp")
-    with warnings.catch_warnings():
+    outside = tempfile.TemporaryDirectory(prefix="ray-", dir="/var/tmp", ignore_cleanup_errors=True)
+    with outside as folder, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={**head, "temp_dir": folder})
+        patch.setenv("RAY_TMPDIR", folder)
+        made = ray.cluster_utils.Cluster(initialize_head=True, head_node_args=head)
         try:
             for number, address in enumerate(ADDRESSES[1:], 2):
                 made.add_node(**LEAN, node_ip_address=address, resources={f"node{number}": 1}, wait=False)
@@ -72,7 +72,6 @@ def cluster(ray: Any) -> Iterator[Any]:
         finally:
             ray.shutdown()
             made.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
