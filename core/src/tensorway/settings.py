@@ -24,6 +24,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "TENSORWAY_PROBE_TIMEOUT": "Seconds that one probe may take (default 30).",
     "TENSORWAY_SECRET": "What all members of a deployment know; whoever knows it reaches their memory.",
     "TENSORWAY_SECRET_FILE": "A file with that secret, where TENSORWAY_SECRET is not set.",
+    "TENSORWAY_REQUIRE_MULTIHOST": "`1` fails tests that need several hosts where there can be none. Else they skip.",
     "TENSORWAY_LOCAL_RANK": "This process's rank on its host; only rank 0 logs what every rank would log.",
     "TENSORWAY_ENVIRONMENT_POLICY": "`off` lets all but secrets travel; `NAME=SCOPE` says where values are true.",
     "TENSORWAY_ENVIRONMENT_OF": "Written by launchers for their workers: where their environment comes from.",
@@ -85,16 +86,26 @@ def get(name: str, default: str | None = None) -> str | None:
     return os.environ.get(name, default)
 
 
+def flag(name: str) -> bool:
+    """Whether a variable of ours says yes."""
+    return _flag(os.environ, name)
+
+
 def secret() -> str:
     """What all members of a deployment know; empty when nobody said it."""
     if given := os.environ.get("TENSORWAY_SECRET", ""):
         return given
     file = os.environ.get("TENSORWAY_SECRET_FILE", "")
+    return secret_in(file, "TENSORWAY_SECRET_FILE") if file else ""
+
+
+def secret_in(file: str, what: str) -> str:
+    """The secret that a file holds; `what` named the file."""
     try:
-        return Path(file).read_text("utf-8").strip() if file else ""
+        return Path(file).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingInvalid(
-            f"TENSORWAY_SECRET_FILE={file!r} was set.", f"It cannot be read: {error}.", "Name a file with the secret."
+            f"{what}={file!r} was set.", f"It cannot be read: {error}.", "Name a file with the secret."
         ) from error
 
 
