@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Nodes take ten seconds to start on a busy machine, actors five; and Ray leaves sockets to the collector."""
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(400))
+            # By a thread: what hangs in Ray hangs in native code, where no signal is heard.
+            item.add_marker(pytest.mark.timeout(400, method="thread"))
             for category in ("ResourceWarning", "DeprecationWarning", "FutureWarning"):
                 item.add_marker(pytest.mark.filterwarnings(f"ignore::{category}"))
             item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
@@ -48,11 +50,13 @@ def ray() -> Any:
 @pytest.fixture(scope="session")
 def cluster(ray: Any) -> Iterator[Any]:
     """Three nodes, each with an address of its own; this process is a driver on the first."""
-    with warnings.catch_warnings():
+    head = {**LEAN, "node_ip_address": ADDRESSES[0], "resources": {"node1": 1}}
+    # Ray's workers refuse a folder below their own virtual environment, which is where nox has its temporary one.
+    outside = tempfile.TemporaryDirectory(prefix="ray-", dir="/var/tmp", ignore_cleanup_errors=True)
+    with outside as folder, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = ray.cluster_utils.Cluster(
-            initialize_head=True, head_node_args={**LEAN, "node_ip_address": ADDRESSES[0], "resources": {"node1": 1}}
-        )
+        patch.setenv("RAY_TMPDIR", folder)
+        made = ray.cluster_utils.Cluster(initialize_head=True, head_node_args=head)
         try:
             for number, address in enumerate(ADDRESSES[1:], 2):
                 made.add_node(**LEAN, node_ip_address=address, resources={f"node{number}": 1}, wait=False)
