@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +26,8 @@ VARIABLES: Final[Mapping[str, str]] = {
     "TENSORWAY_SECRET_FILE": "A file with that secret, where TENSORWAY_SECRET is not set.",
     "TENSORWAY_REQUIRE_MULTIHOST": "`1` fails tests that need several hosts where there can be none. Else they skip.",
     "TENSORWAY_LOCAL_RANK": "This process's rank on its host; only rank 0 logs what every rank would log.",
+    "TENSORWAY_ENVIRONMENT_POLICY": "`off` lets all but secrets travel; `NAME=SCOPE` says where values are true.",
+    "TENSORWAY_ENVIRONMENT_OF": "Written by launchers for their workers: where their environment comes from.",
 }
 
 #: Where launchers write the rank of a process on its host, in the order of trust.
@@ -94,11 +96,16 @@ def secret() -> str:
     if given := os.environ.get("TENSORWAY_SECRET", ""):
         return given
     file = os.environ.get("TENSORWAY_SECRET_FILE", "")
+    return secret_in(file, "TENSORWAY_SECRET_FILE") if file else ""
+
+
+def secret_in(file: str, what: str) -> str:
+    """The secret that a file holds; `what` named the file."""
     try:
-        return Path(file).read_text("utf-8").strip() if file else ""
+        return Path(file).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingInvalid(
-            f"TENSORWAY_SECRET_FILE={file!r} was set.", f"It cannot be read: {error}.", "Name a file with the secret."
+            f"{what}={file!r} was set.", f"It cannot be read: {error}.", "Name a file with the secret."
         ) from error
 
 
@@ -108,11 +115,17 @@ def environment() -> dict[str, str]:
 
 
 def set_default(name: str, value: str) -> bool:
-    """Set a variable of a native library unless the user has set it; true if this call set it."""
-    if name in os.environ:
+    """Set a variable of a native library unless the user has set it (to more than blanks); true if this call set it."""
+    if os.environ.get(name, "").strip():
         return False
     os.environ[name] = value
     return True
+
+
+def unset(names: Iterable[str]) -> None:
+    """Remove variables that came from elsewhere and are not true here."""
+    for name in names:
+        os.environ.pop(name, None)
 
 
 def terminal(environ: Mapping[str, str] | None = None) -> bool:

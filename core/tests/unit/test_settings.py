@@ -20,9 +20,16 @@ def test_every_variable_is_read():
         "TENSORWAY_PROBE_TIMEOUT": "2.5",
         "TENSORWAY_LOCAL_RANK": "3",
     }
-    # Secrets are read when somebody asks for them, and kept nowhere; and what is for tests, by tests.
-    others = {"TENSORWAY_SECRET", "TENSORWAY_SECRET_FILE", "TENSORWAY_REQUIRE_MULTIHOST"}
-    assert set(environ) == set(settings.VARIABLES) - others
+    # Secrets are read when somebody asks for them, and kept nowhere; the policy is that of the environment it is in;
+    # and what is for tests is read by tests.
+    elsewhere = {
+        "TENSORWAY_SECRET",
+        "TENSORWAY_SECRET_FILE",
+        "TENSORWAY_ENVIRONMENT_POLICY",
+        "TENSORWAY_ENVIRONMENT_OF",
+        "TENSORWAY_REQUIRE_MULTIHOST",
+    }
+    assert set(environ) == set(settings.VARIABLES) - elsewhere
     expected = Settings(("nixl", "transport:cpu@acme"), ("rixl",), strict=True, probe_timeout=2.5, local_rank=3)
     assert expected == from_environment(environ)
 
@@ -91,6 +98,18 @@ def test_a_default_is_set_only_where_the_user_set_nothing(monkeypatch):
     )
     assert ("theirs", "ours") == (settings.get("UCX_TEST_SET"), settings.get("UCX_TEST_UNSET"))
     monkeypatch.delenv("UCX_TEST_UNSET")
+
+
+def test_a_blank_variable_is_unset(monkeypatch):
+    monkeypatch.setenv("UCX_TEST_BLANK", " ")
+    assert settings.set_default("UCX_TEST_BLANK", "ours")
+    assert "ours" == settings.get("UCX_TEST_BLANK")
+
+
+def test_what_is_removed_is_gone_and_what_was_not_there_is_no_error(monkeypatch):
+    monkeypatch.setenv("UCX_TEST_SET", "theirs")
+    settings.unset(["UCX_TEST_SET", "UCX_TEST_UNSET"])
+    assert None is settings.get("UCX_TEST_SET")
 
 
 @pytest.mark.parametrize(("environ", "expected"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])

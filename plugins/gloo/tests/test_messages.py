@@ -108,19 +108,3 @@ def test_what_gloo_says_is_told_without_its_sources(torch_is_here):
     long = "[/w/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:33183. This is typically caused by a crash."
     assert "Connection closed by peer [127.0.0.1]:33183" == said(RuntimeError(long))
     assert "RuntimeError" == said(RuntimeError())
-
-
-@pytest.mark.parametrize(
-    ("address", "hosts"),
-    [
-        ("10.0.0.7:4000", ["10.0.0.7"]),
-        ("[fe80::1]:4000", ["fe80::1"]),
-        ("http://etcd.example:2379/v3", ["etcd.example"]),
-        ("", []),
-        ("somewhere", []),
-    ],
-)
-def test_members_choose_the_address_that_leads_to_the_rendezvous(torch_is_here, address, hosts):
-    from tensorway_gloo.formation import _hosts
-
-    assert hosts == _hosts(address)

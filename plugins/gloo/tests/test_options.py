@@ -17,12 +17,18 @@ def test_what_a_config_file_says_becomes_options():
     assert GlooOptions(None, 30.0) == validated(OFFER, {})
 
 
+def test_where_to_listen_is_a_host_policy():
+    assert "iface:eth0" == validated(OFFER, {"interface": "eth0"}).policy
+    assert "cidr:10.0.0.0/8" == validated(OFFER, {"host": "cidr:10.0.0.0/8"}).policy
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"interface": "an interface"}, "interface"),
         ({"interface": "a" * 16}, "interface"),
         ({"interface": "../eth0"}, "interface"),
+        ({"interface": "eth0", "host": "auto"}, "give one of them"),
         ({"timeout_s": 0}, "timeout_s"),
         ({"timeout_s": "soon"}, "timeout_s"),
         ({"timeout": 5}, "'timeout_s'"),

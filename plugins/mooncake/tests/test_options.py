@@ -20,6 +20,11 @@ def test_an_address_of_the_network_is_taken():
     assert MooncakeOptions("engine-1", "10.0.0.7") == validated(OFFER, {"name": "engine-1", "host": "10.0.0.7"})
 
 
+@pytest.mark.parametrize("host", ["auto", "loopback", "runtime", "cidr:10.0.0.0/8", "iface:eth0", "any:auto"])
+def test_a_host_policy_is_taken(host):
+    assert host == validated(OFFER, {"host": host}).host
+
+
 def test_containment_is_asked_for():
     assert MooncakeOptions(contained=True) == validated(OFFER, {"contained": True})
 
@@ -27,9 +32,10 @@ def test_containment_is_asked_for():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"host": "localhost"}, "an IPv4 address"),
+        ({"host": "localhost"}, "a host policy, or an IPv4 address"),
         ({"host": "::1"}, "an IPv4 address"),
         ({"host": "127.0.0.1:15000"}, "an IPv4 address"),
+        ({"host": "cidr:"}, "an IPv4 address"),
         ({"host": ""}, "an IPv4 address"),
         ({"host": "0.0.0.0"}, "nobody can connect to"),
         ({"host": "224.0.0.1"}, "nobody can connect to"),

@@ -18,11 +18,17 @@ def test_what_a_config_file_says_becomes_options():
     assert NcclOptions("auto", None, None, 30.0) == validated(OFFER, {})
 
 
+def test_where_to_agree_is_a_host_policy():
+    assert "iface:eth0" == validated(OFFER, {"interface": "eth0"}).policy
+    assert "cidr:10.0.0.0/8" == validated(OFFER, {"host": "cidr:10.0.0.0/8"}).policy
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"lane": "fast"}, "lane"),
         ({"interface": "a/b"}, "interface"),
+        ({"interface": "eth0", "host": "auto"}, "give one of them"),
         ({"max_ctas": 0}, "max_ctas"),
         ({"max_ctas": 65}, "max_ctas"),
         ({"max_ctas": 1.5}, "max_ctas"),

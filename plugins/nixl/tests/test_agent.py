@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -99,6 +100,80 @@ print(json.dumps([sorted(left), libc.getenv(b"UCX_TLS"), libc.getenv(b"UCX_NET_D
     )
     ours = ["UCX_DEBUG_SIGNO", "UCX_LOG_FILE", "UCX_RCACHE_MAX_UNRELEASED", "UCX_TCP_USER_TIMEOUT", "UCX_USE_MT_MUTEX"]
     assert [ours, None, None] == fresh_python(code)
+
+
+#: Makes an endpoint, and prints on which addresses this process and those that it started then listen.
+LISTENS = (
+    CREATE
+    + """
+import logging
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("tensorway").addHandler(handler)
+import socket
+endpoint = create(**json.loads(sys.argv[1]))
+from pathlib import Path
+processes = ["self"]
+for process in processes:
+    for task in Path("/proc", process, "task").iterdir():
+        processes += (task / "children").read_text().split()
+inodes = set()
+for process in processes:
+    for fd in Path("/proc", process, "fd").iterdir():
+        try:
+            link = os.readlink(fd)
+        except FileNotFoundError:
+            continue
+        if link.startswith("socket:["):
+            inodes.add(link[8:-1])
+listens = set()
+for line in open("/proc/self/net/tcp"):
+    row = line.split()
+    if row[3] == "0A" and row[9] in inodes:
+        listens.add(socket.inet_ntoa(bytes.fromhex(row[1].split(":")[0])[::-1]))
+print(json.dumps([sorted(listens), said]))
+endpoint.close()
+"""
+)
+
+
+@pytest.mark.parametrize("options", [{"host": "loopback"}, {"host": "loopback", "ucx_tls": ["tcp"]}])
+@pytest.mark.parametrize("set_by_the_user", ["", "lo"])
+def test_a_host_policy_decides_where_ucx_listens(fresh_python, real_nixl, options, set_by_the_user):
+    listens, said = fresh_python(LISTENS, json.dumps(options), UCX_NET_DEVICES=set_by_the_user)
+    assert (["127.0.0.1"], []) == (listens, said)
+
+
+def test_a_mover_listens_where_the_host_policy_says(fresh_python, real_nixl):
+    assert [["127.0.0.1"], []] == fresh_python(LISTENS, json.dumps({"host": "loopback", "contained": True}))
+
+
+def test_the_users_devices_win_over_the_host_policy_which_is_said(fresh_python, real_nixl):
+    listens, said = fresh_python(LISTENS, json.dumps({"host": "loopback"}), UCX_NET_DEVICES="all")
+    assert [
+        "UCX_NET_DEVICES=all is set, and wins over the host policy loopback, which gives lo; unset it, or choose by "
+        "one of them"
+    ] == said
+    assert "127.0.0.1" in listens
+
+
+def test_a_host_policy_that_gives_nothing_here_is_refused(fresh_python, real_nixl):
+    code = (
+        CREATE
+        + """
+from tensorway.errors import AddressInvalid
+refused = []
+for contained in (False, True):
+    try:
+        create(host="iface:none0", contained=contained)
+    except AddressInvalid as error:
+        refused.append(error.true)
+print(json.dumps(refused))
+"""
+    )
+    one, two = fresh_python(code)
+    assert one.startswith("It fits no address.") and one == two
 
 
 def test_the_users_own_ucx_variables_win_over_the_options(fresh_python, real_nixl):

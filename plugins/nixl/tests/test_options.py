@@ -40,6 +40,7 @@ def test_the_progress_thread_does_not_spin_unless_somebody_asks_for_it():
         ({"network_devices": ["lo,TLS=self"]}, "an item of its own"),
         ({"network_devices": [""]}, "an item of its own"),
         ({"network_devices": "eth0"}, "array"),
+        ({"network_devices": ["lo"], "host": "auto"}, "give one of them"),
         ({"progress_interval_us": -1}, "progress_interval_us"),
         ({"progress_interval_us": 1.5}, "int"),
         ({"num_threads": 1000}, "num_threads"),

@@ -29,6 +29,8 @@ class DirectOptions:
     address: str = ""
     #: Where a service of this process listens: a policy, not an address.
     host: str = "loopback"
+    #: What others are told instead, where addresses are translated: an address or a name, never a wildcard.
+    advertise: str = ""
     #: Its port; 0 lets the system choose a free one.
     port: int = 0
     #: What all members know; empty takes it from TENSORWAY_SECRET, or the file that TENSORWAY_SECRET_FILE names.
@@ -60,7 +62,7 @@ def construct(options: DirectOptions, context: object) -> Rendezvous:
     if options.address:
         store = DirectStore(options.address, secret)
     else:
-        service = Service(choose(options.host), options.port, secret)
+        service = Service(choose(options.host.strip() or "loopback", advertise=options.advertise), options.port, secret)
         store = DirectStore(service.address, secret, service)
     return Rendezvous(store)
 

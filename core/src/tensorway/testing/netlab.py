@@ -166,9 +166,9 @@ class LabHost:
 class Lab:
     """So many hosts, each with so many interfaces, one network for each: `with Lab(2, nics=2) as lab`.
 
-    The host of number n has 10.77.I.n and fd77:0:0:I::n at its interface ethI, and a default route over eth0 that leads
-    nowhere. Its name is `names[n - 1]`, else `hostN`. Each of the folders `private` is empty on every host, and its own,
-    as `/dev/shm` is always.
+    The host of number n has 10.77.I.n and fd77:0:0:I::n at its interface ethI, and a default route over eth0 that
+    leads nowhere. Its name is `names[n - 1]`, else `hostN`. Each of the folders `private` is empty on every host, and
+    its own; `/dev/shm` is one always.
     """
 
     def __init__(

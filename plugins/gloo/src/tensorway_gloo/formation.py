@@ -19,7 +19,8 @@ import torch.distributed
 
 from tensorway.eplb import Group
 from tensorway.errors import DeadlineExceeded, TensorwayError
-from tensorway.rendezvous import HostChoice, Rendezvous, choose
+from tensorway.rendezvous import HostChoice, Rendezvous
+from tensorway.rendezvous.hosts import meeting
 from tensorway_gloo.mesh import Mesh, said
 from tensorway_gloo.options import GlooOptions
 
@@ -56,8 +57,7 @@ class _Formation:
         self.seconds = seconds
         self.until = time.monotonic() + seconds
         self.key = f"{group.path}/gloo/{group.epoch}"
-        policy = f"iface:{options.interface}" if options.interface else "auto"
-        self.choice = choose(policy, peers=_hosts(rendezvous.address))
+        self.choice = meeting(rendezvous.address, options.policy)
 
     def mesh(self) -> Mesh:
         try:
@@ -140,7 +140,7 @@ class _Formation:
             f"epoch {self.group.epoch}, over gloo.",
             f"It could not within {self.seconds:g} s. {true}",
             "See whether all members run, were given the same members and epoch, and reach "
-            f"{self.choice.advertise} ({self.choice.source}); option `interface` chooses another.",
+            f"{self.choice.advertise} ({self.choice.source}); option `interface` or `host` chooses another.",
         ) from cause
 
 
@@ -151,9 +151,3 @@ def _hosted(choice: HostChoice, seconds: float) -> Any:
     port = listener.getsockname()[1]
     timeout = timedelta(seconds=max(0.1, seconds))
     return dist.TCPStore(choice.bind, port, None, True, timeout, False, master_listen_fd=listener.detach())
-
-
-def _hosts(address: str) -> list[str]:
-    """The host in a rendezvous's address, to which there is a route from every member; none if it has no such form."""
-    host, _, _ = address.rpartition("://")[2].partition("/")[0].rpartition(":")
-    return [host.strip("[]")] if host else []

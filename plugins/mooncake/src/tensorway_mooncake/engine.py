@@ -22,8 +22,10 @@ from tensorway import _logging
 from tensorway.errors import BackendUnavailable, Closed, MemoryInvalid, TransferFailed, Unsupported
 from tensorway.memory import ADDRESS_LIMIT, Region
 from tensorway.native import Absent, Loaded
+from tensorway.rendezvous.hosts import choose
 from tensorway.transport.contract import Operation
 from tensorway_mooncake.library import load, silence
+from tensorway_mooncake.options import POLICY
 from tensorway_mooncake.wire import LABEL
 
 #: What `check` says of an operation.
@@ -235,6 +237,20 @@ def _made(native: Any, address: str, loaded: Loaded) -> Engine:
     made = Engine(address, native.get_rpc_port(), native, loaded.symbols)
     _open.add(made)
     return made
+
+
+def address_of(host: str) -> str:
+    """The address that the option `host` means here; raises for a policy without an IPv4 address on this machine."""
+    if not POLICY.fullmatch(host):
+        return host
+    choice = choose(host)
+    if ":" in choice.address:
+        raise BackendUnavailable(
+            "A mooncake endpoint was to be opened.",
+            f"The host policy {host} gives {choice.address} here, and Mooncake has been tried with IPv4 only.",
+            "Choose an IPv4 network of this machine: cidr:NET.",
+        )
+    return choice.address
 
 
 def _must_be_local(address: str, asked: str) -> None:

@@ -103,7 +103,7 @@ class MooncakeFabric:
         """Load Mooncake and make an engine."""
         self._name, self._incarnation = name, incarnation
         self._version = version()
-        self._engine = engines.create(self._options.host)
+        self._engine = engines.create(engines.address_of(self._options.host))
         self._jobs = Jobs(self._engine, patience())
         self._inbox = Inbox(self._engine, self._secret, self._names_of)
         self._page.value = incarnation.encode()

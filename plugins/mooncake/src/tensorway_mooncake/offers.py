@@ -34,8 +34,11 @@ def construct(options: MooncakeOptions, context: object) -> object:
         import attrs
 
         from tensorway.transport.contained import contain
+        from tensorway_mooncake.engine import address_of
 
-        return contain("mooncake", "tensorway_mooncake.offers:fabric", attrs.asdict(options), options.name)
+        # Here, because a mover knows no runtime that could be asked.
+        given = {**attrs.asdict(options), "host": address_of(options.host)}
+        return contain("mooncake", "tensorway_mooncake.offers:fabric", given, options.name)
     return Endpoint(MooncakeFabric(options), options.name)
 
 

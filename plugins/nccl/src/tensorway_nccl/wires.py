@@ -19,7 +19,8 @@ import msgspec
 
 from tensorway.eplb import Group
 from tensorway.errors import DeadlineExceeded, Incompatible, TensorwayError
-from tensorway.rendezvous import Rendezvous, choose
+from tensorway.rendezvous import Rendezvous
+from tensorway.rendezvous.hosts import meeting
 from tensorway_nccl.options import NcclOptions
 
 #: The record ends by itself so many seconds after its writer was killed.
@@ -140,8 +141,7 @@ class _Formation:
         self.lane = lane
         self.seconds = seconds
         self.until = time.monotonic() + seconds
-        policy = f"iface:{options.interface}" if options.interface else "auto"
-        self.choice = choose(policy, peers=_hosts(rendezvous.address))
+        self.choice = meeting(rendezvous.address, options.policy)
         self.token = secrets.token_hex(16)
         self.made: dict[int, socket.socket] = {}
 
@@ -259,7 +259,7 @@ class _Formation:
             f"It could not within {self.seconds:g} s. Not here: "
             f"{', '.join(self.group.members[rank] for rank in missing)}.",
             "See whether all members run, were given the same members and epoch, and reach "
-            f"{self.choice.advertise} ({self.choice.source}); option `interface` chooses another.",
+            f"{self.choice.advertise} ({self.choice.source}); option `interface` or `host` chooses another.",
         ) from cause
 
 
@@ -283,9 +283,3 @@ def _exactly(connection: socket.socket, length: int) -> bytes:
             raise ConnectionResetError("the connection has ended")
         data += chunk
     return data
-
-
-def _hosts(address: str) -> list[str]:
-    """The host in a rendezvous's address, to which there is a route from every member; none if it has no such form."""
-    host, _, _ = address.rpartition("://")[2].partition("/")[0].rpartition(":")
-    return [host.strip("[]")] if host else []

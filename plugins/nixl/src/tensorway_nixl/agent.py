@@ -1,7 +1,8 @@
 """One NIXL agent: made without a trace on the host process, and never destroyed while it may still move bytes.
 
-May import tensorway's ground. It drives NIXL's bindings, not its Python class: only they have the pause of the
-progress thread, and only they leave to us when a handle is released. They are the same from NIXL 1.1 to 1.5.
+May import tensorway's ground and its choice of an address. It drives NIXL's bindings, not its Python class: only they
+have the pause of the progress thread, and only they leave to us when a handle is released. They are the same from NIXL
+1.1 to 1.5.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from tensorway import settings
 from tensorway.errors import BackendUnavailable
 from tensorway.memory import Region
 from tensorway.native import Loaded
+from tensorway.rendezvous.fabrics import left_unset
+from tensorway.rendezvous.hosts import choose
 from tensorway_nixl.options import NixlOptions
 from tensorway_nixl.tables import device_index
 
@@ -148,9 +151,9 @@ def create(title: str, loaded: Loaded, name: str, options: NixlOptions) -> Agent
     # Readers beside each other where NIXL has that; without either mode, threads crash it.
     config.syncMode = getattr(bindings, "NIXL_THREAD_SYNC_RW", bindings.NIXL_THREAD_SYNC_STRICT)
     parameters = {"num_threads": str(options.num_threads)} if options.num_threads else {}
-    lists = {"UCX_TLS": options.ucx_tls, "UCX_NET_DEVICES": options.network_devices}
+    variables = _variables(options)
     try:
-        with _creating, _hangup_preserved(), _environment({key: ",".join(value) for key, value in lists.items()}):
+        with _creating, _hangup_preserved(), _environment(variables):
             native = bindings.nixlAgent(name, config)
             native.createBackend("UCX", parameters)
     except Exception as error:  # NIXL's exceptions have no common base, and their text is only a code
@@ -162,6 +165,15 @@ def create(title: str, loaded: Loaded, name: str, options: NixlOptions) -> Agent
     agent = Agent(bindings, native)
     opened.add(agent)
     return agent
+
+
+def _variables(options: NixlOptions) -> dict[str, str]:
+    """What the options say to UCX; raises `AddressInvalid` when the host policy gives no address here."""
+    given = {"UCX_TLS": ",".join(options.ucx_tls), "UCX_NET_DEVICES": ",".join(options.network_devices)}
+    if options.host:
+        # Where the user has set the variable and it differs, that is said there.
+        given.update(left_unset(choose(options.host), ["UCX_NET_DEVICES"]))
+    return given
 
 
 @contextmanager

@@ -42,6 +42,9 @@ def keep_quiet() -> None:
     settings.set_default("UCX_LOG_FILE", "stderr")
     # UCX takes over SIGHUP for its debug mode.
     settings.set_default("UCX_DEBUG_SIGNO", "0")
+    # UCX takes a blank list for one of nothing; whoever left it blank has set nothing.
+    lists = ("UCX_TLS", "UCX_NET_DEVICES")
+    settings.unset(name for name in lists if not (settings.get(name) or "").strip())
 
 
 LIBRARY: Final = NativeLibrary(

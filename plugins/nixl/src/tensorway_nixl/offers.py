@@ -33,9 +33,12 @@ def construct(options: NixlOptions, context: object) -> object:
     if options.contained:
         import attrs
 
+        from tensorway.rendezvous.hosts import pinned
         from tensorway.transport.contained import contain
 
-        return contain("nixl", "tensorway_nixl.offers:fabric", attrs.asdict(options), options.name)
+        # Here, because a mover knows no runtime that could be asked.
+        given = {**attrs.asdict(options), "host": pinned(options.host)}
+        return contain("nixl", "tensorway_nixl.offers:fabric", given, options.name)
     return Endpoint(NixlFabric(options=options), options.name)
 
 

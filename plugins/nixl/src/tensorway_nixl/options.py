@@ -41,6 +41,12 @@ class NixlOptions:
     num_threads: int = attrs.field(default=0, validator=[attrs.validators.ge(0), attrs.validators.le(256)])
     #: Run NIXL in a process of its own, over shared host memory, so that its crashes are not this process's.
     contained: bool = False
+    #: A host policy (`cidr:10.0.0.0/8`) that decides the devices, in place of `network_devices`; empty for none.
+    host: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        if self.host and self.network_devices:
+            raise ValueError("host and network_devices both say which devices UCX may use; give one of them")
 
     @classmethod
     def from_plain(cls, given: Mapping[str, Any]) -> NixlOptions:

@@ -34,9 +34,12 @@ def construct(options: NixlOptions, context: object) -> object:
     if options.contained:
         import attrs
 
+        from tensorway.rendezvous.hosts import pinned
         from tensorway.transport.contained import contain
 
-        return contain("rixl", "tensorway_rixl.offers:fabric", attrs.asdict(options), options.name)
+        # Here, because a mover knows no runtime that could be asked.
+        given = {**attrs.asdict(options), "host": pinned(options.host)}
+        return contain("rixl", "tensorway_rixl.offers:fabric", given, options.name)
     # torch for ROCm calls its devices cuda.
     media = frozenset({"cpu", "cuda", "rocm"})
     return Endpoint(NixlFabric(LIBRARY, options, "rixl", media), options.name)
