@@ -90,11 +90,16 @@ def secret() -> str:
     if given := os.environ.get("TENSORWAY_SECRET", ""):
         return given
     file = os.environ.get("TENSORWAY_SECRET_FILE", "")
+    return secret_in(file, "TENSORWAY_SECRET_FILE") if file else ""
+
+
+def secret_in(file: str, what: str) -> str:
+    """The secret that a file holds; `what` named the file."""
     try:
-        return Path(file).read_text("utf-8").strip() if file else ""
+        return Path(file).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingInvalid(
-            f"TENSORWAY_SECRET_FILE={file!r} was set.", f"It cannot be read: {error}.", "Name a file with the secret."
+            f"{what}={file!r} was set.", f"It cannot be read: {error}.", "Name a file with the secret."
         ) from error
 
 

@@ -206,3 +206,36 @@ def test_over_tls_calls_and_watches_work_for_who_trusts_the_certificate(launch, 
         assert [] == watch.next(0.1)
     with enter(url) as entered, pytest.raises(Unauthenticated, match="certificate was not accepted"):
         entered.get("/tls/a")
+
+
+def test_many_that_watch_look_for_ended_leases_together_and_not_each_as_often_as_one(client, launch):
+    server = launch()
+    raw = client.Redis.from_url(server.url)
+
+    def calls():
+        stats = raw.info("commandstats")
+        return sum(row["calls"] for name, row in stats.items() if name.startswith("cmdstat_eval"))
+
+    count, seconds = 20, 6.0
+    entered = [enter(server) for _ in range(count)]
+    watches = [each.watch("/many/") for each in entered]
+    threads = [threading.Thread(target=watch.next, args=(30 + seconds,)) for watch in watches]
+    try:
+        for thread in threads:
+            thread.start()
+        time.sleep(2.0)  # until each knows how many they are
+        before, began = calls(), time.monotonic()
+        time.sleep(seconds)
+        looked, alone = calls() - before, (time.monotonic() - began) / 0.4
+        assert looked < count * alone / 3
+        # And a lease that nobody keeps is told in time all the same.
+        lease = entered[0]._store.grant(1.0, 5)
+        entered[0]._store.put("/many/mortal", b"x" * 64, lease, None, 5)
+        with enter(server) as other, other.watch("/many/") as watch:
+            eventually(lambda: any(event.kind == "expired" for event in watch.next(0.1)), 30)
+    finally:
+        for each in entered:
+            each.close()
+        for thread in threads:
+            thread.join(30)
+        raw.close()

@@ -168,12 +168,13 @@ def test_the_start_on_the_page_is_what_the_commands_take():
 
 
 def test_the_rendezvous_on_the_page_runs():
-    [code] = [words[2] for words in started() if words[:2] == ["python", "-c"]]
+    [words] = [words for words in started() if words[:2] == ["tensorway", "rendezvous"]]
     environment = {**os.environ, "TENSORWAY_SECRET": "known to all of this deployment"}
-    command = [sys.executable, "-c", code.replace('"port": 7400', '"port": 0')]
+    assert words[2:] == ["--port", "7400"]
+    command = [sys.executable, "-m", "tensorway", "rendezvous", "--port", "0"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        assert re.fullmatch(r"127\.0\.0\.1:\d+\n", process.stdout.readline())
+        assert re.fullmatch(r"Holding records at 127\.0\.0\.1:\d+ .*\n", process.stdout.readline())
     finally:
         process.kill()
         process.wait(30)

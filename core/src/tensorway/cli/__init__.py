@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tensorway.plugins.scan import Declaration
 
 #: The core's own commands; a plugin's command of one of these names is never reached.
-COMMANDS: Final = ("demo", "doctor", "plugins", "why", "new-plugin", "check", "probe", "environment")
+COMMANDS: Final = ("demo", "doctor", "plugins", "why", "new-plugin", "check", "probe", "rendezvous", "environment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +98,8 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
             return check.run(out, arguments.name, arguments.hook, arguments.output, arguments.deadline)
         case "probe":
             return _probe(arguments, out)
+        case "rendezvous":
+            return _rendezvous(arguments, out)
         case "environment":
             from tensorway.cli import environment
 
@@ -121,6 +123,16 @@ def _probe(arguments: argparse.Namespace, out: Output) -> int:
     from tensorway.cli import probe
 
     return probe.run(out, arguments.transport)
+
+
+def _rendezvous(arguments: argparse.Namespace, out: Output) -> int:
+    """Be one, or look at one."""
+    from tensorway.cli import rendezvous
+
+    file = arguments.secret_file
+    if arguments.status:
+        return rendezvous.status(out, arguments.status, arguments.prefix, file, arguments.deadline)
+    return rendezvous.serve(out, arguments.host, arguments.port, file, arguments.metrics_port, arguments.seconds)
 
 
 def _explain(error: Exception, out: Output) -> int:
@@ -179,6 +191,7 @@ def _parser(others: Iterable[Declaration] = ()) -> argparse.ArgumentParser:
     check.add_argument("--output", type=Path, default=Path("conformance.json"), metavar="FILE", help="the report")
     check.add_argument("--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="how long one test may take")
     _add_probe(command("probe", "Measure what a transport really does: with a peer, or here with a second process."))
+    _add_rendezvous(command("rendezvous", "Run the service of the rendezvous direct; or say who is in one that runs."))
     environment = command("environment", "Say which variables travel from here to workers, and which do not.")
     environment.add_argument("--host", default="", metavar="POLICY", help="and which address it gives: auto, cidr:NET")
     for row in others:
@@ -195,6 +208,17 @@ def _add_probe(probe: argparse.ArgumentParser) -> None:
     probe.add_argument("--host", default="auto", metavar="POLICY", help="where to listen: auto, iface:NAME, cidr:NET")
     probe.add_argument("--port", type=int, default=0, help="where to listen (default: a free one)")
     probe.add_argument("--seconds", type=_seconds, default=600.0, metavar="SECONDS", help="how long to serve")
+
+
+def _add_rendezvous(rendezvous: argparse.ArgumentParser) -> None:
+    rendezvous.add_argument("--host", default="loopback", metavar="POLICY", help="where to listen (default: loopback)")
+    rendezvous.add_argument("--port", type=int, default=0, help="where to listen (default: a free one)")
+    rendezvous.add_argument("--secret-file", default="", metavar="FILE", help="instead of TENSORWAY_SECRET")
+    rendezvous.add_argument("--metrics-port", type=int, metavar="PORT", help="serve GET /metrics there; 0: any")
+    rendezvous.add_argument("--seconds", type=_seconds, metavar="SECONDS", help="how long to serve (default: for ever)")
+    rendezvous.add_argument("--status", metavar="ADDRESS", help="ask the one at host:port how it is, and who is there")
+    rendezvous.add_argument("--prefix", default="/", metavar="KEY", help="show only what is below this (default: all)")
+    rendezvous.add_argument("--deadline", type=_seconds, default=5.0, metavar="SECONDS", help="how long to ask")
 
 
 def _add_plugins(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import queue
+import random
 import threading
 import time
 from collections import deque
@@ -25,10 +26,10 @@ from tensorway.decoding import UNREADABLE
 from tensorway.errors import Closed, DeadlineExceeded, RecordRefused, TensorwayError, Unauthenticated
 from tensorway.rendezvous import frames
 from tensorway.rendezvous.contract import Ability, Event, Record
-from tensorway.rendezvous.frames import Answer, Change, Request, Row
+from tensorway.rendezvous.frames import Answer, Change, Request, Row, Status
 from tensorway.rendezvous.service import Service
 
-#: How often a client that watches says that it is there.
+#: A client that watches says something at least so often.
 _PING: Final = 5.0
 #: Events that nobody fetched; beyond that they are dropped, and a reset says so.
 _MAX_EVENTS: Final = 65_536
@@ -80,8 +81,13 @@ class DirectStore:
         self._socket.setsockopt(zmq.CURVE_SERVERKEY, frames.service_keys(secret)[0])
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, private)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        # Doubled after each try: who starts with another pause comes at another moment, when all were cut at once.
+        self._socket.setsockopt(zmq.RECONNECT_IVL, random.randint(20, 40))
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        # Who asks notices a dead connection, and tells the service when to: it need not ask a thousand clients itself.
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TTL, 6000)
         try:
             self._socket.connect(f"tcp://{self.address}")
         except zmq.ZMQError as error:
@@ -131,6 +137,10 @@ class DirectStore:
             self.forget(watched.number)
             raise
         return watched
+
+    def status(self, prefix: str, seconds: float) -> Status:
+        """What the service says about itself, and about the leases of records below a prefix."""
+        return frames.status_of(self._call(seconds, "status", key=prefix).text)
 
     def forget(self, number: int) -> None:
         """A watch is closed."""
@@ -198,7 +208,7 @@ class DirectStore:
         poller = zmq.Poller()
         for source in (self._socket, self._monitor, self._wake):
             poller.register(source, zmq.POLLIN)
-        pinged = time.monotonic()
+        self._said = time.monotonic()
         try:
             while not self._closed:
                 ready = {source for source, _ in poller.poll(int(_PING * 1000))}
@@ -208,8 +218,7 @@ class DirectStore:
                     self._hear()
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
-                if self._watches and time.monotonic() - pinged >= _PING:
-                    pinged = time.monotonic()
+                if self._watches and time.monotonic() - self._said >= _PING:
                     self._outgoing.append(frames.encode(Request(frames.PROTOCOL, 0, "ping")))
                 self._send()
         finally:
@@ -225,25 +234,29 @@ class DirectStore:
                 self._socket.send(self._outgoing[0], zmq.NOBLOCK)
             except zmq.Again:  # as many as may wait for a connection do: callers' deadlines tell them
                 return
+            self._said = time.monotonic()
             self._outgoing.popleft()
 
     def _hear(self) -> None:
         for _ in range(256):
             try:
-                frame = self._socket.recv(zmq.NOBLOCK)
+                head, *rest = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
-                reply = frames.decode_reply(frame)
+                reply = frames.decode_reply(head)
+                changes = frames.decode_changes(b"".join(rest)) if rest else []
             except UNREADABLE:
                 continue  # who knows the secret and talks nonsense is not answered; the deadline tells the caller
             if isinstance(reply, Answer):
                 self._answered(reply)
             elif (watched := self._watches.get(reply.watch)) is not None:
-                watched.tell(reply)
+                watched.tell(reply.order, changes)
 
     def _answered(self, answer: Answer) -> None:
         pending, watched = self._pending.get(answer.number), self._watches.get(answer.number)
+        if watched is not None:
+            watched.since = answer.revision
         if pending is not None:
             pending.answer = answer
             pending.arrived.set()
@@ -276,6 +289,8 @@ class _Watched:
     def __init__(self, store: DirectStore, number: int, prefix: str) -> None:
         self.number = number
         self.prefix = prefix
+        #: The service's revision when it began.
+        self.since = 0
         self._store = store
         self._order = 0
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -289,14 +304,17 @@ class _Watched:
                 events.append(self._events.get_nowait())
         return events
 
-    def tell(self, change: Change) -> None:
-        """One change arrived."""
-        if change.order != self._order + 1 or self._events.qsize() >= _MAX_EVENTS:
+    def tell(self, order: int, changes: list[Change]) -> None:
+        """Some changes arrived."""
+        if order != self._order + 1 or self._events.qsize() + len(changes) > _MAX_EVENTS:
             self.reset()
-        self._order = change.order
-        record = _record(change.row) if change.row else None
-        kind: Any = change.kind if change.kind in ("put", "deleted", "expired") else "reset"
-        self._events.put(Event(kind, change.key, record))
+        self._order = order
+        for change in changes:
+            if change.revision <= self.since:
+                continue
+            record = _record(change.row) if change.row else None
+            kind: Any = change.kind if change.kind in ("put", "deleted", "expired") else "reset"
+            self._events.put(Event(kind, change.key, record))
 
     def reset(self) -> None:
         """Something may have been missed; what nobody fetched is as old as that."""

@@ -17,7 +17,7 @@ from typing import Final
 import attrs
 
 from tensorway._logging import logger
-from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, PeerLost, TensorwayError
+from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, LeaseLost, PeerLost, TensorwayError
 from tensorway.rendezvous import members
 from tensorway.rendezvous.contract import Event, Record, check_key
 from tensorway.rendezvous.members import Member, MemberState
@@ -32,6 +32,8 @@ _PARALLEL: Final = 16
 _BACK_OFF: Final = (0.02, 1.0)
 #: How long the thread that follows the group waits at a time, and how often it reads a store without watches.
 _LOOK: Final = 0.5
+#: Seconds per member of the group within which one that must write itself again does so: all may have to at once.
+_SPREAD: Final = 2e-3
 _CLOSED: Final = "it was closed"
 _EXPIRED: Final = "its lease in the rendezvous ended"
 _LEFT: Final = "it left the group"
@@ -76,6 +78,8 @@ class Directory:
         self._others: dict[str, _Other] = {}
         self._state: MemberState = "joining"
         self._lease: Lease | None = None
+        #: When to write this member again, if it is not there any more.
+        self._again: float | None = None
         self._ended = ""
         self._watch: Watch | None = rendezvous.watch(self._prefix) if "watch" in rendezvous.abilities else None
         self._publish()
@@ -218,10 +222,14 @@ class Directory:
                         self._seen.wait(_LOOK)
                     self._look()
                 else:
-                    for event in self._watch.next(_LOOK):
+                    wait = _LOOK if self._again is None else self._again - time.monotonic()
+                    for event in self._watch.next(max(0.0, min(wait, _LOOK))):
                         self._saw(event)
-                if self._lease is not None and self._lease.lost and not self._ended:
+                if self._lease is not None and self._lease.lost:
+                    self._vanished()
+                if self._again is not None and self._again <= time.monotonic() and not self._ended:
                     self._publish()
+                    self._again = None
                 self._miss()
             except Closed:
                 self._end("its rendezvous was closed")
@@ -237,7 +245,7 @@ class Directory:
         elif event.record is not None:
             self._heard(event.record)
         elif event.key == self._key:
-            self._publish()  # somebody removed it, or the lease ended and the keeper has not noticed yet
+            self._vanished()  # somebody removed it, or the lease ended and the keeper has not noticed yet
         else:
             why = _EXPIRED if event.kind == "expired" else _LEFT
             self._lose(event.key.removeprefix(self._prefix), why)
@@ -252,8 +260,13 @@ class Directory:
             for name, other in self._others.items():
                 if self._prefix + name not in there and other.missed is None:
                     other.missed = time.monotonic() + self._ttl
-        if self._key not in there and not self._ended:
-            self._publish()
+        if self._key not in there:
+            self._vanished()
+
+    def _vanished(self) -> None:
+        """This member is not in the rendezvous. If that was restarted, everybody finds so now."""
+        if self._again is None:
+            self._again = time.monotonic() + random.uniform(0.0, _SPREAD * len(self._others))
 
     def _heard(self, record: Record) -> None:
         try:
@@ -310,7 +323,11 @@ class Directory:
             value = members.encode(
                 self.name, self._endpoint.incarnation, state or self._state, self._facts, description
             )
-            self._rendezvous.put(self._key, value, lease=self._lease, deadline=deadline)
+            try:
+                self._rendezvous.put(self._key, value, lease=self._lease, deadline=deadline)
+            except LeaseLost:  # the store was restarted, and who keeps the lease has not noticed yet
+                self._lease = self._rendezvous.lease(self._ttl, deadline)
+                self._rendezvous.put(self._key, value, lease=self._lease, deadline=deadline)
 
     def _end(self, why: str) -> None:
         with self._seen:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
+from tensorway.errors import RecordRefused
 from tensorway.rendezvous.contract import MAX_VALUE
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 #: A value, and room for keys and numbers around it.
 MAX_FRAME: Final = MAX_VALUE + (64 << 10)
 #: The service speaks to clients of the same number only.
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 
 _Text = Annotated[str, msgspec.Meta(max_length=512)]
 
@@ -60,19 +62,62 @@ class Answer(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag="a
     refused: tuple[str, str, str] = ("", "", "")
 
 
-class Change(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag="change"):
-    """An event for one watch; `order` counts them without a gap, unless one was lost on the way."""
+class Told(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag="told"):
+    """In front of changes for one watch; `order` counts these without a gap, unless some were lost on the way."""
 
     watch: int
     order: int
+
+
+class Change(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """An event. All of one turn are one frame, the second after `Told`, and the same one for all who watch a prefix."""
+
     kind: str
     key: str
+    #: The service's, which each change makes one more: a watch drops what was before it.
+    revision: int
     row: Row | None = None
+
+
+class Status(msgspec.Struct, forbid_unknown_fields=True):
+    """What a service says about itself, and about the leases of records below a prefix."""
+
+    incarnation: str
+    #: Since it began.
+    seconds: float
+    #: What its process has in memory, and what the values of all records have.
+    memory_bytes: int
+    record_bytes: int
+    records: int
+    held_leases: int
+    watches: int
+    #: How often each call was made.
+    calls: dict[str, int]
+    #: Changes that were sent, and in how many frames.
+    changes: int
+    changes_frames: int
+    #: Lease -> the seconds for which it lasts if nobody keeps it.
+    leases: dict[str, float]
 
 
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_request: Final = msgspec.msgpack.Decoder(Request).decode
-decode_reply: Final = msgspec.msgpack.Decoder(Answer | Change).decode
+decode_reply: Final = msgspec.msgpack.Decoder(Answer | Told).decode
+decode_changes: Final = msgspec.msgpack.Decoder(list[Change]).decode
+encode_status: Final = msgspec.json.Encoder().encode
+_DECODE_STATUS: Final = msgspec.json.Decoder(Status).decode
+
+
+def status_of(text: str) -> Status:
+    """What a service said about itself; raises `RecordRefused` if that is no status."""
+    try:
+        return _DECODE_STATUS(text)
+    except UNREADABLE as error:
+        raise RecordRefused(
+            "The rendezvous was asked how it is.",
+            f"What it says is no status: {error}.",
+            "Install one version of tensorway in the whole deployment.",
+        ) from error
 
 
 def service_keys(secret: str) -> tuple[bytes, bytes]:
@@ -86,12 +131,10 @@ def service_keys(secret: str) -> tuple[bytes, bytes]:
 
 
 def bounded(socket: zmq.Socket[Any]) -> None:
-    """What both sides' sockets have in common: nothing lingers, nothing grows, a dead connection is noticed."""
+    """What both sides' sockets have in common: nothing lingers, nothing grows."""
     import zmq
 
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)

@@ -36,7 +36,8 @@ class Records:
         self._changed = changed
         self._records: dict[str, Record] = {}
         self._leases: dict[str, _Lease] = {}
-        self._revision = 0
+        #: Of the last change of all.
+        self.revision = 0
         self._bytes = 0
 
     def put(self, key: str, value: bytes, lease: str, expected: int | None) -> int:
@@ -54,13 +55,13 @@ class Records:
                 "Give records a lease, so that those of dead processes go.",
             )
         self._unlease(old)
-        self._revision += 1
+        self.revision += 1
         self._bytes = grown
-        record = self._records[key] = Record(key, value, self._revision, lease)
+        record = self._records[key] = Record(key, value, self.revision, lease)
         if lease:
             self._leases[lease].keys.add(key)
         self._changed(Event("put", key, record))
-        return self._revision
+        return self.revision
 
     def get(self, key: str) -> Record | None:
         """Read."""
@@ -97,6 +98,26 @@ class Records:
         """End it, because its holder says so."""
         self._end(lease, "deleted")
 
+    @property
+    def count(self) -> int:
+        """Records."""
+        return len(self._records)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all values."""
+        return self._bytes
+
+    @property
+    def leases(self) -> int:
+        """Leases that are held."""
+        return len(self._leases)
+
+    def left(self, prefix: str, now: float) -> dict[str, float]:
+        """The seconds that each lease lasts if nobody keeps it, of those with a record below a prefix."""
+        named = {record.lease for key, record in self._records.items() if key.startswith(prefix) and record.lease}
+        return {name: max(0.0, self._leases[name].ends - now) for name in sorted(named)}
+
     def expire(self, now: float) -> None:
         """End the leases whose time is over."""
         for name in [name for name, lease in self._leases.items() if lease.ends <= now]:
@@ -113,7 +134,7 @@ class Records:
             return False
         self._unlease(old)
         self._bytes -= len(old.value)
-        self._revision += 1
+        self.revision += 1
         self._changed(Event(kind, key))
         return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import random
 import threading
 import time
 from typing import Final
@@ -35,6 +36,8 @@ _SEAL_BYTES: Final = 32
 _ASK_AGAIN: Final = (5e-3, 0.2)
 #: A lease is kept this many times within its life, so that two may fail.
 _KEPT_TIMES: Final = 3
+#: And each time a little earlier than it must be, by up to this part: those who began together do not go on together.
+_EARLIER: Final = 0.1
 
 
 class Lease:
@@ -46,7 +49,8 @@ class Lease:
         #: Why it is lost; empty while it is held.
         self.lost = ""
         self._kept = kept
-        self._due = kept + ttl / _KEPT_TIMES
+        # At first at any time: a thousand leases may have begun at once, after a restart of the store.
+        self._due = kept + random.random() * ttl / _KEPT_TIMES
 
     def __repr__(self) -> str:
         return f"Lease({self.name[:12]}, {self.ttl:g} s, {self.lost or 'held'})"
@@ -225,7 +229,7 @@ class Rendezvous:
             kept, step = False, min(step, 0.5)
             lost = lost if started - lease._kept > lease.ttl else ""
         with self._changed:
-            lease._due = time.monotonic() + step
+            lease._due = time.monotonic() + step * random.uniform(1 - _EARLIER, 1)
             if kept:
                 lease._kept = started
             elif lost and lease in self._leases:

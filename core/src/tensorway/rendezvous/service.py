@@ -7,10 +7,12 @@ notices.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
-from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Final
 
 import attrs
@@ -21,16 +23,22 @@ from tensorway.decoding import UNREADABLE
 from tensorway.errors import RecordRefused, TensorwayError
 from tensorway.rendezvous import frames
 from tensorway.rendezvous.contract import Event, Record, check_key
-from tensorway.rendezvous.frames import Answer, Change, Request, Row
+from tensorway.rendezvous.frames import Answer, Change, Request, Row, Status, Told
 from tensorway.rendezvous.hosts import HostChoice, cannot_listen, url
 from tensorway.rendezvous.records import Records
 
 _log = logger("rendezvous")
 _MAX_WATCHES: Final = 16_384
-#: A client that watches says that it is there more often than this.
+#: A client that watches says something more often than this.
 _SILENCE: Final = 30.0
-#: How exactly leases end.
-_TICK_MS: Final = 100
+#: How exactly leases end, in seconds.
+_TICK: Final = 0.1
+#: Requests that are answered before leases get their turn, and changes are told.
+_TURN: Final = 256
+#: Changes that are told at once; a single one may be larger.
+_MAX_TOLD: Final = 1 << 20
+#: Clients that may connect at the same moment: after a restart all of them do.
+_BACKLOG: Final = 4096
 #: Who sent something that is no frame; the oldest are forgotten.
 _MAX_IGNORED: Final = 4096
 
@@ -50,9 +58,14 @@ class Service:
         #: Which life of the service this is; its clients notice when it changes.
         self.incarnation = uuid.uuid4().hex
         self._records = Records(self._changed)
-        self._watches: list[_Watch] = []
+        self._watches: dict[tuple[bytes, int], _Watch] = {}
+        self._untold: list[Change] = []
+        self._untold_bytes = 0
         self._heard: dict[bytes, float] = {}
-        self._ignored: deque[bytes] = deque(maxlen=_MAX_IGNORED)
+        self._ignored: dict[bytes, None] = {}
+        self._began = time.monotonic()
+        self._calls: dict[str, int] = dict.fromkeys(_CALLS, 0)
+        self._changes = self._changes_frames = 0
         self._stop = threading.Event()
         self._context = zmq.Context()
         try:
@@ -65,26 +78,50 @@ class Service:
         self._thread = threading.Thread(target=self._serve, name="tensorway-rendezvous", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it answers."""
+        return self._thread.is_alive()
+
+    def status(self, prefix: str | None = None) -> Status:
+        """How it is; only its own thread may ask for the leases of records below a prefix."""
+        now, records = time.monotonic(), self._records
+        return Status(
+            incarnation=self.incarnation,
+            seconds=now - self._began,
+            memory_bytes=_memory(),
+            record_bytes=records.nbytes,
+            records=records.count,
+            held_leases=records.leases,
+            watches=len(self._watches),
+            calls={call: count for call, count in self._calls.items() if count},
+            changes=self._changes,
+            changes_frames=self._changes_frames,
+            leases={} if prefix is None else records.left(prefix, now),
+        )
+
     def close(self) -> None:
         """Stop; every record is gone, and clients wait for a service at this address until their deadlines."""
         self._stop.set()
         self._thread.join(5)
 
     def _serve(self) -> None:
+        looked = 0.0
         try:
             while not self._stop.is_set():
-                if self._socket.poll(_TICK_MS):
+                if self._socket.poll(int(_TICK * 1000)):
                     self._answer_waiting()
                 now = time.monotonic()
-                self._records.expire(now)
-                silent = {client for client, last in self._heard.items() if now - last > _SILENCE}
-                if silent:
-                    self._forget(silent)
+                if now - looked >= _TICK:
+                    looked = now
+                    self._records.expire(now)
+                    self._forget({client for client, last in self._heard.items() if now - last > _SILENCE})
+                self._tell()
         finally:
             self._context.destroy(0)
 
     def _answer_waiting(self) -> None:
-        for _ in range(256):  # then leases get their turn, however many ask
+        for _ in range(_TURN):
             try:
                 client, frame = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -97,10 +134,17 @@ class Service:
                 request = frames.decode_request(frame)
             except UNREADABLE as error:
                 _log.warning("A client sent what is no frame (%s) and is not heard again.", error)
-                self._ignored.append(client)
-                self._forget({client})
+                self._ignore(client)
                 continue
+            if client in self._heard:
+                self._heard[client] = time.monotonic()
             self._send(client, frames.encode(self._answer(client, request)))
+
+    def _ignore(self, client: bytes) -> None:
+        self._forget({client})
+        self._ignored[client] = None
+        if len(self._ignored) > _MAX_IGNORED:
+            self._ignored.pop(next(iter(self._ignored)))
 
     def _answer(self, client: bytes, request: Request) -> Answer:
         answer = Answer(request.number, self.incarnation)
@@ -112,6 +156,7 @@ class Service:
                     f"This service speaks protocol {frames.PROTOCOL}, and calls: {', '.join(_CALLS)}.",
                     "Install one version of tensorway in the whole deployment.",
                 )
+            self._calls[request.call] += 1
             call(self, client, request, answer)
         except TensorwayError as error:
             answer.error, answer.refused = type(error).__name__, (error.asked, error.true, error.to_do)
@@ -148,36 +193,55 @@ class Service:
     def _revoke(self, _client: bytes, request: Request, _answer: Answer) -> None:
         self._records.revoke(request.lease)
 
-    def _watch(self, client: bytes, request: Request, _answer: Answer) -> None:
+    def _watch(self, client: bytes, request: Request, answer: Answer) -> None:
         check_key(request.key, "prefix")
         if len(self._watches) >= _MAX_WATCHES:
             raise RecordRefused(f"{request.key} was to be watched.", "The service has no room.", "Close other watches.")
-        self._drop_watch(client, request.number)  # a client that heard no answer asks again
-        self._watches.append(_Watch(client, request.number, request.key))
+        answer.revision = self._records.revision
+        # A client that heard no answer asks again.
+        self._watches[client, request.number] = _Watch(client, request.number, request.key)
         self._heard[client] = time.monotonic()
 
     def _unwatch(self, client: bytes, request: Request, _answer: Answer) -> None:
-        self._drop_watch(client, request.expected)
-
-    def _drop_watch(self, client: bytes, number: int | None) -> None:
-        self._watches = [watch for watch in self._watches if (watch.client, watch.number) != (client, number)]
+        self._watches.pop((client, request.expected or 0), None)
 
     def _ping(self, client: bytes, _request: Request, _answer: Answer) -> None:
-        if client in self._heard:
-            self._heard[client] = time.monotonic()
+        """Whatever a client says tells that it is there."""
+
+    def _status(self, _client: bytes, request: Request, answer: Answer) -> None:
+        answer.text = frames.encode_status(self.status(request.key)).decode()
 
     # -- sending
 
     def _changed(self, event: Event) -> None:
-        for watch in list(self._watches):
-            if event.key.startswith(watch.prefix):
-                watch.sent += 1
-                row = _row(event.record) if event.record else None
-                self._send(watch.client, frames.encode(Change(watch.number, watch.sent, event.kind, event.key, row)))
+        size = len(event.key) + 64 + (len(event.record.value) if event.record else 0)
+        if self._untold_bytes + size > _MAX_TOLD:
+            self._tell()
+        row = _row(event.record) if event.record else None
+        self._untold.append(Change(event.kind, event.key, self._records.revision, row))
+        self._untold_bytes += size
 
-    def _send(self, client: bytes, frame: bytes) -> None:
+    def _tell(self) -> None:
+        """Send what has changed to who watches.
+
+        A thousand that start together make a thousand changes for each of a thousand: so those of one turn are one
+        frame, which is encoded once and lies in memory once, however many it is for.
+        """
+        changes, self._untold, self._untold_bytes = self._untold, [], 0
+        if not changes:
+            return
+        bodies: dict[str, tuple[int, zmq.Frame]] = {}
+        for watch in list(self._watches.values()):
+            count, body = bodies.get(watch.prefix) or bodies.setdefault(watch.prefix, _body(changes, watch.prefix))
+            if count:
+                watch.sent += 1
+                self._changes += count
+                self._changes_frames += 1
+                self._send(watch.client, frames.encode(Told(watch.number, watch.sent)), body)
+
+    def _send(self, client: bytes, *parts: bytes | zmq.Frame) -> None:
         try:
-            self._socket.send_multipart([client, frame], zmq.NOBLOCK)
+            self._socket.send_multipart([client, *parts], zmq.NOBLOCK)
         except zmq.Again:
             pass  # it does not read: what it misses shows as a gap in the order of its changes
         except zmq.ZMQError as error:
@@ -186,9 +250,9 @@ class Service:
             self._forget({client})  # it went away
 
     def _forget(self, clients: set[bytes]) -> None:
-        self._watches = [watch for watch in self._watches if watch.client not in clients]
-        for client in clients:
-            self._heard.pop(client, None)
+        watching = {client for client in clients if self._heard.pop(client, None) is not None}
+        if watching:
+            self._watches = {at: watch for at, watch in self._watches.items() if watch.client not in watching}
 
 
 _CALLS: Final[dict[str, Any]] = {
@@ -202,6 +266,7 @@ _CALLS: Final[dict[str, Any]] = {
     "watch": Service._watch,
     "unwatch": Service._unwatch,
     "ping": Service._ping,
+    "status": Service._status,
 }
 
 
@@ -209,11 +274,22 @@ def _row(record: Record) -> Row:
     return Row(record.key, record.value, record.revision, record.lease)
 
 
+def _body(changes: Iterable[Change], prefix: str) -> tuple[int, zmq.Frame]:
+    below = [change for change in changes if change.key.startswith(prefix)]
+    return len(below), zmq.Frame(frames.encode(below))
+
+
+def _memory() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _bind(context: zmq.Context[Any], choice: HostChoice, port: int, secret: str) -> tuple[zmq.Socket[Any], int]:
     public, private = frames.service_keys(secret)
     socket = context.socket(zmq.ROUTER)
     frames.bounded(socket)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.BACKLOG, _BACKLOG)
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, private)

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pytest
-
 from tensorway.testing.stops import stop
 
 #: Seconds in which a server answers: some import a large library before, on a machine that is busy with other tests.
@@ -73,6 +71,11 @@ class Server:
             self._process.wait(30)
 
     @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._running.pid
+
+    @property
     def _log(self) -> Path:
         return self.folder / "log"
 
@@ -119,6 +122,8 @@ def launching(kind: Callable[..., _Server], folder: Path) -> Iterator[Callable[.
 
 def program(name: str, install: str, required: bool) -> str:
     """Where a server's program is. Without it the test is skipped, or fails if it is `required`: `install` it so."""
+    import pytest  # not above: who measures needs a server, too, and no tests
+
     found = shutil.which(name)
     if found is None and required:
         pytest.fail(f"{name} is not installed: {install}")

@@ -25,7 +25,7 @@ import tensorway
 from tensorway.errors import DeadlineExceeded, TensorwayError
 from tensorway.rendezvous import frames, members
 from tensorway.rendezvous.directory import Directory
-from tensorway.rendezvous.frames import Answer, Change, Request, Row
+from tensorway.rendezvous.frames import Answer, Change, Request, Row, Told
 from tensorway.rendezvous.negotiation import Fact
 from tensorway.testing.mutations import damaged, reworded
 from tensorway.transport import description as envelope
@@ -249,8 +249,10 @@ class RogueService:
             number, rng = frames.decode_request(frame).number, self._rng
             answer = frames.encode(Answer(number, "first", 1, "lease", [Row("/a", b"right", 1, "")]))
             if rng is not None:
-                change = Change(rng.randrange(9), rng.randrange(9), "put", "/a", Row("/a", b"x", 1, ""))
-                self._socket.send_multipart([client, fuzzed(rng, frames.encode(change))])
+                told = frames.encode(Told(rng.randrange(9), rng.randrange(9)))
+                changes = frames.encode([Change("put", "/a", 1, Row("/a", b"x", 1, ""))])
+                parts = [told, fuzzed(rng, changes)] if rng.random() < 0.5 else [fuzzed(rng, told), changes]
+                self._socket.send_multipart([client, *parts])
                 answer = fuzzed(rng, answer)
             self._socket.send_multipart([client, answer])
 

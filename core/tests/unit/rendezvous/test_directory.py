@@ -15,6 +15,7 @@ from tensorway.errors import Closed, DeadlineExceeded, Incompatible, PeerLost
 from tensorway.rendezvous import members
 from tensorway.rendezvous.directory import Directory
 from tensorway.rendezvous.negotiation import Fact
+from tensorway.rendezvous.rendezvous import Lease
 from tensorway.transport import BlockTable, Endpoint, Peer
 from tensorway.transport.local import LocalFabric
 
@@ -205,3 +206,20 @@ def test_members_survive_a_rendezvous_that_is_restarted(join, service):
         assert read(one, one.connect("three", 5)) == b"three"
         two.close()
         eventually(lambda: peer.lost == "it said goodbye", 5)
+
+
+def test_a_member_is_written_again_at_once_and_not_when_it_would_have_kept_its_lease(join, service):
+    directory = join("a", ttl=120)
+    watcher = join("b", ttl=120)
+    eventually(lambda: "b" in directory.members() and "a" in watcher.members())
+    port = int(service.address.rpartition(":")[2])
+    service.close()
+    with tensorway.create("rendezvous", "direct", {"secret": SECRET, "port": port}) as again:
+        # A third of the lease's time, 40 s, may pass before it is kept.
+        assert again.wait("/default/a", 20).lease
+        assert again.wait("/default/b", 20).lease
+
+
+def test_leases_that_begin_together_are_kept_at_moments_of_their_own():
+    dues = [Lease("x", 9.0, 0.0)._due for _ in range(300)]
+    assert 0 <= min(dues) < 0.5 and 2.5 < max(dues) <= 3.0

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -17,7 +18,10 @@ import zmq
 import tensorway
 from tensorway.errors import AddressInvalid, DeadlineExceeded, RecordRefused, Unauthenticated
 from tensorway.rendezvous import frames
+from tensorway.rendezvous.direct import DirectStore
 from tensorway.rendezvous.frames import Request
+from tensorway.testing.crowd import SECRET as CROWDED
+from tensorway.testing.crowd import direct
 
 SECRET = "a secret of the tests"
 
@@ -233,3 +237,96 @@ def test_a_watch_is_told_that_it_may_have_missed_something(service):
             again.put("/new", b"x")
             events = watch.next(5)
             assert [(event.kind, event.key) for event in events if event.kind != "reset"] == [("put", "/new")]
+
+
+@pytest.fixture
+def pausing(tmp_path):
+    """A service that can be paused, so that what is sent meanwhile is there all at once."""
+    store = direct(tmp_path)
+    store.server.start()
+    yield store
+    store.server.kill()
+
+
+def test_changes_of_one_turn_are_told_in_few_frames_and_none_is_missed(pausing, sockets):
+    stores = [DirectStore(pausing.options["address"], CROWDED) for _ in range(4)]
+    try:
+        watches = [store.changes("/burst/", 30) for store in stores]
+        writer = dealer(sockets, pausing.options["address"], CROWDED)
+        writer.send(frames.encode(Request(frames.PROTOCOL, 0, "get", key="/burst/0")))
+        assert writer.poll(30_000)  # it is connected
+        pausing.server.pause()
+        for number in range(200):
+            writer.send(frames.encode(Request(frames.PROTOCOL, number, "put", key=f"/burst/{number}", value=b"x")))
+        pausing.server.resume()
+        for watch in watches:
+            seen = []
+            until = time.monotonic() + 30
+            while len(seen) < 200 and time.monotonic() < until:
+                seen += watch.next(1)
+            assert [(event.kind, event.key) for event in seen] == [("put", f"/burst/{number}") for number in range(200)]
+        said = stores[0].status("/", 30)
+        assert said.changes == 4 * 200
+        assert said.changes_frames <= said.changes / 4
+    finally:
+        for store in stores:
+            store.close()
+
+
+def test_a_watch_that_begins_between_two_changes_of_one_turn_sees_the_second_only(pausing):
+    store = DirectStore(pausing.options["address"], CROWDED)
+    try:
+        assert store.get("/a", 30) is None
+        pausing.server.pause()
+        seen = []
+
+        def watch():
+            changes = store.changes("/", 30)
+            seen.extend(changes.next(30))
+
+        steps = [lambda: store.put("/a", b"x", "", None, 30), watch, lambda: store.put("/b", b"x", "", None, 30)]
+        threads = [threading.Thread(target=step) for step in steps]
+        for number, thread in enumerate(threads):
+            thread.start()
+            until = time.monotonic() + 30
+            while len(store._pending) <= number and time.monotonic() < until:
+                time.sleep(0.005)  # in this order, over one connection
+        pausing.server.resume()
+        for thread in threads:
+            thread.join(30)
+        assert [event.key for event in seen] == ["/b"]
+    finally:
+        store.close()
+
+
+def test_a_change_larger_than_what_is_told_at_once_arrives_and_those_around_it(service):
+    with enter(service.address) as client, client.watch("/large/") as watch:
+        sizes = [10, 3 << 20, 20, 2 << 20, 30]
+        for number, size in enumerate(sizes):
+            service.put(f"/large/{number}", bytes(size))
+        seen, until = [], time.monotonic() + 30
+        while len(seen) < len(sizes) and time.monotonic() < until:
+            seen += watch.next(1)
+        assert [len(event.record.value) for event in seen] == sizes
+
+
+def test_who_watches_and_says_nothing_else_is_not_forgotten_by_the_service(service, monkeypatch):
+    monkeypatch.setattr("tensorway.rendezvous.service._SILENCE", 1.0)
+    monkeypatch.setattr("tensorway.rendezvous.direct._PING", 0.2)
+    with enter(service.address) as client, client.watch("/quiet") as watch:
+        time.sleep(2.5)
+        service.put("/quiet", b"x")
+        assert [event.kind for event in watch.next(10)] == ["put"]
+
+
+def test_a_watch_of_who_says_nothing_is_dropped(service, sockets, monkeypatch):
+    monkeypatch.setattr("tensorway.rendezvous.service._SILENCE", 0.5)
+    silent = dealer(sockets, service.address)
+    silent.send(frames.encode(Request(frames.PROTOCOL, 1, "watch", key="/")))
+    assert silent.poll(5000)
+    silent.recv()
+    with enter(service.address) as client:
+        until = time.monotonic() + 20
+        while client._store.status("/", 5).watches and time.monotonic() < until:
+            time.sleep(0.1)
+        assert client._store.status("/", 5).watches == 0

@@ -1,8 +1,9 @@
 """What happens in Redis in one step: one script for all calls. Imports nothing.
 
 Everything that changes records goes through it, and it first ends the leases whose time is over by the server's clock.
-So no answer ever shows a record of a lease that has ended, and whoever calls next tells the watches; a client that
-watches calls twice a second for that. All records are in a few keys that are declared, as a cluster demands.
+So no answer ever shows a record of a lease that has ended, and whoever calls next tells the watches; clients that watch
+call for that, together twice a second: so each is told how many they are. All records are in a few keys that are
+declared, as a cluster demands.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 from typing import Final
 
 #: The keys that the script is given, after the namespace.
-KEYS: Final = ("revision", "index", "values", "about", "leases", "ttls", "held")
+KEYS: Final = ("revision", "index", "values", "about", "leases", "ttls", "held", "lookers")
 
 SCRIPT: Final = """
-local revision, index, values, about, leases, ttls, held = unpack(KEYS)
+local revision, index, values, about, leases, ttls, held, lookers = unpack(KEYS)
 local call, channel, name = ARGV[1], ARGV[2], ARGV[3]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -92,6 +93,11 @@ elseif call == 'keep' then
   return {'ok', 1}
 elseif call == 'revoke' then
   finish('d', name)
+elseif call == 'look' then
+  -- Who has not looked for as long as it said is gone.
+  redis.call('ZREMRANGEBYSCORE', lookers, '-inf', now)
+  redis.call('ZADD', lookers, now + ARGV[4], name)
+  return {'ok', redis.call('ZCARD', lookers)}
 end
 return {'ok'}
 """

@@ -7,6 +7,7 @@ Redis; what is compared, is compared by the script that writes.
 from __future__ import annotations
 
 import math
+import random
 import re
 import secrets
 import threading
@@ -19,8 +20,10 @@ from tensorway.rendezvous.reopening import Reopening
 from tensorway_redis.connections import Connections
 from tensorway_redis.options import RedisOptions
 
-#: How often a client that watches lets Redis look for leases that have ended, in seconds.
+#: How often clients that watch let Redis look for leases that have ended, in seconds: all together so often, and each
+#: of them at least so often, for when the others are gone.
 _LOOK: Final = 0.4
+_LOOK_AT_LEAST: Final = 3.5
 _KINDS: Final[dict[bytes, Literal["put", "deleted", "expired"]]] = {b"p": "put", b"d": "deleted", b"e": "expired"}
 
 
@@ -37,7 +40,10 @@ class RedisStore:
         self.address = self._connections.address
         self._watches: set[RedisChanges] = set()
         self._lock = threading.Lock()
+        self._name = secrets.token_hex(8)
+        #: When a call of ours let Redis look, and for how long the others can be relied on after that.
         self._looked = 0.0
+        self._pause = _LOOK
 
     def put(self, key: str, value: bytes, lease: str, expected: int | None, seconds: float) -> int:
         """Write."""
@@ -69,7 +75,9 @@ class RedisStore:
 
     def keep(self, lease: str, seconds: float) -> bool:
         """Begin its time anew."""
-        return int(self._connections.call("keep", lease, seconds=seconds)[1]) > 0
+        kept = int(self._connections.call("keep", lease, seconds=seconds)[1]) > 0
+        self._looked = time.monotonic()  # every call of the script does, and this one comes often
+        return kept
 
     def revoke(self, lease: str, seconds: float) -> None:
         """End it."""
@@ -87,10 +95,12 @@ class RedisStore:
         """Let Redis end the leases whose time is over; once for all watches of this client."""
         with self._lock:
             now = time.monotonic()
-            if now - self._looked < _LOOK:
+            if now - self._looked < self._pause:
                 return
             self._looked = now
-        self._connections.call("look", "", seconds=seconds)
+        counts = str(math.ceil((self._pause + 1.0) * 1000))
+        many = int(self._connections.call("look", self._name, counts, seconds=seconds)[1])
+        self._pause = _LOOK if many < 2 else min(_LOOK * many, _LOOK_AT_LEAST) * random.uniform(0.5, 1.0)
 
     def forget(self, changes: RedisChanges) -> None:
         """A watch is closed."""
