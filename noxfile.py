@@ -295,7 +295,7 @@ def hosts(session: nox.Session) -> None:
     options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
     command = ["python", "-m", "pytest", *options, str(ROOT / "tests" / "hosts"), *session.posargs]
     root = ["--user", "--map-root-user"] if os.geteuid() else []
-    session.run("unshare", *root, *ENCLOSED, *command, external=True, env={"TENSORWAY_TEST_HOSTS": "required"})
+    session.run("unshare", *root, *ENCLOSED, *command, external=True, env={"TENSORWAY_REQUIRE_MULTIHOST": "1"})
 
 
 #: Of two peers; and the numbers of whom it has heard.
