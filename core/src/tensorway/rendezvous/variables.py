@@ -105,7 +105,7 @@ def register(*variables: Variable, by: str) -> None:
                     )
             if all(old != new for old, _ in rows):
                 rows.append((new, by))
-                _registered.append((new, by))
+        _registered[:] = rows[len(VARIABLES) :]  # all of them, or none
 
 
 def registered(operator: Iterable[Variable] = ()) -> tuple[Variable, ...]:
