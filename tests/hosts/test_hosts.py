@@ -1,11 +1,14 @@
-"""Two hosts: a rendezvous on one, members on both, bytes over the wire between them, and the wire cut."""
+"""The product between hosts: a rendezvous on one, members on both, bytes on the wire between them, and the wire cut."""
 
 from __future__ import annotations
 
 import time
 
+import hosts_calls as calls
 import pytest
-from hosts_actor import BLOCK, Refused
+from hosts_calls import BLOCK
+
+from tensorway.testing.ranks import RankFailed
 
 NBYTES = 512 * BLOCK
 #: Mebibytes in seconds, with this: long enough to be cut in the middle.
@@ -20,22 +23,39 @@ def pair(lab, on, nixl, request):
     """A reader on host 1, which runs the rendezvous, and on host 2 who is read."""
     environment = getattr(request, "param", {})
     one, two = (on(host, **environment) for host in lab.hosts)
-    address = one.serve(policy="cidr:10.77.0.0/16")
+    address = one.call(calls.serve, "cidr:10.77.0.0/16")
     assert address.startswith("10.77.0.1:")
-    assert two.enter(address=address)
-    two.join(name="two", transport="nixl", options=NIXL, nbytes=NBYTES, seed=2, ttl=TTL)
-    one.join(name="one", transport="nixl", options=NIXL, nbytes=NBYTES, seed=1, ttl=TTL)
-    yield one, two
-    lab.hosts[1].heal()
+    assert two.call(calls.enter, address)
+    two.call(calls.join, "two", "nixl", NIXL, NBYTES, 2, TTL)
+    one.call(calls.join, "one", "nixl", NIXL, NBYTES, 1, TTL)
+    return one, two
 
 
 @pytest.fixture
 def slow(lab):
-    for host in lab.hosts:
-        host.slow(SLOW)
-    yield
-    for host in lab.hosts:
-        host.fast()
+    """Nothing goes fast, until it is healed."""
+    return lab.hosts[1].nic.slow(SLOW)
+
+
+@pytest.fixture
+def six(tensorway_lab):
+    """Two hosts without IPv4."""
+    with tensorway_lab(2, ipv4=False) as made:
+        yield made
+
+
+@pytest.fixture
+def filtered(tensorway_lab):
+    """Two hosts, with firewalls to be had."""
+    with tensorway_lab(2, faults=("firewall",)) as made:
+        yield made
+
+
+@pytest.fixture
+def wide(tensorway_lab):
+    """Two hosts with two networks between them."""
+    with tensorway_lab(2, nics=2) as made:
+        yield made
 
 
 def eventually(condition, seconds=30.0):
@@ -51,52 +71,100 @@ def eventually(condition, seconds=30.0):
 
 @pytest.mark.parametrize("policy", ["auto", "cidr:10.77.0.0/16", "iface:eth0"])
 def test_a_policy_gives_each_host_its_own_address(lab, on, policy):
-    assert [[host.ip, "eth0"] for host in lab.hosts] == [on(host).choose(policy=policy) for host in lab.hosts]
+    assert [[host.ip, "eth0"] for host in lab.hosts] == [on(host).call(calls.choose, policy) for host in lab.hosts]
 
 
 def test_the_address_of_another_host_is_refused_by_name(lab, on):
     one, two = lab.hosts
-    with pytest.raises(Refused, match="AddressInvalid") as refused:
-        on(two).choose(policy=f"addr:{one.ip}")
+    with pytest.raises(RankFailed, match="AddressInvalid") as refused:
+        on(two).call(calls.choose, f"addr:{one.ip}")
     assert f"{one.ip} (from addr:{one.ip}) is not an address of this host" in str(refused.value)
     assert f"{two.ip}/eth0" in str(refused.value)
-    with pytest.raises(Refused, match="AddressInvalid"):
-        on(two).serve(policy=f"addr:{one.ip}")
+    with pytest.raises(RankFailed, match="AddressInvalid"):
+        on(two).call(calls.serve, f"addr:{one.ip}")
 
 
 def test_an_address_that_a_launcher_s_environment_brought_is_found_out(lab, on):
     one, two = lab.hosts
     launcher = {"VLLM_NIXL_SIDE_CHANNEL_HOST": one.ip, "UCX_TLS": "tcp"}
-    copied = on(one, **launcher).outgoing()
+    copied = on(one, **launcher).call(calls.outgoing)
     assert "tcp" == copied["UCX_TLS"]
     assert "VLLM_NIXL_SIDE_CHANNEL_HOST" not in copied
     # By another way it came all the same: a job's environment, a shell that was copied.
-    worker = on(two, **{**launcher, **copied}).variables(names=["VLLM_NIXL_SIDE_CHANNEL_HOST"])
+    worker = on(two, **{**launcher, **copied}).call(calls.variables, ["VLLM_NIXL_SIDE_CHANNEL_HOST"])
     assert ["VLLM_NIXL_SIDE_CHANNEL_HOST"] == worker["leaked"]
-    assert [] == on(one, **{**launcher, **copied}).variables(names=[])["leaked"]
+    assert [] == on(one, **{**launcher, **copied}).call(calls.variables, [])["leaked"]
 
 
 def test_hosts_without_ipv4_meet(six, on):
     one, two = (on(host) for host in six.hosts)
-    address = one.serve(policy="auto")
+    address = one.call(calls.serve, "auto")
     assert address.startswith("[fd77::1]:")
-    assert two.enter(address=address)
-    two.join(name="two", transport="local", options={}, nbytes=BLOCK, seed=2, ttl=TTL)
-    one.join(name="one", transport="local", options={}, nbytes=BLOCK, seed=1, ttl=TTL)
-    eventually(lambda: {"two": "live"} == one.members() and {"one": "live"} == two.members())
-    with pytest.raises(Refused, match=r"(?s)Unsupported.*on another machine"):
-        one.connect(name="two", deadline=5)
+    assert two.call(calls.enter, address)
+    two.call(calls.join, "two", "local", {}, BLOCK, 2, TTL)
+    one.call(calls.join, "one", "local", {}, BLOCK, 1, TTL)
+    eventually(lambda: {"two": "live"} == one.call(calls.members) and {"one": "live"} == two.call(calls.members))
+    with pytest.raises(RankFailed, match=r"(?s)Unsupported.*on another machine"):
+        one.call(calls.connect, "two", 5)
 
 
 def test_hosts_without_ipv4_move_bytes(six, on, nixl):
     one, two = (on(host) for host in six.hosts)
-    assert two.enter(address=one.serve(policy="cidr:fd77::/64"))
-    two.join(name="two", transport="nixl", options=NIXL, nbytes=64 * BLOCK, seed=2, ttl=TTL)
-    one.join(name="one", transport="nixl", options=NIXL, nbytes=64 * BLOCK, seed=1, ttl=TTL)
-    assert "tcp" == one.connect(name="two")
-    one.start(deadline=20)
-    assert one.outcome()["error"] is None
-    assert one.digest() == two.digest()
+    assert two.call(calls.enter, one.call(calls.serve, "cidr:fd77::/64"))
+    two.call(calls.join, "two", "nixl", NIXL, 64 * BLOCK, 2, TTL)
+    one.call(calls.join, "one", "nixl", NIXL, 64 * BLOCK, 1, TTL)
+    assert "tcp" == one.call(calls.connect, "two")
+    one.call(calls.start, 20)
+    assert one.call(calls.outcome)["error"] is None
+    assert one.call(calls.digest) == two.call(calls.digest)
+
+
+def test_a_host_is_found_by_whatever_name_others_have_for_it(lab, on):
+    one, two = lab.hosts
+    two.knows("rendezvous-0", one.ip)
+    # What Debian writes for a host's own name, and what nobody else can reach.
+    one.knows(one.name, "127.0.1.1")
+    here, there = on(one), on(two)
+    port = here.call(calls.serve, "auto").rpartition(":")[2]
+    assert there.call(calls.enter, f"rendezvous-0:{port}")
+    assert [two.ip, "eth0"] == there.call(calls.choose, "peer:rendezvous-0")
+    there.call(calls.join, "two", "local", {}, BLOCK, 2, TTL)
+    here.call(calls.join, "one", "local", {}, BLOCK, 1, TTL)
+    eventually(lambda: {"two": "live"} == here.call(calls.members) and {"one": "live"} == there.call(calls.members))
+    with pytest.raises(RankFailed, match="rendezvous-0"):
+        here.call(calls.enter, f"rendezvous-0:{port}")
+
+
+# -- two networks
+
+
+def test_with_two_networks_nobody_chooses_for_the_operator(wide, on):
+    host = wide.hosts[1]
+    with pytest.raises(RankFailed, match="AddressInvalid") as refused:
+        on(host).call(calls.choose, "auto")
+    assert all(f"{nic.ipv4}/{name}" in str(refused.value) for name, nic in host.nics.items())
+    for policy in ("iface:eth1", "cidr:10.77.1.0/24", f"peer:{wide.hosts[0].nics['eth1'].ip}"):
+        assert ["10.77.1.2", "eth1"] == on(host).call(calls.choose, policy)
+
+
+@pytest.mark.parametrize("chosen", ["eth0", "eth1"])
+def test_bytes_take_the_network_that_was_chosen_and_no_other(wide, on, nixl, chosen):
+    one, two = (on(host) for host in wide.hosts)
+    options = {**NIXL, "network_devices": [chosen]}
+    (other,) = {"eth0", "eth1"} - {chosen}
+    address = one.call(calls.serve, f"iface:{chosen}")
+    assert address.startswith(wide.hosts[0].nics[chosen].ip)
+    assert two.call(calls.enter, address)
+    two.call(calls.join, "two", "nixl", options, NBYTES, 2, TTL)
+    one.call(calls.join, "one", "nixl", options, NBYTES, 1, TTL)
+    assert "tcp" == one.call(calls.connect, "two")
+    before = {name: nic.carried() for name, nic in wide.hosts[0].nics.items()}
+    one.call(calls.start, 20)
+    assert one.call(calls.outcome)["error"] is None
+    assert one.call(calls.digest) == two.call(calls.digest)
+    after = {name: nic.carried() for name, nic in wide.hosts[0].nics.items()}
+    assert after[chosen].received - before[chosen].received >= NBYTES
+    assert after[other].received - before[other].received < BLOCK
 
 
 # -- bytes
@@ -105,11 +173,11 @@ def test_hosts_without_ipv4_move_bytes(six, on, nixl):
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_bytes_go_over_the_wire(pair, operation):
     one, two = pair
-    assert one.digest() != two.digest()
-    assert "tcp" == one.connect(name="two")
-    one.start(deadline=20, operation=operation)
-    assert one.outcome()["error"] is None
-    assert one.digest() == two.digest()
+    assert one.call(calls.digest) != two.call(calls.digest)
+    assert "tcp" == one.call(calls.connect, "two")
+    one.call(calls.start, 20, operation)
+    assert one.call(calls.outcome)["error"] is None
+    assert one.call(calls.digest) == two.call(calls.digest)
 
 
 # -- the wire is cut
@@ -117,69 +185,85 @@ def test_bytes_go_over_the_wire(pair, operation):
 
 def test_a_cut_costs_the_deadline_and_after_release_no_byte_arrives(lab, pair, slow):
     one, two = pair
-    assert "tcp" == one.connect(name="two")
-    assert "pending" == one.start(deadline=3)
+    assert "tcp" == one.call(calls.connect, "two")
+    assert "pending" == one.call(calls.start, 3)
     time.sleep(0.7)
-    lab.hosts[1].cut()
+    hole = lab.hosts[1].nic.unplug()
     cut = time.monotonic()
-    ended = one.outcome()
+    ended = one.call(calls.outcome)
     assert ended["error"] in ("DeadlineExceeded", "PeerLost")
     assert "two" in ended["text"]
     assert ended["seconds"] < 3 + SLACK
     # Missed by its lease, and not by anything that the transport says.
-    eventually(lambda: {} == one.members(), TTL + SLACK)
+    eventually(lambda: {} == one.call(calls.members), TTL + SLACK)
     assert time.monotonic() - cut < 3 + TTL + 2 * SLACK
-    one.fill(byte=7)
-    assert not one.released(seconds=0.2) or NBYTES == one.holds(byte=7)
+    one.call(calls.fill, 7)
+    assert not one.call(calls.released, 0.2) or NBYTES == one.call(calls.holds, 7)
 
-    lab.hosts[1].heal()
+    hole.heal()
     # What was on its way may come now, and not after it is said to be released.
-    assert one.released(seconds=40)
-    one.fill(byte=9)
+    assert one.call(calls.released, 40)
+    one.call(calls.fill, 9)
     time.sleep(1)
-    assert NBYTES == one.holds(byte=9)
-    eventually(lambda: {"two": "live"} == one.members())
-    for host in lab.hosts:
-        host.slow("10gbit")
-    assert "tcp" == one.connect(name="two")
-    one.start(deadline=20)
-    assert one.outcome()["error"] is None
-    assert one.digest() == two.digest()
+    assert NBYTES == one.call(calls.holds, 9)
+    eventually(lambda: {"two": "live"} == one.call(calls.members))
+    slow.heal()
+    assert "tcp" == one.call(calls.connect, "two")
+    one.call(calls.start, 20)
+    assert one.call(calls.outcome)["error"] is None
+    assert one.call(calls.digest) == two.call(calls.digest)
 
 
 @pytest.mark.parametrize("pair", [{"UCX_TCP_USER_TIMEOUT": "2s"}], indirect=True)
 def test_a_cut_that_the_fabric_notices_is_a_lost_peer_before_the_deadline(lab, pair, slow):
     one, two = pair
-    assert "tcp" == one.connect(name="two")
-    assert "pending" == one.start(deadline=40)
+    assert "tcp" == one.call(calls.connect, "two")
+    assert "pending" == one.call(calls.start, 40)
     time.sleep(0.7)
-    lab.hosts[1].cut()
-    ended = one.outcome()
+    hole = lab.hosts[1].nic.unplug()
+    ended = one.call(calls.outcome)
     assert "PeerLost" == ended["error"]
     assert "two" in ended["text"]
     assert ended["seconds"] < 20
-    assert one.released(seconds=SLACK)
-    one.fill(byte=9)
-    lab.hosts[1].heal()
-    eventually(lambda: {"two": "live"} == one.members())
-    assert NBYTES == one.holds(byte=9)
-    for host in lab.hosts:
-        host.slow("10gbit")
-    assert "tcp" == one.connect(name="two")
-    one.start(deadline=20)
-    assert one.outcome()["error"] is None
-    assert one.digest() == two.digest()
+    assert one.call(calls.released, SLACK)
+    one.call(calls.fill, 9)
+    hole.heal()
+    eventually(lambda: {"two": "live"} == one.call(calls.members))
+    assert NBYTES == one.call(calls.holds, 9)
+    slow.heal()
+    assert "tcp" == one.call(calls.connect, "two")
+    one.call(calls.start, 20)
+    assert one.call(calls.outcome)["error"] is None
+    assert one.call(calls.digest) == two.call(calls.digest)
+
+
+def test_a_silent_firewall_costs_the_deadline_and_the_error_names_who_is_behind_it(filtered, on, nixl):
+    # UCX waits for a connection as long as this, whatever the deadline.
+    one, two = (on(host, UCX_TCP_USER_TIMEOUT="2s") for host in filtered.hosts)
+    assert two.call(calls.enter, one.call(calls.serve, "auto"))
+    two.call(calls.join, "two", "nixl", NIXL, BLOCK, 2, TTL)
+    one.call(calls.join, "one", "nixl", NIXL, BLOCK, 1, TTL)
+    # The rendezvous goes on: two has connected to it. What connects to two hears nothing.
+    wall = filtered.hosts[1].nic.close_all_but()
+    eventually(lambda: {"two": "live"} == one.call(calls.members))
+    began = time.monotonic()
+    with pytest.raises(RankFailed, match=r"(?s)(DeadlineExceeded|PeerLost).*two"):
+        one.call(calls.fetch, "two", 4.0)
+    assert time.monotonic() - began < 4 + 2 + SLACK
+    assert {"two": "live"} == one.call(calls.members)
+    wall.heal()
+    assert "tcp" == one.call(calls.connect, "two", 60.0)
+    one.call(calls.start, 20)
+    assert one.call(calls.outcome)["error"] is None
+    assert one.call(calls.digest) == two.call(calls.digest)
 
 
 def test_a_host_without_power_is_missed(lab, on):
     one, two = lab.hosts
     keeper, lost = on(one), on(two)
-    assert lost.enter(address=keeper.serve(policy="iface:eth0"))
-    lost.join(name="two", transport="local", options={}, nbytes=BLOCK, seed=2, ttl=TTL)
-    keeper.join(name="one", transport="local", options={}, nbytes=BLOCK, seed=1, ttl=TTL)
-    eventually(lambda: {"two": "live"} == keeper.members())
+    assert lost.call(calls.enter, keeper.call(calls.serve, "iface:eth0"))
+    lost.call(calls.join, "two", "local", {}, BLOCK, 2, TTL)
+    keeper.call(calls.join, "one", "local", {}, BLOCK, 1, TTL)
+    eventually(lambda: {"two": "live"} == keeper.call(calls.members))
     two.stop()
-    try:
-        eventually(lambda: {} == keeper.members(), TTL + SLACK)
-    finally:
-        two.start()
+    eventually(lambda: {} == keeper.call(calls.members), TTL + SLACK)

@@ -24,6 +24,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "TENSORWAY_PROBE_TIMEOUT": "Seconds that one probe may take (default 30).",
     "TENSORWAY_SECRET": "What all members of a deployment know; whoever knows it reaches their memory.",
     "TENSORWAY_SECRET_FILE": "A file with that secret, where TENSORWAY_SECRET is not set.",
+    "TENSORWAY_REQUIRE_MULTIHOST": "`1` fails tests that need several hosts where there can be none. Else they skip.",
     "TENSORWAY_LOCAL_RANK": "This process's rank on its host; only rank 0 logs what every rank would log.",
     "TENSORWAY_ENVIRONMENT_POLICY": "`off` lets all but secrets travel; `NAME=SCOPE` says where values are true.",
     "TENSORWAY_ENVIRONMENT_OF": "Written by launchers for their workers: where their environment comes from.",
@@ -83,6 +84,11 @@ def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str
 def get(name: str, default: str | None = None) -> str | None:
     """One variable that belongs to somebody else (a driver, a launcher), read here so that all reading is here."""
     return os.environ.get(name, default)
+
+
+def flag(name: str) -> bool:
+    """Whether a variable of ours says yes."""
+    return _flag(os.environ, name)
 
 
 def secret() -> str:

@@ -112,7 +112,7 @@ def regroup_with_new_weights(rank):
 
 
 def regroup_while_a_row_is_read(rank):
-    """What a look at a reloaded row says whose digest was taken before a regroup, and is compared after it, if it can."""
+    """What a look at a reloaded row says whose digest was taken before a regroup, and is compared after it."""
     rebalancer, said = rank.notes["rebalancer"], []
     rows, regrouped = rebalancer._rows, threading.Event()
     live_digest = rows.live_digest

@@ -7,7 +7,7 @@ that the transport cannot reach: `local` refuses it, and every byte has to go th
 from __future__ import annotations
 
 import pytest
-from engines import Shape, await_layer, leftovers
+from engines import Shape, await_layer, flush, leftovers, let, open_faulty_mover, release
 
 from tensorway.kv import RequestView
 from tensorway.testing.ranks import RankFailed
@@ -360,3 +360,29 @@ def test_a_request_that_is_given_up_leaves_no_memory_taken(deployment, when):
     assert ([other], {gone: 0}) == (consumer.received, consumer.failed)
     consumer.each(verify, OURS, 0, TOKENS, 1)
     settled(producer, consumer)
+
+
+def test_a_read_that_stands_still_keeps_staging_memory_and_neither_request_nor_pages(ranks):
+    made = Deployment(ranks, deadline=2.0)
+    producer = made.engine("prefill", Shape())
+    consumer = made.engine("decode", Shape(), open_faulty_mover, stage=True, staging_blocks=16)
+    ticket = producer.finish("one", THEIRS, TOKENS)
+    producer.step()
+    consumer.ask("lookup", RequestView("here", TOKENS, ticket), 0)
+    until(lambda: consumer.each(counted, "mover", "kv_links", {"state": "connected"}) == [1], consumer)
+    consumer.each(let, "stall", "stall")  # the words of a request that is promised are looked at first
+    consumer.ask("reserve", RequestView("here", TOKENS, ticket), OURS, 0, TOKENS)
+    until(lambda: consumer.failed or consumer.received, consumer)
+    assert ([], {"here": 0}) == (consumer.received, consumer.failed)
+    assert "deadline" == next(one.cause for one in consumer.results if one.cause)
+    consumer.each(flush, 0.0)  # nothing writes to pages
+    assert 11 == free(consumer)
+    assert 5 == consumer.planner.call(counted, "planner", "kv_staging_blocks", {"state": "held"})
+    # The pages are another request's, and stay so when the bytes of the first one come after all.
+    consumer.each(let)
+    consumer.failed.clear()
+    hand_over(producer, consumer, "two", salt=2)
+    consumer.each(release)
+    settled(producer, consumer)
+    consumer.each(verify, OURS, 0, TOKENS, 2)
+    made.close()

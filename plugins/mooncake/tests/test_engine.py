@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 
-from tensorway.errors import BackendUnavailable, Closed, MemoryInvalid, TransferFailed, Unsupported
+from tensorway.errors import AddressInvalid, BackendUnavailable, Closed, MemoryInvalid, TransferFailed, Unsupported
 from tensorway.memory import Region
+from tensorway.rendezvous import HostChoice
 from tensorway_mooncake import engine as engines
 from tensorway_mooncake.library import REFUSED
 
@@ -225,6 +226,19 @@ def test_an_address_of_another_machine_is_refused_before_an_engine_is_made(monke
     monkeypatch.setattr(engines, "load", Loaded)
     with pytest.raises(BackendUnavailable, match=r"192\.0\.2\.1, and no interface"):
         engines.create("192.0.2.1")
+
+
+def test_a_host_policy_is_resolved_on_this_machine():
+    assert ("127.0.0.1", "127.0.0.1") == (engines.address_of("loopback"), engines.address_of("any:cidr:127.0.0.1/32"))
+    assert "10.0.0.7" == engines.address_of("10.0.0.7")
+    with pytest.raises(AddressInvalid, match="It fits no address"):
+        engines.address_of("iface:none0")
+
+
+def test_a_host_policy_that_gives_an_address_mooncake_was_not_tried_with_is_refused(monkeypatch):
+    monkeypatch.setattr(engines, "choose", lambda policy: HostChoice("fd77::2", "fd77::2", policy, "eth0"))
+    with pytest.raises(BackendUnavailable, match="gives fd77::2 here, and Mooncake has been tried with IPv4 only"):
+        engines.address_of("auto")
 
 
 def test_an_engine_that_does_not_initialize_is_reported_and_never_destroyed(monkeypatch):

@@ -430,6 +430,8 @@ def test_vllm_gives_blocks_of_a_single_group_no_other_hashes_than_their_own():
 def in_order(name, *groups):
     """A request as vLLM makes it: it knows which keys follow each other."""
     req = asked(name)
+    if not hasattr(req, "set_offload_key_position"):
+        pytest.skip("this vLLM does not say which blocks follow each other: 0.31 and newer do")
     for chain in groups:
         for place, key in enumerate(chain):
             req.set_offload_key_position(key, 16 * place)

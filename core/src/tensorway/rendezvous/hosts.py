@@ -213,7 +213,8 @@ def _own(text: str, policy: str, source: str, known: tuple[Address, ...]) -> Hos
     if ip is None:
         _fail(policy, f"{text[:80]!r} (from {source}) is no IP address.", known)
     for address in known:
-        if address.ip == ip:
+        # All of 127.0.0.0/8 is this host's own, and one address of it is listed.
+        if address.ip == ip or (address.ip.is_loopback and ip.is_loopback and address.ip.version == ip.version):
             return HostChoice(str(ip), str(ip), source, address.interface)
     true = f"{ip} (from {source}) is not an address of this host; it was probably copied from another's environment."
     _fail(policy, true, known)

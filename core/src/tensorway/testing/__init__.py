@@ -14,6 +14,7 @@ __all__ = [
     "EvictionPolicySuite",
     "Faults",
     "FaultyFabric",
+    "Lab",
     "OfferSuite",
     "OffloadingManagerSuite",
     "OffloadingWorkerSuite",
@@ -33,6 +34,7 @@ _HOMES = {
     "EvictionPolicySuite": "offload_policies",
     "Faults": "faults",
     "FaultyFabric": "faults",
+    "Lab": "netlab",
     "OfferSuite": "offers",
     "OffloadingManagerSuite": "offload_managers",
     "OffloadingWorkerSuite": "offload_workers",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from tensorway.testing.connectors import ConnectorSuite
     from tensorway.testing.elsewhere import probe_elsewhere
     from tensorway.testing.faults import Faults, FaultyFabric
+    from tensorway.testing.netlab import Lab
     from tensorway.testing.offers import OfferSuite
     from tensorway.testing.offload_managers import OffloadingManagerSuite
     from tensorway.testing.offload_policies import EvictionPolicySuite

@@ -28,7 +28,7 @@ import attrs
 
 import tensorway
 from tensorway.rendezvous import Rendezvous
-from tensorway.testing.stops import send
+from tensorway.testing.stops import inner, send
 
 #: Seconds that a rank may take for one call; the first imports libraries.
 PATIENCE: Final = 100.0
@@ -43,16 +43,18 @@ class RankFailed(AssertionError):
 class RankProcess:
     """One rank, seen from the test."""
 
-    def __init__(self, rendezvous: str) -> None:
+    def __init__(self, rendezvous: str, on: Callable[..., list[str]] | None = None) -> None:
+        """`on` is what makes a command one that runs elsewhere, such as the `command` of a host of `netlab`."""
         command = [sys.executable, "-m", "tensorway.testing.ranks", rendezvous]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._elsewhere = on is not None
+        self._process = subprocess.Popen(on(*command) if on else command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._unread = b""
         self._owed, self._stopped = 0, False
 
     @property
     def pid(self) -> int:
-        """Its process."""
-        return self._process.pid
+        """Its process, as we see it."""
+        return inner(self._process) if self._elsewhere else self._process.pid
 
     @property
     def alive(self) -> bool:
@@ -95,7 +97,7 @@ class RankProcess:
 
     def signal(self, number: int) -> None:
         """Stop it, let it go on, or kill it."""
-        send(self._process, number)
+        send(self._process, number, self.pid if self._elsewhere and self.alive else None)
         self._stopped = number == signal.SIGSTOP or (self._stopped and number != signal.SIGCONT)
         if number == signal.SIGKILL:
             self._process.wait(PATIENCE)

@@ -17,7 +17,7 @@ from tensorway_kv import messages
 from tensorway_kv.bound import Bound
 from tensorway_kv.links import Link, Reader
 from tensorway_kv.observed import Ended
-from tensorway_kv.orders import Await
+from tensorway_kv.orders import Await, Want
 from tensorway_kv.pulls import Phase
 from tensorway_kv.reads import Held
 from tensorway_kv.staging import Staging
@@ -31,6 +31,11 @@ _SILENCE: Final = 600.0
 _FOREVER: Final = float("inf")
 _STALE: Final = {"unknown", "epoch", "ended", "expired"}
 _CAUSES: Final = {"deadline": "deadline", "failed": "failed", **dict.fromkeys(_STALE, "stale")}
+
+
+def cleared(want: Want) -> Result:
+    """What a planner is told when nobody writes any more to what a request had of staging memory."""
+    return Result(want.request, "cleared", proof=str(want.epoch).encode())
 
 
 class Landing:
@@ -103,8 +108,7 @@ class Landing:
                 self.clear = True
                 for each in {self.link, link, self._told or link}:
                     each.watch(self, (), b"", 0.0, 0.0)
-                want = self.fetch.want
-                results.append(Result(want.request, "cleared", proof=str(want.epoch).encode()))
+                results.append(cleared(self.fetch.want))
         return results
 
     # -- inside

@@ -21,7 +21,7 @@ from tensorway_kv import messages, orders
 from tensorway_kv.board import Board, Scratch
 from tensorway_kv.bound import Bound
 from tensorway_kv.ears import Ears
-from tensorway_kv.landings import Landing
+from tensorway_kv.landings import Landing, cleared
 from tensorway_kv.linking import Links
 from tensorway_kv.links import Link, Reader
 from tensorway_kv.meeting import VERSION, Ground, RankRecord
@@ -56,6 +56,8 @@ class HandoverMover:
         self._links: Links[Bound] | None = None
         self._wants: dict[str, tuple[orders.Want, Link[Bound], float]] = {}
         self._pulls: dict[str, Pull] = {}
+        #: Those that have ended, and whose staging memory may still be written to.
+        self._clearing: list[Pull] = []
         self._landings: dict[tuple[str, str, int], Landing] = {}
         self._serving: Serving | None = None
         #: What had ended already when it was submitted.
@@ -245,8 +247,7 @@ class HandoverMover:
         if landing.fits():
             self._landings[landing.key] = landing
             return
-        want = order.fetch.want
-        self._early.append(Result(want.request, "cleared", proof=str(want.epoch).encode()))
+        self._early.append(cleared(order.fetch.want))
         if any(order.fetch.their_blocks) and self._between is None:
             self._fetch(order.fetch)  # the ranks do as each must; the producer counts them alike
             return
@@ -261,6 +262,11 @@ class HandoverMover:
                 del self._pulls[request]
                 results.append(result)
                 self._observer.ended(pull.seen(result, self._deadline))
+                if pull.fetch.pages is not None:
+                    self._clearing.append(pull)
+        for pull in [pull for pull in self._clearing if pull.let_go()]:
+            self._clearing.remove(pull)
+            results.append(cleared(pull.fetch.want))
         for key, landing in list(self._landings.items()):
             for result in landing.advance(now, self._to(landing.fetch.want) if landing.ended else landing.link):
                 results.append(result)
@@ -281,7 +287,10 @@ class HandoverMover:
 
     def _tidy(self) -> None:
         self._known.tidy(
-            {*(pull.link for pull in self._pulls.values()), *(one.link for one in self._landings.values())}
+            {
+                *(pull.link for pull in (*self._pulls.values(), *self._clearing)),
+                *(one.link for one in self._landings.values()),
+            }
         )
         self._serve.tidy()
 

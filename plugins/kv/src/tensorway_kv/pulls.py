@@ -94,8 +94,12 @@ class Pull:
 
     @property
     def safe(self) -> bool:
-        """Whether nothing is written to its pages any more."""
-        return all(transfer.released for transfer in self._transfers)
+        """Whether nothing is written to its pages any more: from staging memory only it copies to them."""
+        return self.fetch.pages is not None or self._released
+
+    def let_go(self) -> bool:
+        """Of one that has ended: whether nothing is written any more to what it had of staging memory, either."""
+        return self._released and self._look_released()
 
     @property
     def failing(self) -> bool:
@@ -135,7 +139,7 @@ class Pull:
             except TensorwayError as error:
                 cause = next((cause for kind, cause in _CAUSES if isinstance(error, kind)), "failed")
                 self.fail(cause, error.true)
-        if self._failure is not None and self.safe and self._look_released():
+        if self._failure is not None and self.safe and (self.fetch.pages is not None or self._look_released()):
             return self._end(*self._failure)
         return None
 
@@ -203,6 +207,10 @@ class Pull:
                 ids = [array("q", side.astype("q").tobytes()) for side in (batch.local, batch.remote)]
                 route = bound.routes[producer][batch.route]
                 self._transfers.append(self._reader.endpoint.read(route, *ids, deadline=left))
+
+    @property
+    def _released(self) -> bool:
+        return all(transfer.released for transfer in self._transfers)
 
     # -- words
 

@@ -226,11 +226,11 @@ class Wanting:
         landing = None if full else self._pool.take(room(self._groups, wanted.start, wanted.stop))
         if landing is not None:
             del self._waiting[request]
+            self._landing[key] = landing, set()
             if wanted.way == "pull":
                 wanted.staged = landing
                 self._asked.fetches.append(self._fetch(request, wanted, now))
                 return full
-            self._landing[key] = landing, set()
             self._asked.awaits.append(Await(self._fetch(request, wanted, now), landing))
         elif not wanted.ticket.push_only and not self._life.options.stage:
             wanted.way = "pull"
@@ -268,8 +268,6 @@ class Wanting:
         if len(wanted.said) < self._life.ranks:
             return
         del self._wanted[result.request]
-        if wanted.staged:
-            self._pool.give(wanted.staged)
         self._spend(wanted.ticket)
         if wanted.silent:
             return

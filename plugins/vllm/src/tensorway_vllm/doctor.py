@@ -6,6 +6,8 @@ then says so: a configuration can be checked anywhere.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,6 +58,11 @@ def add_arguments(to: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace, out: Output) -> int:
     """Examine, and say; the exit code is that of the worst thing found."""
     asked, installed = doctor_config.asks_for_eplb(given.additional_config), bool(probes.version())
+    with contextlib.redirect_stdout(sys.stderr):  # where vLLM 0.30 logs that it is imported
+        return _examined(given, out, asked=asked, installed=installed)
+
+
+def _examined(given: argparse.Namespace, out: Output, *, asked: bool, installed: bool) -> int:
     remarks = _remarks(given)
     if installed:
         out.progress("Importing vLLM, to look at what Tensorway builds on ...")

@@ -18,6 +18,7 @@ import tensorway
 from tensorway.errors import TensorwayError
 from tensorway.geometry import Group, Part, Plane, RankGeometry
 from tensorway.offload import OffloadContext
+from tensorway_vllm import probes, versions
 
 with warnings.catch_warnings():  # those of importing vLLM are not ours
     warnings.simplefilter("ignore")
@@ -256,6 +257,8 @@ def ours(request):
 
 
 def test_touching_a_few_of_many_blocks_stalls_vllms_manager_and_not_ours(ours):
+    if versions.release(probes.version()) == "0.30":
+        pytest.skip("vLLM 0.30 has a manager that does not stall: 0.31 and newer do")
     theirs_worst, theirs_usual = slowest(CPUOffloadingManager(BLOCKS))
     assert theirs_worst > 50 * theirs_usual, f"{theirs_worst:.4f} s beside {theirs_usual:.6f} s. {MENDED}"
     worst, usual = slowest(ours)

@@ -101,7 +101,8 @@ def handover(model: str) -> dict[str, Any]:
     extra = {
         "rendezvous": "direct",
         "rendezvous_options": {"address": meeting.address, "secret": secret},
-        "options": {"transport": "local", "secret": secret},
+        # Tickets are kept while the other engine starts.
+        "options": {"transport": "local", "secret": secret, "lease": 600.0},
     }
     start = multiprocessing.get_context("spawn")
     link, other = start.Pipe()
