@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import urllib.request
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="few members, so that it is seen to run")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and not without ending the servers
     if given.short:
         given.members, given.processes, given.ttl, given.rest = 12, 2, 2.0, 1.0
     reports = []

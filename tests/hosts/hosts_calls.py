@@ -10,6 +10,8 @@ import socket
 import time
 from types import SimpleNamespace
 
+from tensorway import settings
+
 BLOCK = 65_536
 SECRET = "a secret of the hosts"
 
@@ -51,6 +53,23 @@ def join(_, name, transport, options, nbytes, seed, ttl):
     here.region = here.endpoint.register(here.memory).regions[0]
     here.directory = Directory(here.rendezvous, here.endpoint, name, ttl=ttl)
     here.directory.live()
+
+
+def given(_, policy):
+    """What a policy means to libraries on this host."""
+    from tensorway.rendezvous import choose, fabrics
+
+    return fabrics.variables(choose(policy))
+
+
+def side_channel(_, name, policy):
+    """What a worker does first, and where its engine then listens, which takes what is set as it is."""
+    from tensorway.rendezvous import choose, environment, fabrics
+
+    dropped = environment.sanitize().names("dropped")
+    fabrics.apply(choose(policy))
+    with socket.create_server((settings.get(name), 0)) as listener:
+        return [dropped, listener.getsockname()[0]]
 
 
 def members(_):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import hosts_calls as calls
@@ -44,12 +45,12 @@ def udp(host, ip=None):
     return opened
 
 
-def heard(source, target, of=lambda host: host.ip):
-    """Whether one of some datagrams arrives."""
-    token = str(next(NUMBERS)).encode()
+def heard(source, target, of=lambda host: host.ip, seconds=0.4):
+    """Whether one of the datagrams that are sent for so long arrives."""
+    token, until = str(next(NUMBERS)).encode(), time.monotonic() + seconds
     with udp(source, of(source)) as sender, udp(target, of(target)) as receiver:
         receiver.settimeout(0.03)
-        for _ in range(12):
+        while time.monotonic() < until:
             try:
                 sender.sendto(token, receiver.getsockname())
                 if receiver.recv(100) == token:
@@ -63,13 +64,11 @@ def heard(source, target, of=lambda host: host.ip):
     return False
 
 
-def silent(lab, of=lambda host: host.ip):
-    """Who does not hear whom, by the numbers of their hosts: (from, to)."""
-    return {
-        (a, b)
-        for (a, source), (b, target) in itertools.permutations(enumerate(lab.hosts, 1), 2)
-        if not heard(source, target, of)
-    }
+def all_hear_all(lab, but=frozenset(), of=lambda host: host.ip):
+    """Everybody hears everybody, `but` some do not: (from, to), by the numbers of their hosts."""
+    for (a, source), (b, target) in itertools.permutations(enumerate(lab.hosts, 1), 2):
+        expected = (a, b) not in but
+        assert expected == heard(source, target, of, PATIENCE if expected else 0.4), (a, b)
 
 
 def connected(source, target, seconds=PATIENCE, nbytes=0):
@@ -99,6 +98,11 @@ def moved(source, target, nbytes):
     return took
 
 
+def quickest(source, target, nbytes):
+    """The least of some times, on a machine that has other things to do."""
+    return min(moved(source, target, nbytes) for _ in range(5))
+
+
 def round_trips(source, target, count=20):
     """Seconds for a datagram there and back, of so many."""
     took = []
@@ -118,16 +122,15 @@ def round_trips(source, target, count=20):
 def arrived(source, target, count):
     """The numbers of those datagrams that arrive, in the order in which they do."""
     with udp(source) as sender, udp(target) as receiver:
-        receiver.settimeout(0.3)
+        receiver.settimeout(1)
         found = []
-        for first in range(0, count, 100):  # a socket has no room for many more
-            for number in range(first, first + 100):
+        for first in range(0, count, 200):  # a socket has no room for many more
+            upto = min(count, first + 200)
+            for number in range(first, upto):
                 sender.sendto(number.to_bytes(4, "big"), receiver.getsockname())
-            for _ in range(100):
-                with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError):  # then the rest is lost
+                while len(found) < upto:
                     found.append(int.from_bytes(receiver.recv(100), "big"))
-                    continue
-                break
     return found
 
 
@@ -164,7 +167,7 @@ def test_each_host_has_a_network_processes_memory_a_name_and_folders_of_its_own(
 @pytest.mark.parametrize(("family", "other"), [("ipv4", "ipv6"), ("ipv6", "ipv4")])
 def test_a_lab_of_one_address_family_has_not_the_other(tensorway_lab, family, other):
     with tensorway_lab(2, **{other: False}) as lab:
-        assert set() == silent(lab)
+        all_hear_all(lab)
         addresses = on(lab.hosts[0], "ip", "addr", "show", "dev", "eth0")
         assert ("inet 10." in addresses, "inet6 f" in addresses) == (family == "ipv4", family == "ipv6")
         assert all(("." in host.ip) == (family == "ipv4") for host in lab.hosts)
@@ -195,7 +198,7 @@ def test_two_labs_with_the_same_addresses_do_not_meet(lab, tensorway_lab):
         assert moved(*lab.hosts, nbytes=1 << 20)
         assert other.hosts[0].nic.carried().received - near.received < 100_000
         lab.hosts[1].stop()
-        assert set() == silent(other)
+        all_hear_all(other)
 
 
 def test_the_counters_say_which_interface_bytes_took(tensorway_lab):
@@ -217,7 +220,7 @@ def test_what_cannot_be_a_lab_is_refused():
 
 # -- faults: who hears whom
 
-EVERYTHING = {(1, 2), (2, 1), (2, 3), (3, 2)}
+OF_TWO = {(1, 2), (2, 1), (2, 3), (3, 2)}
 
 
 @pytest.mark.parametrize(
@@ -225,15 +228,15 @@ EVERYTHING = {(1, 2), (2, 1), (2, 3), (3, 2)}
 )
 def test_a_cut_silences_one_host_in_both_directions_until_it_is_healed(three, fault, carrier):
     nic = three.hosts[1].nic
-    assert set() == silent(three)
+    all_hear_all(three)
     broken = getattr(nic, fault)()
-    assert silent(three) == EVERYTHING
+    all_hear_all(three, but=OF_TWO)
     if carrier is not None:
         assert carrier == on(three.hosts[1], "cat", "/sys/class/net/eth0/carrier").strip()
     broken.heal()
     broken.heal()
     for of in (lambda host: host.ip, lambda host: host.nic.ipv6):
-        eventually(lambda of=of: set() == silent(three, of))
+        all_hear_all(three, of=of)
     assert "default via 10.77.0.254" in on(three.hosts[1], "ip", "route")
 
 
@@ -241,52 +244,52 @@ def test_a_cut_silences_one_host_in_both_directions_until_it_is_healed(three, fa
 def test_one_way_is_one_way(tensorway_lab, version):
     with tensorway_lab(3, faults=("one way",)) as lab:
         one, two, _ = lab.hosts
+        of = attrgetter(f"nic.{version}")
         with two.nic.drop_from(one.nic):
             # For longer than each remembers the other's hardware address without asking again.
             on(two, "ip", "neigh", "flush", "all")
             on(one, "ip", "neigh", "flush", "all")
-            assert {(1, 2)} == silent(lab, lambda host: getattr(host.nic, version))
+            all_hear_all(lab, {(1, 2)}, of)
             both = one.nic.drop_from(two.nic)
-            assert {(1, 2), (2, 1)} == silent(lab, lambda host: getattr(host.nic, version))
+            all_hear_all(lab, {(1, 2), (2, 1)}, of)
             both.heal()
-        assert set() == silent(lab, lambda host: getattr(host.nic, version))
+        all_hear_all(lab, of=of)
 
 
-def refused(source, target, port):
+def ended(source, target, port, seconds=PATIENCE):
     """How an attempt to connect ends."""
     try:
-        source.call(socket.create_connection, (target.ip, port), 0.7).close()
+        source.call(socket.create_connection, (target.ip, port), seconds).close()
     except (TimeoutError, ConnectionRefusedError) as error:
         return type(error).__name__
-    return ""
+    return "connected"
 
 
 def test_a_silent_firewall_answers_nothing_and_only_at_its_ports(tensorway_lab):
     with tensorway_lab(2, faults=("firewall",)) as lab, contextlib.ExitStack() as stack:
         one, two = lab.hosts
-        ports = [
-            stack.enter_context(host.call(socket.create_server, (host.ip, 0))).getsockname()[1]
-            for host in (two, two, one)
-        ]
-        closed, opened, back = ports
-        assert "ConnectionRefusedError" == refused(one, two, 9)
+        servers = [stack.enter_context(host.call(socket.create_server, (host.ip, 0))) for host in (two, two, one)]
+        closed, opened, back = (server.getsockname()[1] for server in servers)
+        assert ["ConnectionRefusedError", "connected"] == [ended(one, two, port) for port in (9, closed)]
         with two.nic.close(closed, 9):
-            assert ["TimeoutError", "", "TimeoutError"] == [refused(one, two, port) for port in (closed, opened, 9)]
-            assert "" == refused(two, one, back)
+            assert ["TimeoutError"] * 2 == [ended(one, two, port, 0.7) for port in (closed, 9)]
+            assert ["connected"] * 2 == [ended(one, two, opened), ended(two, one, back)]
         near, far = (stack.enter_context(end) for end in connected(one, two))
         with two.nic.close_all_but(opened):
-            assert ["TimeoutError", "", "TimeoutError"] == [refused(one, two, port) for port in (closed, opened, 9)]
-            assert "" == refused(two, one, back)
+            assert ["TimeoutError"] * 2 == [ended(one, two, port, 0.7) for port in (closed, 9)]
+            assert ["connected"] * 2 == [ended(one, two, opened), ended(two, one, back)]
             near.sendall(b"who is connected stays so")
             assert far.recv(100)
             with two.nic.close_all_but():
-                assert "TimeoutError" == refused(one, two, opened)
-        assert ["", ""] == [refused(one, two, port) for port in (closed, opened)]
+                assert "TimeoutError" == ended(one, two, opened, 0.7)
+        assert ["connected"] * 2 == [ended(one, two, port) for port in (closed, opened)]
 
 
 def test_so_many_in_a_hundred_are_lost_and_of_others_none(tensorway_lab):
     with tensorway_lab(3, faults=("loss",)) as lab:
         one, two, three = lab.hosts
+        # A lost question for a hardware address holds back whatever comes after it.
+        assert all((round_trips(one, two, 1), round_trips(one, three, 1)))
         with two.nic.lose(30):
             # Of 400, 120 are expected to be lost; 60 more or less are six times the usual error.
             assert 220 < len(arrived(one, two, 400)) < 340
@@ -305,23 +308,23 @@ def test_no_more_than_the_rate_goes_through_in_either_direction(tensorway_lab):
         with two.nic.slow("40mbit"):
             for pair in ((one, two), (two, one)):
                 assert moved(*pair, nbytes) > 0.6 * expected
-            assert moved(one, three, nbytes) < 0.6 * expected
+            assert quickest(one, three, nbytes) < 0.6 * expected
             slower = two.nic.slow("10mbit")
             assert moved(one, two, nbytes // 4) > 0.6 * expected
             slower.heal()
-        assert moved(one, two, nbytes) < 0.6 * expected
+        assert quickest(one, two, nbytes) < 0.6 * expected
 
 
 def test_a_frame_takes_as_long_as_it_is_held_both_ways(tensorway_lab):
     with tensorway_lab(3, faults=("delay",)) as lab:
         one, two, three = lab.hosts
-        with two.nic.delay(0.05):
-            assert 0.1 <= min(round_trips(one, two)) < 0.2
-            assert min(round_trips(one, three)) < 0.05
+        with two.nic.delay(0.1):
+            assert 0.2 <= min(round_trips(one, two, 8)) < 0.4
+            assert min(round_trips(one, three)) < 0.1
             moved(one, two, 1 << 18)
             moved(two, one, 1 << 18)
             assert list(range(100)) == arrived(one, two, 100)
-        assert min(round_trips(one, two)) < 0.05
+        assert min(round_trips(one, two)) < 0.1
 
 
 def test_jitter_changes_times_and_no_order_and_reordering_does(tensorway_lab):
@@ -373,9 +376,9 @@ def test_a_power_cut_ends_all_of_one_host_and_nothing_else(three, tensorway_proc
         two.command("true")
     two.start()
     assert "" == on(two, "ls", "/dev/shm")
-    assert silent(three) == EVERYTHING, "what was broken at its interface is so still"
+    all_hear_all(three, but=OF_TWO)
     hole.heal()
-    eventually(lambda: set() == silent(three))
+    all_hear_all(three)
 
 
 def test_a_process_on_a_host_is_stopped_and_killed_itself_and_not_what_started_it(lab, tensorway_process):

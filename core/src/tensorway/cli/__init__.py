@@ -132,7 +132,10 @@ def _rendezvous(arguments: argparse.Namespace, out: Output) -> int:
     file = arguments.secret_file
     if arguments.status:
         return rendezvous.status(out, arguments.status, arguments.prefix, file, arguments.deadline)
-    return rendezvous.serve(out, arguments.host, arguments.port, file, arguments.metrics_port, arguments.seconds)
+    from tensorway.rendezvous.hosts import choose
+
+    choice = choose(arguments.host, advertise=arguments.advertise)
+    return rendezvous.serve(out, choice, arguments.port, file, arguments.metrics_port, arguments.seconds)
 
 
 def _explain(error: Exception, out: Output) -> int:
@@ -212,6 +215,9 @@ def _add_probe(probe: argparse.ArgumentParser) -> None:
 
 def _add_rendezvous(rendezvous: argparse.ArgumentParser) -> None:
     rendezvous.add_argument("--host", default="loopback", metavar="POLICY", help="where to listen (default: loopback)")
+    rendezvous.add_argument(
+        "--advertise", default="", metavar="HOST", help="what others are told, where it is translated"
+    )
     rendezvous.add_argument("--port", type=int, default=0, help="where to listen (default: a free one)")
     rendezvous.add_argument("--secret-file", default="", metavar="FILE", help="instead of TENSORWAY_SECRET")
     rendezvous.add_argument("--metrics-port", type=int, metavar="PORT", help="serve GET /metrics there; 0: any")

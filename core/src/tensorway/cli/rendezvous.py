@@ -17,13 +17,13 @@ from typing import Any, Final
 from tensorway import settings
 from tensorway.cli import exits
 from tensorway.cli.output import Output
-from tensorway.errors import DescriptionInvalid, PluginDefect
+from tensorway.errors import DescriptionInvalid
 from tensorway.metrics import Counters, Metric, Sample, vocabulary
 from tensorway.rendezvous import members
 from tensorway.rendezvous.contract import Record
 from tensorway.rendezvous.direct import DirectStore
 from tensorway.rendezvous.frames import Status
-from tensorway.rendezvous.hosts import choose, url
+from tensorway.rendezvous.hosts import HostChoice, url
 from tensorway.rendezvous.offer import secret_of
 from tensorway.rendezvous.rendezvous import Rendezvous
 from tensorway.rendezvous.service import Service
@@ -44,12 +44,11 @@ METRICS: Final = vocabulary(
 
 
 def serve(
-    out: Output, policy: str, port: int, secret_file: str, metrics_port: int | None, seconds: float | None
+    out: Output, choice: HostChoice, port: int, secret_file: str, metrics_port: int | None, seconds: float | None
 ) -> int:
     """Hold records until SIGTERM or SIGINT, or for so many seconds."""
     secret = _secret(secret_file)
     _raise_limit_of_files()
-    choice = choose(policy)
     with ExitStack() as stack:
         ended = stack.enter_context(_told_to_end())
         service = stack.enter_context(closing(Service(choice, port, secret)))
@@ -68,8 +67,7 @@ def serve(
         until = time.monotonic() + seconds if seconds is not None else math.inf
         while not ended.wait(min(_LOOK, max(0.0, until - time.monotonic()))) and time.monotonic() < until:
             if not service.alive:
-                true, to_do = "Its thread has ended.", "Start it again, and report what its log says."
-                raise PluginDefect(f"The rendezvous at {service.address} was to be served.", true, to_do)
+                raise RuntimeError(f"the service at {service.address} has ended by itself")
         out.line("Ending; members go on with the connections that they have.")
     return exits.OK
 

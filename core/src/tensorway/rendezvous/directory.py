@@ -32,6 +32,8 @@ _PARALLEL: Final = 16
 _BACK_OFF: Final = (0.02, 1.0)
 #: How long the thread that follows the group waits at a time, and how often it reads a store without watches.
 _LOOK: Final = 0.5
+#: And so much longer for each member, because each reads the records of all.
+_LOOK_EACH: Final = 1e-2
 #: Seconds per member of the group within which one that must write itself again does so: all may have to at once.
 _SPREAD: Final = 2e-3
 _CLOSED: Final = "it was closed"
@@ -219,7 +221,7 @@ class Directory:
             try:
                 if self._watch is None:
                     with self._seen:
-                        self._seen.wait(_LOOK)
+                        self._seen.wait(_LOOK + _LOOK_EACH * len(self._others))
                     self._look()
                 else:
                     wait = _LOOK if self._again is None else self._again - time.monotonic()

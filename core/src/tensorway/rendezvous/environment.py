@@ -93,9 +93,13 @@ class Report:
 
     def __str__(self) -> str:
         """One line: what was dropped, with the reasons, or how many of which fate there are."""
-        dropped = [f"{each.name} ({each.why})" for each in self.verdicts if each.fate == "dropped"]
+        dropped: dict[str, list[str]] = {}
+        for each in self.verdicts:
+            if each.fate == "dropped":
+                dropped.setdefault(each.why, []).append(each.name)
         if dropped:
-            return f"dropped from the environment of {self.host}: {', '.join(dropped)}"
+            rows = "; ".join(f"{', '.join(names)} ({why})" for why, names in dropped.items())
+            return f"dropped from the environment of {self.host}: {rows}"
         counts = Counter(each.fate for each in self.verdicts)
         return f"environment of {self.host}: {', '.join(f'{n} {fate}' for fate, n in counts.items()) or 'nothing'}"
 

@@ -32,7 +32,7 @@ class Variable:
     scope: Scope
     #: Whether what is compiled or laid out depends on it. Opt-in: a forgotten one costs a compilation, not a mix-up.
     cache_key: bool = False
-    #: Whether two hosts may well have the same by themselves (a rank, a port): then that is no sign of a copy.
+    #: Whether two hosts may well have the same by themselves (a port, a local rank): that is no sign of a copy then.
     coincides: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -60,24 +60,20 @@ VARIABLES: Final[tuple[Variable, ...]] = (
     *_all("secret", "TENSORWAY_SECRET *_TOKEN *_API_KEY *_PASSWORD *_PASSWD *_PASSPHRASE *_CREDENTIALS *_JWT"),
     *_all("secret", "*_SECRET *_SECRET_KEY *_SECRET_ACCESS_KEY *_ACCESS_KEY *_ACCESS_KEY_ID *_PRIVATE_KEY"),
     # -- addresses of this host
-    *_all(
-        "host",
-        "*_HOST_IP HOST_IP *_NODE_IP NODE_IP POD_IP *_IF_IP *_LOCAL_HOSTNAME *_SIDE_CHANNEL_HOST VLLM_LOOPBACK_IP",
-    ),
+    *_all("host", "*_HOST_IP HOST_IP *_NODE_IP NODE_IP POD_IP *_IF_IP *_SIDE_CHANNEL_HOST VLLM_LOOPBACK_IP"),
+    *_all("host", "*_LOCAL_HOSTNAME"),
     *_all("host", "MC_*_BIND_ADDRESS UCX_RDMA_CM_SOURCE_ADDRESS NCCL_HOSTID"),
     # -- interfaces and devices of this host
     *_all("host", "*_SOCKET_IFNAME *_NET_DEVICES *_SOCK_IFNAME NCCL_OOB_NET_IFNAME NCCL_IB_HCA UCX_*_DEVICES"),
-    *_all("host", "*_PCIE_MAPPING MC_CUSTOM_TOPO_JSON MC_*_FILTERS MOONCAKE_DEVICE NCCL_TOPO_FILE NCCL_GRAPH_FILE"),
-    *_all("host", "VLLM_CPU_OMP_THREADS_BIND VLLM_RPC_BASE_PATH"),
+    *_all("host", "*_PCIE_MAPPING MC_*_FILTERS MOONCAKE_DEVICE"),
+    *_all("host", "MC_CUSTOM_TOPO_JSON NCCL_TOPO_FILE NCCL_GRAPH_FILE VLLM_RPC_BASE_PATH", coincides=True),
+    *_all("host", "VLLM_CPU_OMP_THREADS_BIND", coincides=True),
     # -- this process
     *_all("rank", "*_VISIBLE_DEVICES RANK LOCAL_RANK GROUP_RANK ROLE_RANK TENSORWAY_LOCAL_RANK", coincides=True),
     *_all("rank", "SLURM_* SLURMD_* OMPI_* PMI_* PMIX_* MPI_LOCALRANKID", coincides=True),
-    *_all(
-        "rank",
-        "*_SIDE_CHANNEL_PORT *_BOOTSTRAP_PORT *_PROMETHEUS_PORT VLLM_PORT VLLM_RAY_BUNDLE_INDICES",
-        coincides=True,
-    ),
-    *_all("rank", "VLLM_DP_RANK* VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME MOONCAKE_PREFERRED_SEGMENT"),
+    *_all("rank", "*_SIDE_CHANNEL_PORT *_BOOTSTRAP_PORT *_PROMETHEUS_PORT VLLM_PORT", coincides=True),
+    *_all("rank", "VLLM_DP_RANK_LOCAL VLLM_RAY_BUNDLE_INDICES", coincides=True),
+    *_all("rank", "VLLM_DP_RANK VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME MOONCAKE_PREFERRED_SEGMENT"),
     # -- all the rest of them
     *_all("cluster", "TENSORWAY_* UCX_* NIXL_* NCCL_* RCCL_* GLOO_* MC_* MOONCAKE_* VLLM_*"),
     *_all("cluster", "MASTER_ADDR MASTER_PORT WORLD_SIZE PYTHONHASHSEED"),
@@ -105,7 +101,7 @@ def register(*variables: Variable, by: str) -> None:
                     )
             if all(old != new for old, _ in rows):
                 rows.append((new, by))
-                _registered.append((new, by))
+        _registered[:] = rows[len(VARIABLES) :]  # all of them, or none
 
 
 def registered(operator: Iterable[Variable] = ()) -> tuple[Variable, ...]:

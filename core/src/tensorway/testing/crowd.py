@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -269,6 +270,7 @@ def main() -> int:
     parser.add_argument("--members", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=4)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and not without ending the server
     with tempfile.TemporaryDirectory() as folder:
         report = Crowd(direct(Path(folder)), given.members, given.processes).run()
     sys.stdout.write(json.dumps(attrs.asdict(report), indent=1) + "\n")

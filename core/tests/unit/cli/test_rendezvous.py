@@ -15,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import tensorway
+from tensorway import cli
 from tensorway.cli.rendezvous import METRICS, samples
 from tensorway.rendezvous import Directory
 from tensorway.rendezvous.hosts import choose
@@ -153,3 +154,15 @@ def test_a_service_whose_port_is_taken_says_so():
             words, capture_output=True, text=True, timeout=100, env={**os.environ, "TENSORWAY_SECRET": SECRET}
         )
         assert (second.returncode, "Address already in use" in second.stderr) == (2, True)
+
+
+def test_others_are_told_what_the_operator_says():
+    with serving("--host", "any:loopback", "--advertise", "localhost") as (_, said):
+        assert said["address"].startswith("localhost:")
+
+
+def test_a_service_that_ends_by_itself_ends_the_command(monkeypatch, capsys):
+    monkeypatch.setenv("TENSORWAY_SECRET", SECRET)
+    monkeypatch.setattr(Service, "alive", False)
+    assert cli.main(["rendezvous", "--seconds", "60"]) == 70
+    assert "has ended by itself" in capsys.readouterr().err

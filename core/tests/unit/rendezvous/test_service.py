@@ -299,15 +299,21 @@ def test_a_watch_that_begins_between_two_changes_of_one_turn_sees_the_second_onl
         store.close()
 
 
-def test_a_change_larger_than_what_is_told_at_once_arrives_and_those_around_it(service):
+def test_changes_of_one_turn_that_are_too_large_for_one_frame_all_arrive(service, sockets, monkeypatch):
+    decode, free = frames.decode_request, threading.Event()
     with enter(service.address) as client, client.watch("/large/") as watch:
-        sizes = [10, 3 << 20, 20, 2 << 20, 30]
-        for number, size in enumerate(sizes):
-            service.put(f"/large/{number}", bytes(size))
+        writer = dealer(sockets, service.address)
+        monkeypatch.setattr(frames, "decode_request", lambda frame: decode(frame) if free.wait(30) else None)
+        # It waits at the first, and by the time it goes on the others are there.
+        for number in range(4):
+            request = Request(frames.PROTOCOL, number, "put", key=f"/large/{number}", value=bytes(6 << 20))
+            writer.send(frames.encode(request))
+        time.sleep(2.0)
+        free.set()
         seen, until = [], time.monotonic() + 30
-        while len(seen) < len(sizes) and time.monotonic() < until:
+        while len(seen) < 4 and time.monotonic() < until:
             seen += watch.next(1)
-        assert [len(event.record.value) for event in seen] == sizes
+        assert [(event.kind, len(event.record.value)) for event in seen] == [("put", 6 << 20)] * 4
 
 
 def test_who_watches_and_says_nothing_else_is_not_forgotten_by_the_service(service, monkeypatch):
