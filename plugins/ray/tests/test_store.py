@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import os
 import signal
+import time
 import uuid
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import tensorway_ray
 from tensorway.errors import BackendUnavailable, Unauthenticated
 from tensorway.rendezvous import Directory
 from tensorway.testing import ServedRendezvousSuite
-from tensorway.testing.rendezvous import eventually
+from tensorway.testing.rendezvous import SLACK, TTL, collect, eventually
 
 
 class Actor:
@@ -141,3 +142,26 @@ def test_a_name_that_another_actor_has_is_refused(ray, cluster):
     with pytest.raises(BackendUnavailable, match="answers str"):
         tensorway.create("rendezvous", "ray", {**options(cluster), "name": name})
     ray.kill(other)
+
+
+def test_what_an_actor_put_goes_with_its_lease_when_ray_kills_it(ray, cluster):
+    given = options(cluster)
+
+    class Member:
+        def put(self, key):
+            import tensorway
+            import tensorway_ray
+
+            tensorway_ray.enter()
+            self.client = tensorway.create("rendezvous", "ray", given)
+            return self.client.put(key, b"here", lease=self.client.lease(TTL))
+
+    with tensorway.create("rendezvous", "ray", given) as entered, entered.watch("/m/") as watch:
+        member = ray.remote(Member).options(num_cpus=0, resources={"node3": 0.1}).remote()
+        assert ray.get(member.put.remote("/m/a"), timeout=120) > 0
+        time.sleep(2 * TTL)
+        assert entered.get("/m/a").value == b"here"
+        ray.kill(member)
+        eventually(lambda: entered.get("/m/a") is None, TTL + SLACK)
+        assert [event.kind for event in collect(watch, 2)] == ["put", "expired"]
+    tensorway_ray.end(given["name"])

@@ -6,7 +6,7 @@ import json
 import logging
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
@@ -225,7 +225,7 @@ _WORDS = st.text("αβγδεζ", min_size=8, max_size=20)
 _ENVIRONMENTS = st.dictionaries(_NAMES, st.one_of(_WORDS, st.text(max_size=3), st.just("")), max_size=8)
 
 
-@trials(deadline=None)
+@trials(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(environment=_ENVIRONMENTS, told=st.data())
 def test_nothing_that_is_not_true_in_the_cluster_is_in_what_travels(environment, told):
     apart = {name: value for name, value in environment.items() if scope_of(name) in ("host", "rank", "secret")}
@@ -246,7 +246,7 @@ def test_nothing_that_is_not_true_in_the_cluster_is_in_what_travels(environment,
     assert json.dumps(report(environment).plain()) == json.dumps(report(environment).plain())
 
 
-@trials(deadline=None)
+@trials(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(environment=_ENVIRONMENTS)
 def test_a_report_shows_no_value(environment):
     shown = f"{json.dumps(report(environment).plain(), ensure_ascii=False)} {report(environment)}"
@@ -254,7 +254,7 @@ def test_a_report_shows_no_value(environment):
     assert [] == [value for value in environment.values() if len(value) >= 8 and value in shown]
 
 
-@trials(deadline=None)
+@trials(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(driver=_ENVIRONMENTS, own=_ENVIRONMENTS)
 def test_to_sanitize_twice_is_to_do_it_once_and_what_was_set_for_a_host_survives(driver, own):
     worker = {**driver, **own, **outgoing(driver, "driver")}

@@ -6,7 +6,7 @@ import ipaddress
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
@@ -246,7 +246,7 @@ _policies = st.one_of(
 )
 
 
-@trials(deadline=None)
+@trials(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     policy=_policies,
     wildcard=st.booleans(),
@@ -266,7 +266,7 @@ def test_a_policy_gives_each_host_an_address_of_its_own_or_an_error(policy, wild
         assert choice.bind in ({"0.0.0.0", "::"} if wildcard and policy else {choice.advertise})
 
 
-@trials(deadline=None)
+@trials(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(addresses=_addresses, policy=st.sampled_from(["iface:eth0", "cidr:10.0.0.0/24", "cidr:fd77::/120"]))
 def test_nothing_is_chosen_among_several_of_one_family(addresses, policy):
     kind, _, argument = policy.partition(":")
