@@ -308,6 +308,8 @@ CAMPAIGNS = {
     "endurance-cma": ["endurance", "nixl"],
     "endurance-tcp": ["endurance", "nixl", "--options", '{"ucx_tls": ["tcp"]}'],
     "hostile-nixl": ["hostile", "nixl", "--keep-opaque", "--kept-files", "400", "--kinds", "descriptions"],
+    # Many members that meet in one store, which restarts, and half of which are killed.
+    "crowd": ["crowd", "--members", "1000"],
     # Ranks that die or stop in the middle of rebalances.
     "eplb": ["tensorway_eplb.testing.campaign"],
     "eplb-nixl": ["tensorway_eplb.testing.campaign", "--options", '{"transport": "nixl"}'],
