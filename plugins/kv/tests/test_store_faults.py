@@ -111,6 +111,7 @@ def test_the_least_recently_used_blocks_make_room(deployment, tmp_path):
     quota = 20 * 900  # a file is 768 bytes and what seals it
     for content in range(4):
         save(first, asking(f"s{content}", TOKENS, content), THEIRS, content)
+        time.sleep(0.02)  # files know their time to a tick of the kernel's clock
     assert load_all(first, 0) is None  # so that it is not the least recently used any more
     engine = deployment.engine("engine", Shape(), max_bytes=quota)
     view = asking("new", TOKENS, 4)
@@ -123,9 +124,8 @@ def test_the_least_recently_used_blocks_make_room(deployment, tmp_path):
 
     until(lambda: size() <= quota, engine)
     assert size() > quota // 2
-    assert {0: TOKENS, 1: 0, 5: TOKENS} == {
-        content: look(first, asking(f"l{content}", TOKENS, content)).tokens for content in (0, 1, 5)
-    }
+    kept = {content: look(first, asking(f"l{content}", TOKENS, content)).tokens for content in (0, 1, 5)}
+    assert kept[1] < TOKENS == kept[0] == kept[5]
     assert 0 < engine.planner.call(counted, "planner", "kv_stored_bytes") <= quota
     for content in range(6, 12):
         save(engine, asking(f"s{content}", TOKENS, content), THEIRS, content)
