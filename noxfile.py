@@ -64,14 +64,17 @@ CONSTRAINTS = ["-c", str(ROOT / "constraints.txt")]
 WORKSPACE = nox.project.load_toml(ROOT / "pyproject.toml")
 CORE = nox.project.load_toml(ROOT / "core" / "pyproject.toml")["project"]
 # The interpreter that runs nox is always there, so that at least one leg of `tests` is never skipped.
-PYTHONS = sorted({"3.10", "3.11", "3.12", "3.13", f"{sys.version_info.major}.{sys.version_info.minor}"})
+OWN = f"{sys.version_info.major}.{sys.version_info.minor}"
+PYTHONS = sorted({"3.10", "3.11", "3.12", "3.13", OWN})
+#: In the gate: what fails on one between these fails on one of them; `nox -s tests` runs all.
+EDGES = sorted({PYTHONS[0], OWN, PYTHONS[-1]})
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = False  # nox would make it an error where CI is set; a skip has its own line
 # Cheap checks first, then what most changes break, then what takes long.
-nox.options.sessions = ["lint", "types", "versions", "repo", "tests", "pluggy", "minimums"]
-nox.options.sessions += ["backend", "hosts", "everything", "wheels", "docs", "bench"]
+nox.options.sessions = ["lint", "types", "versions", "repo", *(f"tests-{version}" for version in EDGES)]
+nox.options.sessions += ["pluggy", "minimums", "backend", "hosts", "everything", "wheels", "docs", "bench"]
 
 # What a shell left behind must not decide what is tested.
 for variable in list(os.environ):
@@ -108,10 +111,16 @@ def install(session: nox.Session, dists: list[str], *requirements: str) -> None:
 
 #: For tests that mostly wait, for processes and deadlines: those of one file in one of so many workers.
 AT_ONCE = ["-n", "3", "--dist", "loadfile"]
+#: The same for the core, one file of whose tests starts the command line for minutes.
+ANYWHERE = ["-n", "3", "--dist", "worksteal"]
 #: Fewer, for fabrics whose own threads need a core as well.
 TWO = ["-n", "2", "--dist", "loadfile"]
-#: The plugins whose tests do.
+#: What the gate runs of tests some of which take long; `-- -m long` runs the others.
+NOT_LONG = ["-m", "not long"]
+#: The plugins whose tests mostly wait.
 WAITING = {"cpu", "fs", "kv", "object", "offload"}
+#: And those whose tests move bytes; one at a time, they leave a core idle half of the time.
+MOVING = {"eplb", "gloo", "mooncake", "nixl"}
 
 
 def pytest(session: nox.Session, *arguments: str | Path, **environment: str) -> None:
@@ -176,7 +185,7 @@ def repo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The core alone: no plugin, no torch, no native library."""
     install(session, ["tensorway"], *group("test"))
-    pytest(session, ROOT / "core" / "tests", *AT_ONCE)
+    pytest(session, ROOT / "core" / "tests", *ANYWHERE)
 
 
 @nox.session(requires=["build"])
@@ -185,7 +194,7 @@ def pluggy(session: nox.Session, version: str) -> None:
     """The host on a pluggy between the oldest, which `minimums` has, and the newest, which all other sessions have."""
     install(session, ["tensorway"], *group("test"), f"pluggy=={version}")
     # The rooms that pluggy serves; it is not asked again once a backend is constructed.
-    pytest(session, ROOT / "core" / "tests" / "unit" / "plugins", ROOT / "core" / "tests" / "hosting", *AT_ONCE)
+    pytest(session, ROOT / "core" / "tests" / "unit" / "plugins", ROOT / "core" / "tests" / "hosting", *ANYWHERE)
 
 
 @nox.session(python="3.11", requires=["build"])
@@ -198,7 +207,7 @@ def minimums(session: nox.Session) -> None:
     trust = {"UV_SYSTEM_CERTS": "true"}
     session.run("uv", "pip", "compile", "--quiet", *resolve, str(ROOT / "core" / "pyproject.toml"), env=trust)
     install(session, ["tensorway"], *group("test"), "pytest==8.2.*", "-c", lowest)
-    pytest(session, ROOT / "core" / "tests", *AT_ONCE)
+    pytest(session, ROOT / "core" / "tests", *ANYWHERE)
 
 
 LEGS = [(name, library) for name in PLUGINS for library in ("with", "without") if LIBRARIES[name] or library == "with"]
@@ -217,8 +226,8 @@ def backend(session: nox.Session, name: str, library: str) -> None:
         folder = Path(session.create_tmp()).resolve() / variable
         session.run("python", "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), requirement)
         environment[variable] = str(next(folder.glob("*.whl")))
-    chosen = [*(AT_ONCE if name in WAITING else []), *(["-m", "not long"] if name == "vllm" else [])]
-    pytest(session, ROOT / "plugins" / name / "tests", *chosen, **environment)
+    at_once = AT_ONCE if name in WAITING else TWO if name in MOVING else []
+    pytest(session, ROOT / "plugins" / name / "tests", *at_once, *NOT_LONG, **environment)
 
 
 @nox.session(default=False, requires=["build"])
@@ -235,9 +244,9 @@ def everything(session: nox.Session) -> None:
     """All plugins in one environment, with NIXL and torch: what crosses dists, and the conformance kit."""
     install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"], SPANS, LIBRARIES["object"][0])
     elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("repo", "wheels", "bench", "hosts")]
-    pytest(session, ROOT / "tests", *elsewhere, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
+    pytest(session, ROOT / "tests", *elsewhere, *TWO, TENSORWAY_TEST_WHEELHOUSE=str(wheelhouse(session)))
     # Of the movements: what their own legs skip for want of NIXL, torch and their plugins.
-    pytest(session, ROOT / "plugins" / "eplb" / "tests", "-k", "nixl or gloo")
+    pytest(session, ROOT / "plugins" / "eplb" / "tests", "-k", "nixl or gloo", *TWO)
     pytest(session, ROOT / "plugins" / "offload" / "tests", "-k", "nixl")
     session.install(*CONSTRAINTS, *LIBRARIES["mooncake"])
     pytest(session, ROOT / "plugins" / "kv" / "tests", "-k", "nixl or mooncake or observed", *TWO)
@@ -259,7 +268,7 @@ def docs(session: nox.Session) -> None:
     session.run(
         "sphinx-build", "-q", "-n", "-W", "--keep-going", "-d", str(built / "doctrees"), "docs", str(built / "html")
     )
-    pytest(session, ROOT / "docs", ROOT / "tests" / "docs", f"--ignore={built}")
+    pytest(session, ROOT / "docs", ROOT / "tests" / "docs", f"--ignore={built}", *TWO)
 
 
 @nox.session(requires=["build"])
@@ -274,6 +283,8 @@ def bench(session: nox.Session) -> None:
         session.install(*CONSTRAINTS, *LIBRARIES["nixl"], *LIBRARIES["gloo"])
     if any(script.startswith("vllm") for script in wanted):  # and the name by which vLLM's own connector finds NIXL
         session.install(*CONSTRAINTS, *LIBRARIES["vllm"], "nixl==1.5.1")
+    if "ray_direct" in wanted:  # and the name by which Ray's own transport finds NIXL
+        session.install(*CONSTRAINTS, *LIBRARIES["ray"], "nixl==1.5.1")
     options = [word for word in session.posargs if word.startswith("-")] if session.posargs else ["--short"]
     session.chdir(session.create_tmp())
     for script in scripts:
@@ -283,17 +294,19 @@ def bench(session: nox.Session) -> None:
 
 #: Around the tests with hosts: namespaces, with which every host is gone when they end, and that need no root outside.
 ENCLOSED = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c"]
-ENCLOSED += ['mount -t tmpfs hosts /run; "$@"; exit $?', "sh"]
+ENCLOSED += ['"$@"; exit $?', "sh"]
 
 
 @nox.session(requires=["build"])
 def hosts(session: nox.Session) -> None:
     """Several hosts on this machine, as namespaces: a rendezvous between them, bytes over the wire, the wire cut."""
-    install(session, ["tensorway", "tensorway-nixl"], *group("test"))
-    session.install(*CONSTRAINTS, *LIBRARIES["nixl"])
+    dists = ["tensorway", *(f"tensorway-{name}" for name in ("nixl", "mooncake", "ray", "kv", "eplb"))]
+    install(session, dists, *group("test"))
+    session.install(*CONSTRAINTS, *LIBRARIES["ray"])
+    session.install(*CONSTRAINTS, *LIBRARIES["mooncake"])
     session.chdir(session.create_tmp())
     options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-    command = ["python", "-m", "pytest", *options, str(ROOT / "tests" / "hosts"), *session.posargs]
+    command = ["python", "-m", "pytest", *options, str(ROOT / "tests" / "hosts"), *NOT_LONG, *session.posargs]
     root = ["--user", "--map-root-user"] if os.geteuid() else []
     session.run("unshare", *root, *ENCLOSED, *command, external=True, env={"TENSORWAY_REQUIRE_MULTIHOST": "1"})
 

@@ -115,7 +115,7 @@ def main() -> None:
     """Print figures of the stores that are here."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--members", "--peers", type=int, default=1000)
-    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=0, help="0: as the crowd likes it")
     parser.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES))
     parser.add_argument("--ttl", type=float, default=10.0)
     parser.add_argument("--patience", type=float, default=120.0)

@@ -35,6 +35,7 @@ DOCUMENTS = {
 }
 WORKLOADS = {name: each for name, each in DOCUMENTS.items() if each["kind"] in ("Deployment", "StatefulSet")}
 SERVICES = {each["metadata"]["name"]: each["spec"] for each in DOCUMENTS.values() if each["kind"] == "Service"}
+POLICIES = {each["metadata"]["name"]: each["spec"] for each in DOCUMENTS.values() if each["kind"] == "NetworkPolicy"}
 CONFIGS = {each["metadata"]["name"]: each["data"] for each in DOCUMENTS.values() if each["kind"] == "ConfigMap"}
 
 
@@ -116,6 +117,51 @@ def test_a_service_selects_pods_that_have_the_ports_it_names(name):
     for workload in selected:
         ports = {port["name"] for each in pod(workload)["containers"] for port in each.get("ports", ())}
         assert {port["targetPort"] for port in service["ports"]} <= ports
+
+
+def admitted(port, workload):
+    """The workloads whose pods the policies let in at a port of another's, by name; None for everybody."""
+    found = set()
+    for policy in POLICIES.values():
+        if not selects(policy["podSelector"], workload):
+            continue
+        for rule in policy["ingress"]:
+            if all(each["port"] != port for each in rule.get("ports", ({"port": port},))):
+                continue
+            if "from" not in rule:
+                return None
+            pods = [each["podSelector"] for each in rule["from"] if "podSelector" in each]
+            found |= {name for name, each in WORKLOADS.items() if any(selects(pod, each) for pod in pods)}
+    return found
+
+
+def selects(selector, workload):
+    return selector["matchLabels"].items() <= workload["spec"]["template"]["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_is_about_pods_that_are_there_and_ports_that_they_have(name):
+    policy = POLICIES[name]
+    about = [each for each in WORKLOADS.values() if selects(policy["podSelector"], each)]
+    assert about and policy["policyTypes"] == ["Ingress"]
+    ports = {port["name"] for each in about for container in pod(each)["containers"] for port in container["ports"]}
+    for rule in policy["ingress"]:
+        assert {each["port"] for each in rule.get("ports", ())} <= ports
+        for source in rule.get("from", ()):
+            if "podSelector" in source:
+                assert any(selects(source["podSelector"], each) for each in WORKLOADS.values())
+
+
+def test_only_engines_reach_the_rendezvous_and_each_other_s_side_channels():
+    engines = {name for name in WORKLOADS if name.startswith("engines ")}
+    router = {name for name in WORKLOADS if name.startswith("router ")}
+    for name, workload in WORKLOADS.items():
+        assert any(selects(policy["podSelector"], workload) for policy in POLICIES.values()), "all may reach it"
+        if name in engines:
+            assert admitted("any other", workload) == engines
+            assert admitted("http", workload) == engines | router
+    assert admitted("rendezvous", WORKLOADS["rendezvous Deployment tensorway-rendezvous"]) == engines
+    assert admitted("http", WORKLOADS["router Deployment tensorway-router"]) is None
 
 
 @pytest.mark.parametrize("name", CONTAINERS)

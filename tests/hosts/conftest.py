@@ -27,11 +27,22 @@ def on(tensorway_process):
 
 
 @pytest.fixture(scope="session")
-def nixl():
-    """NIXL's package; a session that promised hosts promised it, too."""
-    found = next((name for name in ("nixl_cu12", "nixl_cu13") if importlib.util.find_spec(name)), None)
-    if found is None and settings.flag("TENSORWAY_REQUIRE_MULTIHOST"):
-        pytest.fail("TENSORWAY_REQUIRE_MULTIHOST is set, and neither nixl_cu12 nor nixl_cu13 is installed")
-    if found is None:
-        pytest.skip("needs NIXL itself: pip install nixl-cu12")
+def needed():
+    """Skip where one of these modules is not installed; a session that promised hosts promised them, too."""
+
+    def needs(how, *modules):
+        missing = ", ".join(name for name in modules if importlib.util.find_spec(name) is None)
+        if missing and settings.flag("TENSORWAY_REQUIRE_MULTIHOST"):
+            pytest.fail(f"TENSORWAY_REQUIRE_MULTIHOST is set, and these are not installed: {missing}; {how}")
+        if missing:
+            pytest.skip(f"needs {missing}: {how}")
+
+    return needs
+
+
+@pytest.fixture(scope="session")
+def nixl(needed):
+    """NIXL's package, whichever CUDA it was built for."""
+    found = next((name for name in ("nixl_cu12", "nixl_cu13") if importlib.util.find_spec(name)), "nixl_cu12")
+    needed("pip install nixl-cu12", found)
     return found

@@ -47,9 +47,11 @@ def join(_, name, transport, options, nbytes, seed, ttl):
     """Become a member with some memory."""
     import tensorway
     from tensorway.rendezvous.directory import Directory
+    from tensorway.testing.peer import allocated
 
     here.endpoint = tensorway.create("transport", transport, {"name": name, **options})
-    here.memory = bytearray(random.Random(seed).randbytes(nbytes))
+    content = bytearray(random.Random(seed).randbytes(nbytes))
+    here.memory = allocated(content, shared_memory=options.get("contained", False))
     here.region = here.endpoint.register(here.memory).regions[0]
     here.directory = Directory(here.rendezvous, here.endpoint, name, ttl=ttl)
     here.directory.live()
@@ -129,7 +131,7 @@ def fill(_, byte):
 
 def holds(_, byte):
     """How many bytes of the memory are this one."""
-    return here.memory.count(byte)
+    return bytes(here.memory).count(byte)
 
 
 def digest(_):

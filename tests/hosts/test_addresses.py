@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
+
 import hosts_calls as calls
 import pytest
 
@@ -17,12 +22,12 @@ def wide(tensorway_lab):
         yield made
 
 
-@pytest.mark.parametrize("network", [0, 1])
-def test_one_policy_decides_the_rendezvous_and_the_data(wide, on, nixl, network):
-    one, two = (on(host) for host in wide.hosts)
+@pytest.mark.parametrize(("network", "by"), [(0, "option"), (1, "option"), (1, "variable")])
+def test_one_policy_decides_the_rendezvous_and_the_data(wide, on, nixl, network, by):
     policy, chosen, other = f"cidr:10.77.{network}.0/24", f"eth{network}", f"eth{1 - network}"
-    options = {"ucx_tls": ["tcp"], "host": policy}
-    address = one.call(calls.serve, policy)
+    one, two = (on(host, **({"TENSORWAY_HOST": policy} if by == "variable" else {})) for host in wide.hosts)
+    options = {"ucx_tls": ["tcp"], "host": policy if by == "option" else ""}
+    address = one.call(calls.serve, options["host"])
     assert address.startswith(f"10.77.{network}.1:")
     assert two.call(calls.enter, address)
     two.call(calls.join, "two", "nixl", options, NBYTES, 2, TTL)
@@ -35,6 +40,26 @@ def test_one_policy_decides_the_rendezvous_and_the_data(wide, on, nixl, network)
     carried = {name: nic.carried().received - before[name] for name, nic in wide.hosts[0].nics.items()}
     assert carried[chosen] >= NBYTES
     assert carried[other] < calls.BLOCK
+
+
+@pytest.mark.parametrize("network", [0, 1])
+def test_the_bytes_of_a_probe_take_the_way_that_its_policy_says(wide, nixl, network):
+    policy, (one, two) = ["--host", f"cidr:10.77.{network}.0/24"], wide.hosts
+    tensorway = ["env", f"TENSORWAY_SECRET={calls.SECRET}", "UCX_TLS=tcp", sys.executable, "-m", "tensorway", "probe"]
+    serving = [*tensorway, "--serve", "--transport", "nixl", "--seconds", "120", *policy]
+    with subprocess.Popen(one.command(*serving), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            said = [server.stdout.readline() for _ in range(3)]
+            (address,) = re.findall(rf"tensorway probe (10\.77\.{network}\.1:\d+)", said[-1])
+            before = {name: nic.carried().received for name, nic in two.nics.items()}
+            client = two.command(*tensorway, address, "--json", *policy)
+            answered = subprocess.run(client, capture_output=True, text=True, timeout=120, check=True)
+        finally:
+            server.kill()
+    (row,) = json.loads(answered.stdout)["transports"]
+    assert ("nixl", "tcp", True) == (row["name"], row["lane"], row["verified"])
+    carried = {name: nic.carried().received - before[name] for name, nic in two.nics.items()}
+    assert carried[f"eth{network}"] >= 64 << 20 > 1 << 20 > carried[f"eth{1 - network}"]
 
 
 def test_each_host_gives_libraries_its_own_address_and_interface(wide, on):

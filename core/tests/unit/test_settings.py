@@ -20,11 +20,12 @@ def test_every_variable_is_read():
         "TENSORWAY_PROBE_TIMEOUT": "2.5",
         "TENSORWAY_LOCAL_RANK": "3",
     }
-    # Secrets are read when somebody asks for them, and kept nowhere; the policy is that of the environment it is in;
+    # Secrets are read when somebody asks for them, and kept nowhere; policies are those of the environment they are in;
     # and what is for tests is read by tests.
     elsewhere = {
         "TENSORWAY_SECRET",
         "TENSORWAY_SECRET_FILE",
+        "TENSORWAY_HOST",
         "TENSORWAY_ENVIRONMENT_POLICY",
         "TENSORWAY_ENVIRONMENT_OF",
         "TENSORWAY_REQUIRE_MULTIHOST",

@@ -39,6 +39,13 @@ class TestOverNixl(SessionSuite):
     options = {"transport": "nixl"}
 
 
+@needs_nixl
+@pytest.mark.long
+class TestOverNixlWhereReadingIsEmulated(SessionSuite):
+    name = "onesided"
+    options = {"transport": "nixl", "transport_options": {"ucx_tls": ["tcp"]}}
+
+
 @pytest.fixture
 def ranks(world):
     world.grow(2)
@@ -149,7 +156,7 @@ def test_what_failed_to_open_opens_when_the_record_is_right(ranks, path):
 )
 def test_rows_that_a_live_member_does_not_have_are_never_read(ranks, forge, says):
     group = Members.enter(ranks, [0, 1], opening())
-    incarnation, kinds = msgspec.msgpack.decode(ranks.rendezvous.get(f"{group.path}/tables/0/p1").value)
+    incarnation, kinds, _ = msgspec.msgpack.decode(ranks.rendezvous.get(f"{group.path}/tables/0/p1").value)
     ranks.rendezvous.put(f"{group.path}/tables/1/p1", msgspec.msgpack.encode([incarnation, forge(kinds)]))
 
     with pytest.raises(RankFailed, match=says):

@@ -45,6 +45,71 @@ class TestEtcd(ServedRendezvousSuite):
         return launch()
 
 
+def test_a_watch_that_was_cut_goes_on_where_it_was(launch):
+    server = launch()
+    with enter(server) as client, enter(server) as other, client.watch("/w/") as watch:
+        client.put("/w/a", b"1")
+        assert ["put"] == [event.kind for event in watch.next(5)]
+        server.kill()
+        server.start()
+        other.put("/w/a", b"2", deadline=30)
+        other.delete("/w/a")
+        told = []
+        while len(told) < 2:
+            told += [(event.kind, event.key) for event in watch.next(30)] or ["nothing"]
+        assert [("put", "/w/a"), ("deleted", "/w/a")] == told
+
+
+def test_a_watch_of_an_etcd_that_has_lost_everything_says_so(launch):
+    server = launch()
+    with enter(server) as client, client.watch("/w/") as watch:
+        for _ in range(5):
+            client.put("/w/a", b"1")
+        told = []
+        while len(told) < 5:
+            told += watch.next(5)
+        server.kill()
+        shutil.rmtree(server.command[server.command.index("--data-dir") + 1])
+        server.start()
+        assert ["reset"] == [event.kind for event in watch.next(30)]
+        client.put("/w/b", b"1")
+        assert [("put", "/w/b")] == [(event.kind, event.key) for event in watch.next(10)]
+
+
+def test_a_watch_whose_past_was_compacted_says_so(launch):
+    server = launch()
+    with enter(server) as client, client.watch("/w/") as watch:
+        client.put("/w/a", b"1")
+        assert ["put"] == [event.kind for event in watch.next(5)]
+        server.kill()
+        server.start()
+        # What nobody has asked for again yet is thrown away.
+        revision = max(client.put("/w/a", bytes([number]), deadline=30) for number in range(5))
+        server.call("kv/compaction", json.dumps({"revision": str(revision), "physical": True}).encode())
+        assert ["reset"] == [event.kind for event in watch.next(30)]
+        client.put("/w/b", b"1")
+        assert [("put", "/w/b")] == [(event.kind, event.key) for event in watch.next(10)]
+
+
+def test_more_records_than_one_answer_has_are_all_listed(shared, monkeypatch):
+    monkeypatch.setattr("tensorway_etcd.store._PAGE", 3)
+    with enter(shared) as client:
+        keys = [f"/pages/{name}" for name in "abcdefg"]
+        for key in keys:
+            client.put(key, key.encode())
+        assert keys == [record.key for record in client.list("/pages/")]
+
+
+def test_more_than_memory_should_hold_is_not_listed(shared, monkeypatch):
+    monkeypatch.setattr("tensorway_etcd.store._PAGE", 1)
+    monkeypatch.setattr("tensorway_etcd.store.MAX_ANSWER", 1000)
+    with enter(shared) as client:
+        for name in "ab":
+            client.put(f"/large/{name}", bytes(600))
+        with pytest.raises(RecordRefused, match="more than 1,000 bytes"):
+            client.list("/large/")
+
+
 def test_without_a_secret_nobody_enters(monkeypatch):
     monkeypatch.delenv("TENSORWAY_SECRET", raising=False)
     with pytest.raises(Unauthenticated, match="No secret was given"):
@@ -200,9 +265,8 @@ def test_who_gives_the_password_may_do_what_their_role_may(guarded, tmp_path):
             guarded.kill()
             guarded.start()
             assert b"x" == client.get("/d/a", 10).value
-            assert ["reset"] == [event.kind for event in watch.next(10)]
             client.put("/d/a", b"y")
-            assert [b"y"] == [event.record.value for event in watch.next(5)]
+            assert [b"y"] == [event.record.value for event in watch.next(10)]
 
 
 # -- TLS

@@ -16,7 +16,7 @@ from tensorway.testing.faults import Faults, FaultyFabric
 from tensorway.testing.possessions import open_files
 from tensorway.transport import Endpoint
 from tensorway.transport.local import LocalFabric
-from tensorway_kv import messages
+from tensorway_kv import asking, messages
 from tensorway_kv.layouts import Cache, attention
 from tensorway_kv.testing.engine import open_mover
 from tensorway_kv.testing.memory import COMPONENTS, JUNK, name_of, salted
@@ -61,10 +61,11 @@ class Shape:
 # -- in the processes
 
 
-def open_faulty_mover(rank, engine, shape, number, options):
+def open_faulty_mover(rank, engine, shape, number, options, emulated=frozenset()):
     """The same over a fabric whose posts go wrong as the test says."""
     faults = Faults(1, delay=1.0)
     fabric = rank.notes["fabric"] = FaultyFabric(LocalFabric(), faults)
+    fabric.capabilities = attrs.evolve(fabric.capabilities, emulated=emulated)
     rank.notes["faults"] = faults
     create = tensorway.create
     tensorway.create = lambda kind, *rest: Endpoint(fabric) if kind == "transport" else create(kind, *rest)
@@ -72,6 +73,12 @@ def open_faulty_mover(rank, engine, shape, number, options):
         open_mover(rank, engine, shape, number, options)
     finally:
         tensorway.create = create
+
+
+def open_asking_mover(rank, engine, shape, number, options):
+    """The same over a fabric that says that its reads are slow, so that who reads asks to be written to."""
+    asking.WORTH = 1
+    open_faulty_mover(rank, engine, shape, number, options, frozenset({("cma", "read"), ("shm", "read")}))
 
 
 def let(rank, *faults):

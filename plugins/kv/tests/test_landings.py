@@ -37,6 +37,9 @@ class Side:
     def lost_rank(self, rank):
         return self.broken.get(rank, "")
 
+    def gone(self, rank):
+        return self.broken.get(rank, "") not in ("", *SILENT)
+
     def send(self, rank, payload):
         self.sent.append((rank, messages.Reader().decode(payload)))
 

@@ -100,7 +100,7 @@ def test_a_part_that_fails_fails_the_job_and_nothing_more_is_handed_over(engine,
     moving, one = Jobs(engine, 60.0), job(remote, 2 * WINDOW)
     moving.start(one)
     engine.end(FAILED, 1)
-    with pytest.raises(TransferFailed, match="still takes connections"):
+    with pytest.raises(TransferFailed, match="refuses no connection"):
         moving.done(one)
     assert not moving.settled(one), "the others may still write"
     engine.end()

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from tensorway.errors import OptionsInvalid
+from tensorway.errors import AddressInvalid, OptionsInvalid
 from tensorway.hookspecs import API
 from tensorway.plugins.options import validated
 from tensorway.types import HookContext
+from tensorway_mooncake.engine import address_of
 from tensorway_mooncake.offers import transport
 from tensorway_mooncake.options import MooncakeOptions
 
@@ -13,7 +14,16 @@ OFFER = transport(HookContext(api=API, core_version="0"))
 
 
 def test_without_options_it_is_reached_from_this_machine_only():
-    assert MooncakeOptions("", "127.0.0.1") == validated(OFFER, {})
+    assert MooncakeOptions("", "") == validated(OFFER, {})
+    assert "127.0.0.1" == address_of("")
+
+
+def test_without_options_the_policy_of_the_deployment_says_by_what_it_is_reached(monkeypatch):
+    monkeypatch.setenv("TENSORWAY_HOST", "addr:127.0.0.1")
+    assert "127.0.0.1" == address_of("")
+    monkeypatch.setenv("TENSORWAY_HOST", "iface:none0")
+    with pytest.raises(AddressInvalid):
+        address_of("")
 
 
 def test_an_address_of_the_network_is_taken():
@@ -36,7 +46,6 @@ def test_containment_is_asked_for():
         ({"host": "::1"}, "an IPv4 address"),
         ({"host": "127.0.0.1:15000"}, "an IPv4 address"),
         ({"host": "cidr:"}, "an IPv4 address"),
-        ({"host": ""}, "an IPv4 address"),
         ({"host": "0.0.0.0"}, "nobody can connect to"),
         ({"host": "224.0.0.1"}, "nobody can connect to"),
         ({"host": 7}, "str"),

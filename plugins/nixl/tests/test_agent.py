@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from tensorway_nixl import agent
+from tensorway_nixl.options import NixlOptions
+
 CREATE = """
 import ctypes, json, os, signal, sys
 import tensorway
@@ -98,7 +101,7 @@ left = [name for name in set(os.environ) ^ set(before) if name.startswith("UCX_"
 print(json.dumps([sorted(left), libc.getenv(b"UCX_TLS"), libc.getenv(b"UCX_NET_DEVICES")]))
 """
     )
-    ours = ["UCX_DEBUG_SIGNO", "UCX_LOG_FILE", "UCX_RCACHE_MAX_UNRELEASED", "UCX_TCP_USER_TIMEOUT", "UCX_USE_MT_MUTEX"]
+    ours = ["UCX_DEBUG_SIGNO", "UCX_LOG_FILE", "UCX_RCACHE_MAX_UNRELEASED", "UCX_USE_MT_MUTEX"]
     assert [ours, None, None] == fresh_python(code)
 
 
@@ -149,6 +152,17 @@ def test_a_mover_listens_where_the_host_policy_says(fresh_python, real_nixl):
     assert [["127.0.0.1"], []] == fresh_python(LISTENS, json.dumps({"host": "loopback", "contained": True}))
 
 
+@pytest.mark.parametrize("options", [{}, {"contained": True}])
+def test_without_an_option_the_policy_of_the_deployment_decides(fresh_python, real_nixl, options):
+    assert [["127.0.0.1"], []] == fresh_python(LISTENS, json.dumps(options), TENSORWAY_HOST="loopback")
+
+
+@pytest.mark.parametrize("options", [{}, {"contained": True}])
+def test_devices_that_are_named_win_over_the_policy_of_the_deployment(fresh_python, real_nixl, options):
+    named = json.dumps({"network_devices": ["lo"], **options})
+    assert [["127.0.0.1"], []] == fresh_python(LISTENS, named, TENSORWAY_HOST="iface:none0")
+
+
 def test_the_users_devices_win_over_the_host_policy_which_is_said(fresh_python, real_nixl):
     listens, said = fresh_python(LISTENS, json.dumps({"host": "loopback"}), UCX_NET_DEVICES="all")
     assert [
@@ -174,6 +188,14 @@ print(json.dumps(refused))
     )
     one, two = fresh_python(code)
     assert one.startswith("It fits no address.") and one == two
+
+
+@pytest.mark.parametrize(("seconds", "gives_up", "asks"), [(15, "15000ms", "3s"), (2.5, "2500ms", "1s")])
+def test_the_time_out_of_a_peer_is_what_ucx_is_told(seconds, gives_up, asks):
+    said = agent._variables(NixlOptions(peer_timeout=seconds))
+    assert (gives_up, asks, asks) == tuple(
+        said[f"UCX_TCP_{name}"] for name in ("USER_TIMEOUT", "KEEPIDLE", "KEEPINTVL")
+    )
 
 
 def test_the_users_own_ucx_variables_win_over_the_options(fresh_python, real_nixl):

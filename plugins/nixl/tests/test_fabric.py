@@ -20,6 +20,7 @@ import pytest
 import tensorway
 from tensorway.errors import DeadlineExceeded, DescriptionInvalid, PeerLost, TransferFailed, Unsupported
 from tensorway.memory import Region
+from tensorway.process import resident_bytes
 from tensorway.testing import PeerProcess, TransportSuite
 from tensorway.testing.peer import content, digest
 from tensorway.testing.transports import BLOCK, COUNT, NBYTES, route_to, wait_for
@@ -91,7 +92,7 @@ def large(here, peer):
 
 def resident():
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident_bytes()
 
 
 # -- lanes

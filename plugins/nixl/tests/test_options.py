@@ -44,6 +44,7 @@ def test_the_progress_thread_does_not_spin_unless_somebody_asks_for_it():
         ({"progress_interval_us": -1}, "progress_interval_us"),
         ({"progress_interval_us": 1.5}, "int"),
         ({"num_threads": 1000}, "num_threads"),
+        ({"peer_timeout": 0.5}, "peer_timeout"),
         ({"network_device": ["eth0"]}, "'network_devices'"),
     ],
 )

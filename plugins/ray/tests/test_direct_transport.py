@@ -123,6 +123,29 @@ def test_when_the_last_reference_goes_nothing_stays_registered(ray, torch, label
     eventually(lambda: ray.get(pair[0].held.remote(label), timeout=30) == 0, 60)
 
 
+def test_tensors_lie_in_memory_of_their_own_and_of_those_before_them_when_these_are_gone(ray, torch, labels, pair):
+    sizes = [1 << 18, 3, 1 << 18]
+
+    def got(seed):
+        reference = pair[0].make.options(tensor_transport=labels["nixl"]).remote(seed, sizes)
+        tensors = ray.get(reference, timeout=60)
+        wanted = expected(torch, seed, sizes)
+        assert all(torch.equal(one, other) for one, other in zip(tensors, wanted, strict=True))
+        # Each has a storage of its own, so that who saves one saves that one.
+        assert [each.untyped_storage().nbytes() for each in tensors] == [each.nbytes for each in tensors]
+        return tensors
+
+    first, second = got(5), got(6)
+    assert first[0].data_ptr() != second[0].data_ptr()
+    where, kept = first[0].data_ptr(), first[2]
+    del first
+    third = got(7)
+    assert third[0].data_ptr() != where
+    assert torch.equal(kept, expected(torch, 5, sizes)[2])
+    del kept
+    eventually(lambda: got(8)[0].data_ptr() == where, 30)
+
+
 @pytest.fixture
 def stopped(ray):
     """Stop an actor's process, and know that it is stopped."""
@@ -221,6 +244,8 @@ def test_the_interface_of_the_ray_that_is_installed_is_the_one_that_is_known(ray
         ({"garbage_collect": "self, obj_id"}, "garbage_collect"),
         ({"abort_transport": None}, "abort_transport"),
         ({"recv_multiple_tensors": "self, obj_id, metadata"}, "recv_multiple_tensors"),
+        # What Ray 2.55 has not.
+        ({"fetch_multiple_tensors": None, "wait_fetch_complete": None}, "fetch_multiple_tensors, wait_fetch_complete"),
     ],
 )
 def test_another_interface_is_refused_before_anything_is_registered(changes, says):

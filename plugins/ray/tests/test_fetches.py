@@ -20,6 +20,7 @@ from tensorway.transport import Endpoint, description
 from tensorway.transport.local import LocalFabric
 from tensorway_ray.fetches import Fetch, Wanted
 from tensorway_ray.held import Held
+from tensorway_ray.landing import Landing
 from tensorway_ray.sources import Sources
 
 
@@ -97,6 +98,31 @@ def test_what_is_given_up_keeps_its_memory_until_the_fabric_has_let_go(source, r
     # The bytes came all the same, into memory that nobody else had yet.
     assert contents(into) == b"x" * 1000
     assert registered(reader) == ()
+
+
+def test_memory_of_one_that_is_given_up_is_lent_to_nobody_else_until_the_fabric_has_let_go(
+    source, reader, faulty, held
+):
+    landing, nbytes = Landing(), 2 << 20
+
+    def lent():
+        return Region.of(landing.take(nbytes))
+
+    faulty.faults.next("stall")
+    asked = wanted("a", held, source, [region(b"x" * nbytes)])
+    into = lent()
+    where = into.address
+    coming = Fetch(asked, [into], lambda: reader, Sources(), 10)
+    del into
+    with pytest.raises(TimeoutError):
+        coming.wait(0.3)
+    coming.end()
+    del coming  # as Ray does, and nobody has a reference but its thread
+    time.sleep(0.3)
+    other = lent()
+    assert other.address != where
+    faulty.release()
+    eventually(lambda: lent().address == where, 10)
 
 
 def test_one_that_is_given_up_before_it_has_begun_begins_nothing(source, reader, held):
@@ -185,6 +211,31 @@ def test_a_later_connection_serves_an_earlier_object_and_an_earlier_one_is_let_g
         eventually(lambda coming=coming: coming.released, 10)
     assert len(reader._peers) == 1
     assert second.number > first.number
+
+
+def test_a_connection_that_nobody_uses_is_ended_after_a_while(source, reader, held):
+    sources = Sources(idle=0.3)
+    asked = wanted("a", held, source, [region(b"a" * 1000)])
+    for _ in range(2):
+        coming, _ = fetch(reader, asked, [1000], sources)
+        coming.wait(10)
+        time.sleep(0.6)
+        # As long as somebody uses it, it stays.
+        assert len(reader._peers) == 1
+        coming.end()
+        eventually(lambda: reader._peers == [], 10)
+
+
+def test_a_connection_that_is_lost_is_ended_when_nobody_uses_it(source, reader, held, monkeypatch):
+    monkeypatch.setattr("tensorway_ray.sources._LOOK", 0.1)
+    asked = wanted("a", held, source, [region(b"a" * 1000)])
+    coming, _ = fetch(reader, asked, [1000])
+    coming.wait(10)
+    coming.end()
+    eventually(lambda: coming.released, 10)
+    (peer,) = reader._peers
+    peer.lost = "its host is gone"
+    eventually(lambda: reader._peers == [], 10)
 
 
 def test_objects_that_share_memory_share_its_registration(source, held):

@@ -67,9 +67,27 @@ def test_constructing_outside_a_cluster_says_how_to_enter_one(ray):
 
 
 def test_an_old_one_is_told_from_none(probed, fake):
-    answer = probed(fake("__version__ = '2.9.3'"))
+    answer = probed(fake("__version__ = '2.55.1'"))
 
-    assert ("unusable", "ray 2.9.3 is older than 2.50") == (answer["code"], answer["reason"])
+    assert ("unusable", "ray 2.55.1 is older than 2.56") == (answer["code"], answer["reason"])
+
+
+CREATE = """
+import json, tensorway
+from tensorway.errors import BackendUnavailable
+try:
+    tensorway.create("rendezvous", "ray")
+except BackendUnavailable as error:
+    print(json.dumps([error.asked, error.true, error.to_do]))
+"""
+
+
+def test_to_ask_for_an_old_one_is_refused_in_three_lines(fake):
+    asked, true, to_do = elsewhere.fresh_python(CREATE, path=[fake("__version__ = '2.55.1'")])
+
+    assert "rendezvous" in asked
+    assert "ray 2.55.1 is older than 2.56" in true
+    assert REMEDY in to_do
 
 
 def test_broken_at_import_it_is_a_record(probed, fake):

@@ -115,7 +115,7 @@ def test_a_record_that_was_put_again_without_its_lease_stays(shared):
 
 def test_a_watch_tells_promptly_that_a_lease_ended_though_nobody_calls(shared):
     with enter(shared) as entered, enter(shared) as dying, entered.watch("/dying/") as watch:
-        dying._keep_all = lambda: None  # it does not keep its lease
+        dying._store.keep = lambda lease, seconds: True  # it does not keep its lease
         dying.put("/dying/a", b"x", lease=dying.lease(1.0))
         assert ["put"] == [event.kind for event in watch.next(5)]
         started = time.monotonic()

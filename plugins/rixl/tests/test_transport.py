@@ -65,6 +65,7 @@ def test_the_suite_passes_over_todays_nixl_as_nixl_rocm(real_nixl, posing, tmp_p
     passes_its_suite(posing(*real_nixl, "nixl_rocm"), "nixl_rocm", tmp_path)
 
 
+@pytest.mark.long  # every agent of it takes seconds; one real transfer of it is in test_probe.py
 @pytest.mark.timeout(300)
 def test_the_suite_passes_over_the_nixl_that_rocm_forked_as_rixl(older_nixl, posing, tmp_path):
     passes_its_suite(posing(*older_nixl, "rixl"), "rixl", tmp_path)

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,8 @@ with warnings.catch_warnings():  # those of importing vLLM are not ours
 
 from tensorway_vllm.eplb import expected
 from tensorway_vllm.eplb.hook import attach
+from tensorway_vllm.eplb.meeting import Meeting
+from tensorway_vllm.eplb.options import EplbOptions
 from tensorway_vllm.plugin import register
 
 pytestmark = pytest.mark.timeout(300)
@@ -190,3 +193,16 @@ def test_a_vllm_without_expert_balancing_says_so_once(fresh, caplog):
     fresh.delattr(eplb_state, "create_eplb_communicator")
     attach(eplb_state)
     assert "tensorway vllm doctor" in caplog.text
+
+
+@pytest.mark.parametrize(("policy", "where"), [("loopback", "127.0.0.1:"), ("", "")])
+def test_ranks_of_several_hosts_meet_where_the_deployment_says(monkeypatch, policy, where):
+    monkeypatch.setenv("TENSORWAY_HOST", policy)
+    # That of another host. vLLM may have read its variable before, and keeps what it has read.
+    monkeypatch.setattr("vllm.utils.network_utils.get_ip", lambda: "192.0.2.1")
+    coordinator = SimpleNamespace(cpu_group=None, rank_in_group=0, world_size=2)
+    place, own = Meeting(coordinator, EplbOptions(communicator="onesided"), "cpu")._opened(one_host=False)
+    assert (where, bool(own)) == (place.address[: len(where)], bool(where))
+    assert bool(own) or "192.0.2.1" in place.why
+    if own is not None:
+        own.close()

@@ -119,7 +119,7 @@ def _probe(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.peer:
         from tensorway.cli import probe_peer
 
-        return probe_peer.run(out, arguments.peer, arguments.transport, arguments.deadline)
+        return probe_peer.run(out, arguments.peer, arguments.transport, arguments.host, arguments.deadline)
     from tensorway.cli import probe
 
     return probe.run(out, arguments.transport)
@@ -132,9 +132,9 @@ def _rendezvous(arguments: argparse.Namespace, out: Output) -> int:
     file = arguments.secret_file
     if arguments.status:
         return rendezvous.status(out, arguments.status, arguments.prefix, file, arguments.deadline)
-    from tensorway.rendezvous.hosts import choose
+    from tensorway.rendezvous.hosts import choose, policy_of
 
-    choice = choose(arguments.host, advertise=arguments.advertise)
+    choice = choose(policy_of(arguments.host, "loopback"), advertise=arguments.advertise)
     return rendezvous.serve(out, choice, arguments.port, file, arguments.metrics_port, arguments.seconds)
 
 
@@ -208,13 +208,13 @@ def _add_probe(probe: argparse.ArgumentParser) -> None:
     probe.add_argument("--transport", metavar="NAME", help="only this one: name or name@dist")
     probe.add_argument("--deadline", type=_seconds, default=60.0, metavar="SECONDS", help="how long to wait for PEER")
     probe.add_argument("--serve", action="store_true", help="be the PEER of others; needs TENSORWAY_SECRET, as they do")
-    probe.add_argument("--host", default="auto", metavar="POLICY", help="where to listen: auto, iface:NAME, cidr:NET")
+    probe.add_argument("--host", default="", metavar="POLICY", help="by which address: auto, iface:NAME, cidr:NET")
     probe.add_argument("--port", type=int, default=0, help="where to listen (default: a free one)")
     probe.add_argument("--seconds", type=_seconds, default=600.0, metavar="SECONDS", help="how long to serve")
 
 
 def _add_rendezvous(rendezvous: argparse.ArgumentParser) -> None:
-    rendezvous.add_argument("--host", default="loopback", metavar="POLICY", help="where to listen (default: loopback)")
+    rendezvous.add_argument("--host", default="", metavar="POLICY", help="where to listen (default: loopback)")
     rendezvous.add_argument(
         "--advertise", default="", metavar="HOST", help="what others are told, where it is translated"
     )

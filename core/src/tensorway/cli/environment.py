@@ -35,8 +35,8 @@ def run(out: Output, policy: str) -> int:
 
 def _address(policy: str) -> dict[str, Any]:
     choice = hosts.choose(policy)
-    wins = fabrics.conflicts(choice)
     given = fabrics.variables(choice)
+    wins = fabrics.conflicts(given)
     rows = [{"name": name, "value": given[name], "set": wins.get(name, "")} for name in sorted(given)]
     return {"policy": policy, **attrs.asdict(choice), "variables": rows}
 

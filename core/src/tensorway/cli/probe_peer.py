@@ -1,7 +1,8 @@
 """`tensorway probe PEER` and `tensorway probe --serve`: the two ends of a measurement between machines.
 
 Room `cli`. The serving end registers memory and runs a rendezvous; the other finds it there, takes the transport that
-it offers, and measures. Both know the deployment's secret, because who reads memory over a fabric must.
+it offers, and measures. Both know the deployment's secret, because who reads memory over a fabric must. A host policy
+that is given to either is that of the bytes, too, where the transport takes one.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import uuid
 from contextlib import closing
 from typing import Final
 
+import attrs
+
 from tensorway.cli import exits, probe
 from tensorway.cli.output import Output
 from tensorway.errors import Incompatible
 from tensorway.plugins import host
 from tensorway.rendezvous import Directory, Fact, Rendezvous
 from tensorway.rendezvous.environment import this_host
+from tensorway.rendezvous.hosts import policy_of
 from tensorway.rendezvous.members import decode
 from tensorway.testing.peer import content
 from tensorway.transport import Transport
@@ -29,10 +33,11 @@ _LOOK: Final = 0.2
 
 def serve(out: Output, name: str | None, policy: str, port: int, seconds: float) -> int:
     """Let others measure reads from this machine, for so many seconds or until it is interrupted."""
-    out.progress(f"Registering {probe.LARGE >> 20} MiB, and listening by host policy {policy} ...")
+    listening = policy_of(policy, "auto")
+    out.progress(f"Registering {probe.LARGE >> 20} MiB, and listening by host policy {listening} ...")
     memory = content(probe.SEED, probe.LARGE)
-    options = {"host": policy, "port": port}
-    with host().create("rendezvous", "direct", options) as rendezvous, closing(_transport(name)) as endpoint:
+    options = {"host": listening, "port": port}
+    with host().create("rendezvous", "direct", options) as rendezvous, closing(_transport(name, policy)) as endpoint:
         endpoint.register(memory)
         with Directory(rendezvous, endpoint, _SERVER, _GROUP, {"host": Fact(this_host(), "inform")}) as directory:
             directory.live()
@@ -44,7 +49,7 @@ def serve(out: Output, name: str | None, policy: str, port: int, seconds: float)
     return exits.OK
 
 
-def run(out: Output, address: str, name: str | None, deadline: float) -> int:
+def run(out: Output, address: str, name: str | None, policy: str, deadline: float) -> int:
     """Measure reads from the machine that serves at this address."""
     out.progress(f"Entering the rendezvous at {address} ...")
     with host().create("rendezvous", "direct", {"address": address}) as rendezvous:
@@ -55,7 +60,7 @@ def run(out: Output, address: str, name: str | None, deadline: float) -> int:
                 f"It serves transport {offered}.",
                 f"Start it with --transport {name}, or leave --transport away here.",
             )
-        with closing(_transport(name or offered)) as endpoint:
+        with closing(_transport(name or offered, policy)) as endpoint:
             me = f"client-{uuid.uuid4().hex[:12]}"
             with Directory(rendezvous, endpoint, me, _GROUP, {"host": Fact(this_host(), "inform")}) as directory:
                 out.progress(f"Connecting over {offered}, then measuring memmove and reads of 64 MiB ...")
@@ -69,8 +74,11 @@ def run(out: Output, address: str, name: str | None, deadline: float) -> int:
     return code
 
 
-def _transport(name: str | None) -> Transport:
-    endpoint: Transport = host().create("transport", name or "auto")
+def _transport(name: str | None, policy: str) -> Transport:
+    the_host, asked = host(), name or "auto"
+    winner = the_host.decide("transport", asked).winner
+    takes = winner is not None and winner.offer is not None and "host" in attrs.fields_dict(winner.offer.options)
+    endpoint: Transport = the_host.create("transport", asked, {"host": policy} if policy and takes else {})
     return endpoint
 
 

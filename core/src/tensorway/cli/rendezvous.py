@@ -6,7 +6,6 @@ Room `cli`. What the service counts is served to Prometheus at a port of its own
 from __future__ import annotations
 
 import math
-import resource
 import signal
 import threading
 import time
@@ -19,6 +18,7 @@ from tensorway.cli import exits
 from tensorway.cli.output import Output
 from tensorway.errors import DescriptionInvalid
 from tensorway.metrics import Counters, Metric, Sample, vocabulary
+from tensorway.process import raise_limit_of_files
 from tensorway.rendezvous import members
 from tensorway.rendezvous.contract import Record
 from tensorway.rendezvous.direct import DirectStore
@@ -48,7 +48,7 @@ def serve(
 ) -> int:
     """Hold records until SIGTERM or SIGINT, or for so many seconds."""
     secret = _secret(secret_file)
-    _raise_limit_of_files()
+    raise_limit_of_files()  # each client has a connection
     with ExitStack() as stack:
         ended = stack.enter_context(_told_to_end())
         service = stack.enter_context(closing(Service(choice, port, secret)))
@@ -117,12 +117,6 @@ def samples(said: Status) -> list[Sample]:
 
 def _secret(file: str) -> str:
     return secret_of(settings.secret_in(file, "--secret-file") if file else "")
-
-
-def _raise_limit_of_files() -> None:
-    """Each client has a connection, and the usual limit of 1024 is for programs that do not know better."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

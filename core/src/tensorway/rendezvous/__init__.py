@@ -9,9 +9,10 @@ from __future__ import annotations
 from tensorway.rendezvous.contract import Changes, Event, Record, Store
 from tensorway.rendezvous.directory import Directory
 from tensorway.rendezvous.hosts import HostChoice, choose
+from tensorway.rendezvous.leases import Lease
 from tensorway.rendezvous.members import Member
 from tensorway.rendezvous.negotiation import Fact
-from tensorway.rendezvous.rendezvous import Lease, Rendezvous, Watch
+from tensorway.rendezvous.rendezvous import Rendezvous, Watch
 
 __all__ = [
     "Changes",

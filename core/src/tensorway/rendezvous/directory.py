@@ -20,10 +20,12 @@ from tensorway._logging import logger
 from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, LeaseLost, PeerLost, TensorwayError
 from tensorway.rendezvous import members
 from tensorway.rendezvous.contract import Event, Record, check_key
+from tensorway.rendezvous.leases import Lease
 from tensorway.rendezvous.members import Member, MemberState
 from tensorway.rendezvous.negotiation import Fact, Facts, agree
-from tensorway.rendezvous.rendezvous import Lease, Rendezvous, Watch
+from tensorway.rendezvous.rendezvous import Rendezvous, Watch
 from tensorway.transport import Peer, Transport
+from tensorway.transport.contract import DISCONNECTED
 
 _log = logger("rendezvous")
 #: Handshakes at once.
@@ -32,8 +34,11 @@ _PARALLEL: Final = 16
 _BACK_OFF: Final = (0.02, 1.0)
 #: How long the thread that follows the group waits at a time, and how often it reads a store without watches.
 _LOOK: Final = 0.5
-#: And so much longer for each member, because each reads the records of all.
-_LOOK_EACH: Final = 1e-2
+#: And so much longer for each record that the group reads then: each member reads those of all.
+_LOOK_EACH: Final = 5e-5
+#: Seconds for each member for which a watch is left alone once it has told something: all of a group are told of each
+#: who joins, and to wake a thousand for each of a thousand takes minutes.
+_GATHER_EACH: Final = 5e-4
 #: Seconds per member of the group within which one that must write itself again does so: all may have to at once.
 _SPREAD: Final = 2e-3
 _CLOSED: Final = "it was closed"
@@ -42,6 +47,12 @@ _LEFT: Final = "it left the group"
 _AWAY: Final = "it did not come back to the rendezvous"
 #: Why a member is lost whose process may live all the same, stopped or cut off: nothing was heard of it.
 SILENT: Final = frozenset({_EXPIRED, _LEFT, _AWAY})
+_MISSED: Final = SILENT | {DISCONNECTED}
+
+
+def gone(peer: Peer) -> str:
+    """Why nothing of a peer can arrive any more; empty while it was only missed, or let go of here."""
+    return next((why for why in (peer.broken, peer.lost) if why and why not in _MISSED), "")
 
 
 @attrs.define
@@ -82,10 +93,15 @@ class Directory:
         self._lease: Lease | None = None
         #: When to write this member again, if it is not there any more.
         self._again: float | None = None
+        #: Whether the group is to be read as a whole: with many members that begin at once, a try may be in vain.
+        self._unread = True
         self._ended = ""
         self._watch: Watch | None = rendezvous.watch(self._prefix) if "watch" in rendezvous.abilities else None
         self._publish()
-        self._look()
+        try:
+            self._look()
+        except DeadlineExceeded as error:
+            _log.warning("The group %s is read later: %s", self._prefix, error.true)
         self._thread = threading.Thread(target=self._follow, name="tensorway-directory", daemon=True)
         self._thread.start()
 
@@ -199,8 +215,10 @@ class Directory:
         with self._lock:
             other = self._others.get(member.name)
             peer = other.peers.get(member.description) if other is not None else None
-            if peer is not None and not peer.lost:
+        if peer is not None:
+            if not peer.lost:
                 return peer
+            self._endpoint.disconnect(peer)  # it is made anew, of what the member says of itself now
         peer = self._endpoint.connect(member.description, seconds)
         with self._lock:
             other = self._others.get(member.name)
@@ -221,12 +239,17 @@ class Directory:
             try:
                 if self._watch is None:
                     with self._seen:
-                        self._seen.wait(_LOOK + _LOOK_EACH * len(self._others))
+                        self._seen.wait(_LOOK + _LOOK_EACH * len(self._others) ** 2)
+                    self._look()
+                elif self._unread:
                     self._look()
                 else:
                     wait = _LOOK if self._again is None else self._again - time.monotonic()
-                    for event in self._watch.next(max(0.0, min(wait, _LOOK))):
-                        self._saw(event)
+                    if told := self._watch.next(max(0.0, min(wait, _LOOK))):
+                        for event in told:
+                            self._saw(event)
+                        with self._seen:  # what else there is comes together, and costs one turn
+                            self._seen.wait(min(_GATHER_EACH * len(self._others), _LOOK))
                 if self._lease is not None and self._lease.lost:
                     self._vanished()
                 if self._again is not None and self._again <= time.monotonic() and not self._ended:
@@ -243,7 +266,7 @@ class Directory:
 
     def _saw(self, event: Event) -> None:
         if event.kind == "reset":
-            self._look()
+            self._unread = True
         elif event.record is not None:
             self._heard(event.record)
         elif event.key == self._key:
@@ -262,6 +285,7 @@ class Directory:
             for name, other in self._others.items():
                 if self._prefix + name not in there and other.missed is None:
                     other.missed = time.monotonic() + self._ttl
+        self._unread = False
         if self._key not in there:
             self._vanished()
 

@@ -6,7 +6,7 @@ take different ways. What the user has set wins, and where it differs that is sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +18,7 @@ from tensorway.rendezvous.interfaces import SYSFS, rdma_devices
 _log = logger("rendezvous")
 
 #: Variables that hold this host's own address, to bind and to tell others.
-_ADDRESSES: Final = (
+ADDRESSES: Final = (
     "VLLM_HOST_IP",
     "VLLM_NIXL_SIDE_CHANNEL_HOST",
     "VLLM_P2P_SIDE_CHANNEL_HOST",
@@ -30,7 +30,7 @@ _ADDRESSES: Final = (
 
 def variables(choice: HostChoice, sysfs: Path = SYSFS) -> dict[str, str]:
     """The variables that make every library of this host use the interface of this choice."""
-    given = dict.fromkeys(_ADDRESSES, choice.address)
+    given = dict.fromkeys(ADDRESSES, choice.address)
     if choice.interface:
         # TCP stays allowed beside RDMA: it is the same card, and UCX_TLS may leave out the other.
         given["UCX_NET_DEVICES"] = ",".join([*rdma_devices(choice.interface, sysfs), choice.interface])
@@ -40,30 +40,30 @@ def variables(choice: HostChoice, sysfs: Path = SYSFS) -> dict[str, str]:
     return given
 
 
-def conflicts(choice: HostChoice, sysfs: Path = SYSFS) -> dict[str, str]:
-    """Those of the variables that the user has set otherwise, with his values, which win."""
-    theirs = {name: (settings.get(name) or "").strip() for name in variables(choice, sysfs)}
-    return {name: theirs[name] for name, ours in variables(choice, sysfs).items() if not _agree(theirs[name], ours)}
+def conflicts(given: Mapping[str, str]) -> dict[str, str]:
+    """Those of these variables that the user has set otherwise, with his values, which win."""
+    theirs = {name: (settings.get(name) or "").strip() for name in given}
+    return {name: theirs[name] for name, ours in given.items() if not _agree(theirs[name], ours)}
 
 
 def left_unset(choice: HostChoice, names: Iterable[str] | None = None, sysfs: Path = SYSFS) -> dict[str, str]:
     """Those of the variables (or of these) that the user has left unset; one that he set otherwise is said once."""
     given = variables(choice, sysfs)
-    asked = given.keys() if names is None else given.keys() & set(names)
-    for name, theirs in conflicts(choice, sysfs).items():
-        if name in asked:
-            warn_once(
-                _log,
-                ("host", name, theirs, given[name]),
-                "%s=%s is set, and wins over the host policy %s, which gives %s; unset it, or choose by one of them",
-                name,
-                theirs,
-                choice.source,
-                given[name],
-                rank=settings.local_rank(),
-                extra={"variable": name, "set": theirs, "chosen": given[name]},
-            )
-    return {name: given[name] for name in given if name in asked and not (settings.get(name) or "").strip()}
+    if names is not None:
+        given = {name: given[name] for name in names if name in given}
+    for name, theirs in conflicts(given).items():
+        warn_once(
+            _log,
+            ("host", name, theirs, given[name]),
+            "%s=%s is set, and wins over the host policy %s, which gives %s; unset it, or choose by one of them",
+            name,
+            theirs,
+            choice.source,
+            given[name],
+            rank=settings.local_rank(),
+            extra={"variable": name, "set": theirs, "chosen": given[name]},
+        )
+    return {name: value for name, value in given.items() if not (settings.get(name) or "").strip()}
 
 
 def apply(choice: HostChoice, sysfs: Path = SYSFS) -> dict[str, str]:

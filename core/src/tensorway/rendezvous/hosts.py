@@ -96,10 +96,15 @@ def cannot_listen(what: str, choice: HostChoice, port: int, why: str | None) -> 
     )
 
 
-def meeting(rendezvous: str, policy: str = "auto") -> HostChoice:
+def policy_of(option: str, otherwise: str = "") -> str:
+    """The policy that an option says; for a blank one that of the deployment, `TENSORWAY_HOST`, else `otherwise`."""
+    return option.strip() or (settings.get("TENSORWAY_HOST") or "").strip() or otherwise
+
+
+def meeting(rendezvous: str, policy: str = "") -> HostChoice:
     """The choice of one of a group that meets at this address of a rendezvous (`host:port`): all have a route there."""
     host, _, _ = rendezvous.rpartition("://")[2].partition("/")[0].rpartition(":")
-    return choose(policy, peers=[host.strip("[]")] if host else [])
+    return choose(policy_of(policy, "auto"), peers=[host.strip("[]")] if host else [])
 
 
 def pinned(policy: str) -> str:

@@ -27,8 +27,8 @@ class DirectOptions:
 
     #: `host:port` of the service. Empty: this process runs it.
     address: str = ""
-    #: Where a service of this process listens: a policy, not an address.
-    host: str = "loopback"
+    #: Where a service of this process listens: a policy, not an address. Empty: TENSORWAY_HOST, else loopback.
+    host: str = ""
     #: What others are told instead, where addresses are translated: an address or a name, never a wildcard.
     advertise: str = ""
     #: Its port; 0 lets the system choose a free one.
@@ -54,7 +54,7 @@ def rendezvous(ctx: HookContext) -> Offer:
 def construct(options: DirectOptions, context: object) -> Rendezvous:
     """Enter the service at the address, or run one here and enter that."""
     from tensorway.rendezvous.direct import DirectStore
-    from tensorway.rendezvous.hosts import choose
+    from tensorway.rendezvous.hosts import choose, policy_of
     from tensorway.rendezvous.rendezvous import Rendezvous
     from tensorway.rendezvous.service import Service
 
@@ -62,7 +62,8 @@ def construct(options: DirectOptions, context: object) -> Rendezvous:
     if options.address:
         store = DirectStore(options.address, secret)
     else:
-        service = Service(choose(options.host.strip() or "loopback", advertise=options.advertise), options.port, secret)
+        choice = choose(policy_of(options.host, "loopback"), advertise=options.advertise)
+        service = Service(choice, options.port, secret)
         store = DirectStore(service.address, secret, service)
     return Rendezvous(store)
 

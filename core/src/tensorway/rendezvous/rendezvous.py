@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import random
 import threading
 import time
 from typing import Final
@@ -29,31 +28,12 @@ from tensorway.rendezvous.contract import (
     check_ttl,
     check_value,
 )
+from tensorway.rendezvous.leases import Lease, keeper
 
 _log = logger("rendezvous")
 _SEAL_BYTES: Final = 32
 #: How often a store without watches is asked again: from the first to the second, in seconds.
 _ASK_AGAIN: Final = (5e-3, 0.2)
-#: A lease is kept this many times within its life, so that two may fail.
-_KEPT_TIMES: Final = 3
-#: And each time a little earlier than it must be, by up to this part: those who began together do not go on together.
-_EARLIER: Final = 0.1
-
-
-class Lease:
-    """A promise to be alive. It is kept by a thread until `close`; `lost` says why it is not any more."""
-
-    def __init__(self, name: str, ttl: float, kept: float) -> None:
-        self.name = name
-        self.ttl = ttl
-        #: Why it is lost; empty while it is held.
-        self.lost = ""
-        self._kept = kept
-        # At first at any time: a thousand leases may have begun at once, after a restart of the store.
-        self._due = kept + random.random() * ttl / _KEPT_TIMES
-
-    def __repr__(self) -> str:
-        return f"Lease({self.name[:12]}, {self.ttl:g} s, {self.lost or 'held'})"
 
 
 class Watch:
@@ -93,9 +73,7 @@ class Rendezvous:
         self._seal = b"" if store.authenticates else hashlib.blake2b(secret.encode(), person=b"tensorway seal").digest()
         self._pid = os.getpid()
         self._closed = False
-        self._leases: list[Lease] = []
-        self._changed = threading.Condition()
-        self._keeper: threading.Thread | None = None
+        self._closing = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -187,55 +165,14 @@ class Rendezvous:
         check_ttl(ttl)
         began = time.monotonic()  # the store's clock starts later, so ours is never the last to say that it ended
         lease = Lease(self._store.grant(ttl, deadline), ttl, began)
-        with self._changed:
-            self._leases.append(lease)
-            if self._keeper is None:
-                self._keeper = threading.Thread(target=self._keep_all, name="tensorway-leases", daemon=True)
-                self._keeper.start()
-            self._changed.notify()
+        keeper().hold(lease, self._store)
         return lease
 
     def end(self, lease: Lease, deadline: float = 5.0) -> None:
         """End a lease, and its records with it."""
         self._check()
-        with self._changed:
-            if lease not in self._leases:
-                return
-            self._leases.remove(lease)
-            lease.lost = "its holder ended it"
-        self._store.revoke(lease.name, deadline)
-
-    def _keep_all(self) -> None:
-        while True:
-            with self._changed:
-                if self._closed:
-                    return
-                lease = min(self._leases, key=lambda lease: lease._due, default=None)
-                wait = lease._due - time.monotonic() if lease else None
-                if lease is None or (wait is not None and wait > 0):
-                    self._changed.wait(wait)
-                    continue
-            self._keep(lease)
-
-    def _keep(self, lease: Lease) -> None:
-        """Keep one lease, once. Which is lost when its time is over by our clock: the store may have ended it."""
-        started, step = time.monotonic(), lease.ttl / _KEPT_TIMES
-        lost = f"it was not kept for {lease.ttl:g} s"
-        try:
-            kept = self._store.keep(lease.name, step)
-            lost = lost if kept else "the store does not know it any more"
-        except TensorwayError as error:
-            _log.debug("A lease was not kept: %s", error)
-            kept, step = False, min(step, 0.5)
-            lost = lost if started - lease._kept > lease.ttl else ""
-        with self._changed:
-            lease._due = time.monotonic() + step * random.uniform(1 - _EARLIER, 1)
-            if kept:
-                lease._kept = started
-            elif lost and lease in self._leases:
-                lease.lost = lost
-                self._leases.remove(lease)
-                _log.warning("A lease of the rendezvous %s is lost: %s.", self.name, lost)
+        if keeper().let_go(lease, "its holder ended it"):
+            self._store.revoke(lease.name, deadline)
 
     # -- seals
 
@@ -267,16 +204,13 @@ class Rendezvous:
 
     def close(self, deadline: float = 2.0) -> None:
         """End every lease and let go of the store; the second call does nothing."""
-        with self._changed:
+        with self._closing:
             if self._closed or os.getpid() != self._pid:
                 return
             self._closed = True
-            leases, self._leases = self._leases, []
-            self._changed.notify_all()
         until = time.monotonic() + deadline
         try:
-            for lease in leases:
-                lease.lost = "its holder closed the rendezvous"
+            for lease in keeper().let_all_go(self._store, "its holder closed the rendezvous"):
                 self._store.revoke(lease.name, max(0.0, until - time.monotonic()))
         except TensorwayError as error:
             _log.debug("A lease ends by itself: %s", error)

@@ -23,7 +23,7 @@ _Connection = TypeVar("_Connection")
 
 
 class Reopening(ABC, Generic[_Connection]):
-    """See `contract.Changes`. It begins anew, with a `reset`, when its connection is cut."""
+    """See `contract.Changes`. It begins anew when its connection is cut, with a `reset` if that may have missed any."""
 
     def __init__(self, prefix: str, forget: Callable[[Any], None]) -> None:
         self._prefix = prefix
@@ -32,10 +32,15 @@ class Reopening(ABC, Generic[_Connection]):
         self._connection: _Connection | None = None
         self._busy = threading.Lock()
         self._closed = False
+        #: Whether something may have happened that neither the last connection nor the one before it tells.
+        self.missed = True
 
     @abstractmethod
     def _open(self, seconds: float) -> _Connection:
-        """Connect and watch: nothing that happens after this returns is missed. Raises `DeadlineExceeded`."""
+        """Connect and watch: nothing that happens after this returns is missed. Raises `DeadlineExceeded`.
+
+        A store that tells what happened before, too, from where the last connection was cut, sets `missed` to False.
+        """
 
     @abstractmethod
     def _told(self, connection: _Connection, until: float) -> list[Event]:
@@ -60,7 +65,7 @@ class Reopening(ABC, Generic[_Connection]):
                 events: list[Event] = []
                 if self._connection is not None:
                     events = self._told(self._connection, until)
-                elif self._reopened(until):
+                elif self._reopened(until) and self.missed:
                     break
                 if events or time.monotonic() >= until:
                     return events

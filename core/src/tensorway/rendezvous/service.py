@@ -7,12 +7,10 @@ notices.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import uuid
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Final
 
 import attrs
@@ -21,6 +19,7 @@ import zmq
 from tensorway._logging import logger
 from tensorway.decoding import UNREADABLE
 from tensorway.errors import RecordRefused, TensorwayError
+from tensorway.process import resident_bytes
 from tensorway.rendezvous import frames
 from tensorway.rendezvous.contract import Event, Record, check_key
 from tensorway.rendezvous.frames import Answer, Change, Request, Row, Status, Told
@@ -89,7 +88,7 @@ class Service:
         return Status(
             incarnation=self.incarnation,
             seconds=now - self._began,
-            memory_bytes=_memory(),
+            memory_bytes=resident_bytes(),
             record_bytes=records.nbytes,
             records=records.count,
             held_leases=records.leases,
@@ -277,11 +276,6 @@ def _row(record: Record) -> Row:
 def _body(changes: Iterable[Change], prefix: str) -> tuple[int, zmq.Frame]:
     below = [change for change in changes if change.key.startswith(prefix)]
     return len(below), zmq.Frame(frames.encode(below))
-
-
-def _memory() -> int:
-    """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _bind(context: zmq.Context[Any], choice: HostChoice, port: int, secret: str) -> tuple[zmq.Socket[Any], int]:

@@ -25,11 +25,14 @@ import attrs
 
 import tensorway
 from tensorway.errors import TensorwayError
-from tensorway.testing.crowd_part import Joined, Seen, memory, work
+from tensorway.process import resident_bytes
+from tensorway.testing.crowd_part import Joined, Seen, work
 from tensorway.testing.servers import Server
 
 SECRET: Final = "known to all of the crowd"
 _GROUP: Final = "/crowd/kv"
+#: Members that share a process, unless told otherwise: many more would wait for each other's interpreter.
+_IN_ONE: Final = 25
 #: The time in which a burst is counted, in seconds.
 BURST: Final = 0.1
 
@@ -89,8 +92,9 @@ class Crowd:
     """Members in some processes, and what is done to them; see `Report`."""
 
     def __init__(
-        self, store: Store, members: int, processes: int = 4, ttl: float = 10.0, patience: float = 300.0
+        self, store: Store, members: int, processes: int = 0, ttl: float = 10.0, patience: float = 300.0
     ) -> None:
+        processes = processes or max(2, -(-members // _IN_ONE))
         self._store, self._members, self._ttl, self._patience = store, members, ttl, patience
         self._each = -(-members // processes)
         self._parts: list[_Process] = []
@@ -181,7 +185,7 @@ class Crowd:
 
     def _memory(self) -> tuple[int, int]:
         pid = self._store.server.pid
-        return memory(pid), memory(pid, "VmHWM")
+        return resident_bytes(pid), resident_bytes(pid, most=True)
 
 
 class Traffic:
@@ -268,7 +272,7 @@ def main() -> int:
     """A crowd that meets in `direct`; 1 if something was not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--members", type=int, default=1000)
-    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=0, help=f"0: one for each {_IN_ONE} members")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and not without ending the server
     with tempfile.TemporaryDirectory() as folder:

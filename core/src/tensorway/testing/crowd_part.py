@@ -7,25 +7,27 @@ one of NIXL does, and is connected to by nobody, because what is measured is the
 from __future__ import annotations
 
 import logging
-import os
-import resource
+import random
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
 import tensorway
 from tensorway.errors import TensorwayError
-from tensorway.rendezvous import Directory, Fact, Rendezvous
+from tensorway.process import raise_limit_of_files, resident_bytes
+from tensorway.rendezvous import Directory, Fact
 
 #: What an endpoint of NIXL 1.5 over UCX/TCP describes itself with: bare, and with the caches of 32 layers registered.
 DESCRIPTION: Final = (646, 2662)
 #: Members of one process that join at the same time.
-_AT_ONCE: Final = 16
+_AT_ONCE: Final = 2
+#: Seconds after which one that could not join tries again.
+_AGAIN: Final = (0.5, 1.5)
 #: Between two looks at how many others each member sees, in seconds.
 _LOOK: Final = 0.1
 _FACTS: Final = {
@@ -64,18 +66,19 @@ class Part:
 
     def __init__(self, backend: str, options: dict[str, Any], group: str, ttl: float) -> None:
         self._backend, self._options, self._group, self._ttl = backend, options, group, ttl
-        self._rendezvous: list[Rendezvous] = []
         self._members: list[Directory] = []
+        #: Each one's client, and the member itself.
+        self._held: list[ExitStack] = []
         self._retries = 0
         with tensorway.create("rendezvous", backend, options):
             pass  # what it imports is imported now, and not when the first joins
 
     def join(self, first: int, count: int, deadline: float) -> Joined:
         """Let so many members join."""
-        before, until = memory(os.getpid()), time.monotonic() + deadline
+        before, until = resident_bytes(), time.monotonic() + deadline
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(lambda number: self._join(f"member-{number:05}", until), range(first, first + count)))
-        return Joined(self._retries, (memory(os.getpid()) - before) // count)
+        return Joined(self._retries, (resident_bytes() - before) // count)
 
     def sees(self, others: int, deadline: float) -> Seen:
         """Wait until each member sees so many others."""
@@ -93,24 +96,21 @@ class Part:
     def _join(self, name: str, until: float) -> None:
         endpoint: Any = _Endpoint()
         while True:
-            try:
-                rendezvous = tensorway.create("rendezvous", self._backend, self._options)
-                member = Directory(rendezvous, endpoint, name, self._group, _FACTS, self._ttl)
-                endpoint.description = bytes(DESCRIPTION[1])
-                member.live()
-                break
-            except TensorwayError:
-                self._retries += 1
-                if time.monotonic() > until:
-                    raise
-        self._rendezvous.append(rendezvous)
-        self._members.append(member)
-
-
-def memory(pid: int, field: str = "VmRSS") -> int:
-    """Bytes that a process has in memory; with `VmHWM` the most that it had."""
-    lines = Path(f"/proc/{pid}/status").read_text("ascii").splitlines()
-    return int(dict(line.split(":", 1) for line in lines)[field].split()[0]) << 10
+            with ExitStack() as stack:
+                try:
+                    rendezvous = stack.enter_context(tensorway.create("rendezvous", self._backend, self._options))
+                    member = stack.enter_context(Directory(rendezvous, endpoint, name, self._group, _FACTS, self._ttl))
+                    endpoint.description = bytes(DESCRIPTION[1])
+                    member.live()
+                except TensorwayError:
+                    self._retries += 1
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(random.uniform(*_AGAIN))
+                else:
+                    self._members.append(member)
+                    self._held.append(stack.pop_all())
+                    return
 
 
 class _Endpoint:
@@ -129,8 +129,7 @@ class _Endpoint:
 def work(orders: Connection, *given: Any) -> None:
     """The life of a process: do what is ordered, until nobody orders any more."""
     logging.getLogger("tensorway").addHandler(logging.NullHandler())  # that a store is away is what is measured
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    raise_limit_of_files()
     part = Part(*given)
     while True:
         try:

@@ -38,6 +38,7 @@ from tensorway.eplb import (
 )
 from tensorway.eplb.staging import StagingLease
 from tensorway.memory import Region
+from tensorway.process import resident_bytes
 from tensorway.testing.possessions import open_files
 from tensorway.testing.ranks import Place, Rank
 
@@ -330,7 +331,7 @@ def exchange(
 
 
 def _of(told: Told, lost: Sequence[int]) -> bool:
-    return told.kind == "PeerFailed" and told.peer in lost
+    return told.kind in ("PeerFailed", "Drained") and told.peer in lost
 
 
 def post(
@@ -446,10 +447,9 @@ def spoilt(rank: Rank) -> list[str]:
 
 
 def counted(rank: Rank) -> tuple[int, int, int]:
-    """Threads, open files, and pages that are in memory."""
+    """Threads, open files, and bytes that are in memory."""
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return len(list(Path("/proc/self/task").iterdir())), open_files().total(), pages
+    return len(list(Path("/proc/self/task").iterdir())), open_files().total(), resident_bytes()
 
 
 # -- messages

@@ -111,6 +111,14 @@ class TransportSuite(Suite):
             expected[there * BLOCK : (there + 1) * BLOCK] = mine[here * BLOCK : (here + 1) * BLOCK]
         assert digest(expected) == peer.digest(0)
 
+    def test_what_is_emulated_can_be_done_the_other_way_round(self, transport: Transport) -> None:
+        """Of each lane one direction at most is emulated, and both are there: or nobody could turn it around.
+
+        *If this fails:* correct `Capabilities.emulated`.
+        """
+        lanes = [lane for lane, _ in transport.capabilities.emulated]
+        assert len(lanes) == len(set(lanes)) and (not lanes or len(transport.capabilities.operations) == 2)
+
     def test_adjacent_blocks_arrive_like_any_others(self, pair: Any) -> None:
         """Runs, all blocks in order, all in reverse: joining neighbors changes nothing but speed.
 

@@ -35,7 +35,7 @@ from tensorway.errors import (
 from tensorway.memory import Region
 from tensorway.transport import mover
 from tensorway.transport.blocks import BlockTable
-from tensorway.transport.contract import Capabilities, Description, Notification, Operation
+from tensorway.transport.contract import DISCONNECTED, Capabilities, Description, Notification, Operation
 from tensorway.transport.endpoint import Endpoint
 from tensorway.transport.life import MAX_POSTS, PATIENCE, Life, Link, Request
 from tensorway.transport.mappings import TO_DO, backing
@@ -190,7 +190,7 @@ class ContainedFabric:
 
     def disconnect(self, link: Link) -> None:
         """Let the mover disconnect."""
-        link.lost = link.lost or "it was disconnected here"
+        link.lost = link.lost or DISCONNECTED
         if link.life.remove(link):
             try:
                 self._call(link.life, mover.Disconnect(link.number), f"Peer {link.name} was to be let go of.")

@@ -7,8 +7,8 @@ writes a `Transport` outright, on equal terms. `tensorway.testing.TransportSuite
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import attrs
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from tensorway.transport.transfer import Transfer
 
+#: Why a peer is lost that was let go of by who says so.
+DISCONNECTED: Final = "it was disconnected here"
 #: What can be done with a route.
 Operation = Literal["read", "write"]
 
@@ -41,6 +43,9 @@ class Capabilities:
     max_in_flight: int = 4
     #: Whether a post returns only when its bytes are there.
     synchronous: bool = False
+    #: Lanes on which an operation is software, done by both processors, while its opposite is not: `("tcp", "read")`.
+    #: Who can turn it around does so there.
+    emulated: frozenset[tuple[str, Operation]] = frozenset()
 
 
 @attrs.frozen
@@ -77,8 +82,25 @@ class Peer:
     link: Any = attrs.field(repr=False)
     #: The path that bytes really take: `memmove`, `cma`, `tcp`, `rdma`.
     lane: str
-    #: Why it is lost; empty while it is there.
-    lost: str = ""
+    #: Asks the fabric why it is lost.
+    _ask: Callable[[], str] = attrs.field(default=str, repr=False)
+    _lost: str = attrs.field(default="", init=False)
+
+    @property
+    def lost(self) -> str:
+        """Why it is lost, as whoever found out first says; empty while it is not known to be. Stays as it is."""
+        if not self._lost:
+            self._lost = self._ask()
+        return self._lost
+
+    @lost.setter
+    def lost(self, why: str) -> None:
+        self._lost = why
+
+    @property
+    def broken(self) -> str:
+        """Why the fabric says that it is lost, whatever else was found out before; empty while it does not know."""
+        return self._ask()
 
     @property
     def name(self) -> str:

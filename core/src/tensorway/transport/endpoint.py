@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -21,6 +22,7 @@ from tensorway.memory import Region
 from tensorway.transport import description as envelope
 from tensorway.transport.blocks import BlockTable, block_ids, covered, touches
 from tensorway.transport.contract import (
+    DISCONNECTED,
     Capabilities,
     Description,
     Fabric,
@@ -184,7 +186,7 @@ class Endpoint:
             )
         link = self._fabric.connect(seen, deadline)
         try:
-            peer = Peer(seen, link, self._fabric.lane(link))
+            peer = Peer(seen, link, self._fabric.lane(link), partial(self._fabric.lost, link))
         except BaseException:
             self._fabric.disconnect(link)
             raise
@@ -202,7 +204,7 @@ class Endpoint:
             if peer not in self._peers:
                 return
             self._peers.remove(peer)
-            peer.lost = peer.lost or "it was disconnected here"
+            peer.lost = peer.lost or DISCONNECTED
         self._fabric.disconnect(peer.link)
 
     # -- transfers

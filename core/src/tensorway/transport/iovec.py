@@ -1,4 +1,4 @@
-"""How `local` copies: vectors of address and length for the kernel, and memmove within this process's own memory.
+"""How host memory is copied: vectors of address and length by the kernel, and memmove within this process's own memory.
 
 Room `transport`; may import its own room.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat, starmap
 from operator import sub
 from typing import Any, Final
@@ -16,6 +16,8 @@ from typing import Any, Final
 from tensorway.transport.blocks import BlockTable
 from tensorway.transport.contract import Operation
 
+#: What one call of the kernel takes.
+IOV_MAX: Final = 1024
 #: Address and length.
 _Piece = tuple[int, int]
 #: `ctypes.memmove` makes a number of each address that it returns. Other threads run while it copies.
@@ -24,12 +26,24 @@ _memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memmove.restype = None
 
 
-def iovec(vector: array[int]) -> Any:
+def copied_by_kernel(call: Callable[..., int], process: int, mine: array[int], theirs: array[int]) -> bool:
+    """Have `process_vm_readv` or its like copy all pieces; False once it refuses, and `ctypes.get_errno` knows why."""
+    while mine:
+        ours, others = mine[: 2 * IOV_MAX], theirs[: 2 * IOV_MAX]
+        moved = call(process, _iovec(ours), len(ours) // 2, _iovec(others), len(others) // 2, 0)
+        if moved <= 0:
+            return False
+        # Fewer bytes than asked for: one side had more pieces, or the kernel's limit for one call was reached.
+        mine, theirs = _behind(mine, moved), _behind(theirs, moved)
+    return True
+
+
+def _iovec(vector: array[int]) -> Any:
     """An array of `struct iovec` over the same memory."""
     return (ctypes.c_uint64 * len(vector)).from_buffer(vector)
 
 
-def behind(vector: array[int], moved: int) -> array[int]:
+def _behind(vector: array[int], moved: int) -> array[int]:
     """What is left of a vector behind the first `moved` bytes: nothing, nearly always."""
     if moved == sum(vector[1::2]):
         return array("Q")

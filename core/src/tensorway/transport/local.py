@@ -36,14 +36,12 @@ from tensorway.memory import Region
 from tensorway.platforms import boot_id
 from tensorway.transport import sockets
 from tensorway.transport.blocks import BlockTable, covered
-from tensorway.transport.contract import Capabilities, Description, Notification, Operation
+from tensorway.transport.contract import DISCONNECTED, Capabilities, Description, Notification, Operation
 from tensorway.transport.ears import FULL_PAUSE, MAX_NOTIFICATION, NOTE, Ears, Hello, knock, whose
-from tensorway.transport.iovec import behind, iovec, move
+from tensorway.transport.iovec import IOV_MAX, copied_by_kernel, move
 from tensorway.transport.shm import Board, Mapped, Shared, View
 
 _log = logger("transport")
-#: What one call of the kernel takes.
-_IOV_MAX: Final = 1024
 #: So that the socket's address, of 108 bytes at most, can hold it.
 _MAX_INCARNATION: Final = 64
 _ENDED: Final = "its process closed the connection or ended"
@@ -110,7 +108,7 @@ class LocalFabric:
     capabilities = Capabilities(
         media=frozenset({"cpu"}),
         max_notification=MAX_NOTIFICATION,
-        max_pieces=_IOV_MAX,
+        max_pieces=IOV_MAX,
         max_in_flight=1,
         synchronous=True,
     )
@@ -200,7 +198,7 @@ class LocalFabric:
 
     def disconnect(self, link: _Link) -> None:
         """Close the connection."""
-        link.lost = link.lost or "it was disconnected here"
+        link.lost = link.lost or DISCONNECTED
         link.mapped = None
         self._ears.unwatch(link.channel)
         sockets.close(link.channel)
@@ -312,13 +310,8 @@ class LocalFabric:
 
     def _copy(self, operation: Operation, link: _Link, mine: array[int], theirs: array[int]) -> None:
         call = self._libc.process_vm_readv if operation == "read" else self._libc.process_vm_writev
-        while mine:
-            ours, others = mine[: 2 * _IOV_MAX], theirs[: 2 * _IOV_MAX]
-            moved = call(link.pid, iovec(ours), len(ours) // 2, iovec(others), len(others) // 2, 0)
-            if moved <= 0:
-                raise self._failed(operation, link, ctypes.get_errno())
-            # Fewer bytes than asked for: one side had more pieces, or the kernel's limit for one call was reached.
-            mine, theirs = behind(mine, moved), behind(theirs, moved)
+        if not copied_by_kernel(call, link.pid, mine, theirs):
+            raise self._failed(operation, link, ctypes.get_errno())
 
     def _map(self, link: _Link, shared: Shared, description: Description) -> None:
         """Take the fast lane as far as it goes; from now on the peer's end is watched, so that its memory is let go."""

@@ -41,6 +41,8 @@ WINDOW: Final = 4096
 #: For so long after the engine asked for notifications they are looked for, this often.
 ATTENTION: Final = 2.0
 _PERIOD: Final = 2e-3
+#: How often it is looked whether a peer is lost with which nothing is under way.
+_REST: Final = 1.0
 #: What an attachment answers when its address is in use here.
 TAKEN: Final = "taken"
 _PR_SET_PDEATHSIG: Final = 1
@@ -244,6 +246,8 @@ class Mover:
         self._fabric: Fabric
         self._space = AddressSpace()
         self._made: dict[int, Any] = {}
+        self._links: set[int] = set()
+        #: Those of them of which it has been said of late that they are lost.
         self._lost: set[int] = set()
         self._jobs: dict[int, _Job] = {}
         self._wake = threading.Condition()
@@ -323,9 +327,13 @@ class Mover:
         seen = Description(request.transport, request.name, request.incarnation, regions, request.blob)
         link = self._fabric.connect(seen, request.seconds)
         self._made[number] = link
+        with self._wake:
+            self._links.add(number)
+            self._wake.notify()
         return self._fabric.lane(link)
 
     def _disconnect(self, number: int, request: Disconnect, files: list[int]) -> None:
+        self._links.discard(request.link)
         self._lost.discard(request.link)
         self._fabric.disconnect(self._made.pop(request.link))
 
@@ -372,8 +380,12 @@ class Mover:
     # -- what happens by itself
 
     def _watch(self) -> None:
-        waits, known = pauses(), 0
+        waits, known, due = pauses(), 0, 0.0
         while True:
+            if (now := time.monotonic()) >= due:
+                due = now + _REST
+                self._lost.clear()  # it is said again: what was said before the engine had the link is not known there
+                self._look_for_loss(set(self._links))
             if time.monotonic() < self._attentive_until:
                 try:
                     self._hear()
@@ -382,7 +394,8 @@ class Mover:
             moved = self._look_at_jobs()
             with self._wake:
                 if not self._jobs:
-                    self._wake.wait(_PERIOD if time.monotonic() < self._attentive_until else None)
+                    rest = _REST if self._links else None
+                    self._wake.wait(_PERIOD if time.monotonic() < self._attentive_until else rest)
             if moved or len(self._jobs) > known:
                 waits = pauses()
             known = len(self._jobs)

@@ -159,8 +159,7 @@ class Transfer:
         if self._jobs:
             self._drop(self._finished)
         peer = self.route.peer
-        if reason := peer.lost or self._fabric.lost(peer.link):
-            peer.lost = peer.lost or reason
+        if reason := peer.lost:
             raise PeerLost.because(self._asked(), reason)
         if (left := self.deadline - time.monotonic()) <= 0:
             raise self._too_late("It was not done by its deadline.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 import sys
 import textwrap
@@ -14,8 +15,9 @@ import tensorway
 from tensorway.errors import Closed, DeadlineExceeded, Incompatible, PeerLost
 from tensorway.rendezvous import members
 from tensorway.rendezvous.directory import Directory
+from tensorway.rendezvous.leases import Lease
 from tensorway.rendezvous.negotiation import Fact
-from tensorway.rendezvous.rendezvous import Lease
+from tensorway.rendezvous.rendezvous import Rendezvous, Watch
 from tensorway.transport import BlockTable, Endpoint, Peer
 from tensorway.transport.local import LocalFabric
 
@@ -71,6 +73,17 @@ def test_members_find_each_other_and_move_bytes(join):
     assert read(one, one.connect("two", 5)) == b"two"
     assert read(two, two.connect("one", 5)) == b"one"
     assert one.connect("two", 5) is one.connect("two", 5)
+
+
+def test_a_peer_that_its_transport_has_lost_is_connected_to_anew(join):
+    one = join("one")
+    join("two")
+    broken = one.connect("two", 5)
+    broken.link.channel.shutdown(socket.SHUT_RDWR)  # as a cut does, with both members there
+    peer = one.connect("two", 5)
+    assert (peer is broken, bool(broken.lost), peer.lost) == (False, True, "")
+    assert [peer] == one.endpoint._peers
+    assert read(one, peer) == b"two"
 
 
 def test_many_are_connected_at_once(join):
@@ -172,6 +185,56 @@ MEMBER = """
     print("live", flush=True)
     time.sleep(100)
 """
+
+
+def test_a_group_that_could_not_be_read_in_time_is_read_later(join, monkeypatch):
+    one = join("one")
+    listed, late = Rendezvous.list, []
+
+    def busy(self, prefix, deadline=5.0):
+        if len(late) < 2:
+            late.append(prefix)
+            raise DeadlineExceeded("The group was to be read.", "No answer came.", "Wait.")
+        return listed(self, prefix, deadline)
+
+    monkeypatch.setattr(Rendezvous, "list", busy)
+    two = join("two")
+    assert two.connect("one", 10).name == "one"
+    assert len(late) == 2
+    # And the same after changes that were missed.
+    del late[0]
+    one._watch._changes.reset()
+    with one._lock:
+        one._others.clear()
+    assert one.connect("two", 10).name == "two"
+    assert len(late) == 2
+
+
+def test_what_a_large_group_is_told_one_by_one_is_taken_together(join, service, monkeypatch):
+    """Else each of a thousand that join wakes a thousand."""
+    turns = []
+    told = Watch.next
+
+    def counted(watch, seconds):
+        events = told(watch, seconds)
+        turns.extend([len(events)] if events else [])
+        return events
+
+    one = join("one")
+    described = one.endpoint.describe()
+    prefix = one._prefix
+
+    def more(begin, count):
+        for number in range(begin, begin + count):
+            name = f"m{number}"
+            service.put(f"{prefix}{name}", members.encode(name, f"life-{number}", "live", {}, described))
+
+    more(0, 200)
+    eventually(lambda: len(one.members()) == 200)
+    monkeypatch.setattr(Watch, "next", counted)
+    more(200, 200)
+    eventually(lambda: len(one.members()) == 400)
+    assert 50 > len(turns), turns
 
 
 def test_a_member_that_is_killed_is_missed_by_its_lease(join, service):

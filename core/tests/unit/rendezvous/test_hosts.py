@@ -204,6 +204,25 @@ def test_a_blank_policy_of_the_service_is_its_default_and_not_a_wider_one():
         assert service.address.startswith("127.0.0.1:")
 
 
+def test_one_variable_is_the_policy_of_every_option_that_is_left_blank(monkeypatch):
+    options = {"secret": "a secret of the tests"}
+    monkeypatch.setenv("TENSORWAY_HOST", " any:loopback ")
+    assert ("any:loopback", "iface:lo") == (hosts.policy_of(" ", "auto"), hosts.policy_of("iface:lo"))
+    with tensorway.create("rendezvous", "direct", options) as service:
+        assert "any, loopback" == meeting(service.address).source
+        host, _, port = service.address.rpartition(":")
+        assert "127.0.0.1" == host
+        socket.create_connection(("127.0.0.2", int(port)), 5).close()  # it listens on all
+    monkeypatch.setenv("TENSORWAY_HOST", " ")
+    assert "auto" == hosts.policy_of("", "auto")
+
+
+def test_an_address_in_its_place_is_refused_on_another_host(monkeypatch):
+    monkeypatch.setenv("TENSORWAY_HOST", "addr:192.0.2.1")
+    with pytest.raises(AddressInvalid, match=r"copied from another's environment"):
+        tensorway.create("rendezvous", "direct", {"secret": "a secret of the tests"})
+
+
 @pytest.mark.parametrize(
     ("address", "peers"),
     [

@@ -318,7 +318,7 @@ def test_changes_of_one_turn_that_are_too_large_for_one_frame_all_arrive(service
 
 def test_who_watches_and_says_nothing_else_is_not_forgotten_by_the_service(service, monkeypatch):
     monkeypatch.setattr("tensorway.rendezvous.service._SILENCE", 1.0)
-    monkeypatch.setattr("tensorway.rendezvous.direct._PING", 0.2)
+    monkeypatch.setattr("tensorway.rendezvous.lines._PING", 0.2)
     with enter(service.address) as client, client.watch("/quiet") as watch:
         time.sleep(2.5)
         service.put("/quiet", b"x")

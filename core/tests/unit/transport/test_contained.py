@@ -560,6 +560,14 @@ def test_an_idle_mover_leaves_the_processor_alone(rig):
     assert ticks() - before <= 1
 
 
+def test_a_peer_that_ends_while_nothing_is_under_way_is_lost_here(rig):
+    rig.read().wait()
+    assert "" == rig.route.peer.lost
+    rig.peer.close()
+    eventually(lambda: rig.route.peer.lost)
+    assert 1 == len(rig.lives)
+
+
 def test_an_idle_crash_is_found_by_itself(rig):
     rig.read().wait()
     os.kill(rig.mover, signal.SIGKILL)

@@ -205,6 +205,13 @@ def test_a_peer_is_what_its_description_says_on_the_lane_that_the_fabric_says(ri
     assert 3 == rig.fabric.given
 
 
+def test_a_peer_says_what_its_fabric_found_out_though_nothing_is_under_way_and_goes_on_saying_it(rig):
+    rig.peer.link.lost = "its connection broke"
+    assert "its connection broke" == rig.peer.lost
+    rig.peer.link.lost = ""
+    assert "its connection broke" == rig.peer.lost
+
+
 def test_a_new_incarnation_replaces_the_old_one_and_its_transfers_fail(rig, describe_peer):
     transfer = rig.endpoint.read(rig.route, [0], [0])
     again, another = rig.endpoint.connect(describe_peer()), rig.endpoint.connect(describe_peer("another", "second"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from tensorway.memory import libc
 from tensorway.transport.blocks import BlockTable
+from tensorway.transport.iovec import IOV_MAX, copied_by_kernel
 from tensorway_cpu.pages import Move
 from tensorway_kv.intersect import Numbers, Runs, joined
 
@@ -35,8 +37,6 @@ _BETWEEN: Final = 256 << 10
 #: So many long pieces are copied, and then it is seen whether they have waited for more than this.
 _GROUP: Final = 16
 _WAIT: Final = 2e-3
-#: So many pieces the kernel takes at once.
-_VECTOR: Final = 1024
 _Items = NDArray[np.void]
 _NOTHING: Final = (np.zeros(0, np.int64),) * 3
 
@@ -127,27 +127,14 @@ def _by_calls(to: Iterable[int], frm: Iterable[int], lengths: Iterable[int]) -> 
 
 
 def _by_kernel(to: Numbers, frm: Numbers, lengths: Numbers) -> None:
-    read = _read_memory()
-    own = os.getpid()
-    for begin in range(0, len(to), _VECTOR):
-        part = slice(begin, begin + _VECTOR)
-        targets, sources = (np.stack([side[part], lengths[part]], axis=1) for side in (to, frm))
-        while len(targets):
-            moved = read(own, targets.ctypes.data, len(targets), sources.ctypes.data, len(sources), 0)
-            if moved <= 0:  # not in every container may one ask
-                _by_calls(targets[:, 0].tolist(), sources[:, 0].tolist(), targets[:, 1].tolist())
-                break
-            targets, sources = _behind(targets, moved), _behind(sources, moved)
-
-
-def _behind(pieces: Numbers, moved: int) -> Numbers:
-    """What is left of pieces behind so many bytes: nothing, where the kernel is not asked for gigabytes."""
-    ends = np.cumsum(pieces[:, 1])
-    rest: Numbers = pieces[ends > moved]
-    if len(rest):
-        within = moved - int(ends[-len(rest)] - rest[0, 1])
-        rest[0] += (within, -within)
-    return rest
+    read, own = _read_memory(), os.getpid()
+    for begin in range(0, len(to), IOV_MAX):
+        part = slice(begin, begin + IOV_MAX)
+        targets, sources = (
+            array("Q", np.stack([side[part], lengths[part]], axis=1).astype(np.uint64).tobytes()) for side in (to, frm)
+        )
+        if not copied_by_kernel(read, own, targets, sources):  # not in every container may one ask
+            _by_calls(targets[0::2], sources[0::2], targets[1::2])
 
 
 def _in_steps(to: _Items, frm: _Items, move: Move, runs: _Runs) -> None:
@@ -207,6 +194,7 @@ def _memmove() -> Any:
 def _read_memory() -> Any:
     """The kernel's copy from another process's memory, which may be this one's."""
     function = libc().process_vm_readv
-    function.argtypes = (ctypes.c_int, *(ctypes.c_size_t,) * 5)
+    vector = (ctypes.c_void_p, ctypes.c_size_t)
+    function.argtypes = (ctypes.c_int, *vector, *vector, ctypes.c_size_t)
     function.restype = ctypes.c_ssize_t
     return function

@@ -34,6 +34,8 @@ from tensorway.eplb import (
 from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, PeerLost, TensorwayError, Unsupported
 from tensorway.rendezvous import Directory, Fact
 from tensorway.transport import BlockTable, Notification, Peer, Route, State, Transfer, Transport
+from tensorway_eplb import asking
+from tensorway_eplb.asking import Asked, Exchange, Way
 from tensorway_eplb.communicator_options import OneSidedOptions
 from tensorway_eplb.records import OwnRecords
 
@@ -52,6 +54,8 @@ class _Tables(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     incarnation: str
     kinds: list[tuple[int, list[int]]]
+    #: Where rows arrive, for each kind, and how many fit; for who is asked to write them.
+    staging: list[tuple[int, int]] = []
 
 
 _DECODE_TABLES: Final = msgspec.msgpack.Decoder(_Tables).decode
@@ -64,6 +68,8 @@ class _Member:
     name: str
     peer: Peer
     routes: dict[_Kind, Route]
+    #: Where we write to if it asks for that, because reading is slow.
+    way: Way | None = None
     #: Whether the movement was told that it is lost.
     told: bool = False
 
@@ -73,7 +79,7 @@ class _Job:
     """A fetch that is under way: one transfer for each kind of row that its layer has."""
 
     fetch: Fetch
-    transfers: list[Transfer]
+    transfers: list[Transfer | Asked]
     failed: bool = False
 
 
@@ -101,6 +107,7 @@ class OneSidedSession:
         self._events: list[Event] = []
         self._unread: list[Notification] = []
         self._looks, self._pause = 0, _PAUSES[0]
+        self._exchange: Exchange | None = None
         self._members: dict[int, _Member] = {}
         try:
             if "read" not in self.endpoint.capabilities.operations:
@@ -108,6 +115,8 @@ class OneSidedSession:
                     f"Experts were to be read over transport {self.endpoint.name}.", "It cannot read.", "Take another."
                 )
             self.endpoint.register(*_memory(context.layout), *context.staging.regions.values())
+            if any(operation == "read" for _, operation in self.endpoint.capabilities.emulated):
+                self._exchange = Exchange(self.endpoint)
             self._group = context.group
             self._directory = self._join(context.group, until - time.monotonic())
             self._publish(context.group, until - time.monotonic())
@@ -132,7 +141,8 @@ class OneSidedSession:
     def _publish(self, group: Group, deadline: float) -> None:
         """Say where our rows are in this epoch: nobody who is dead says that, whatever else is left of it."""
         rows = [(table.stride, list(table.bases)) for table in self._tables.values()]
-        value = msgspec.msgpack.encode(_Tables(self.endpoint.incarnation, rows))
+        landing = [(table.bases[0], table.count) for table in map(self._staging.table, self._tables)]
+        value = msgspec.msgpack.encode(_Tables(self.endpoint.incarnation, rows, landing))
         self._records.put(self._key(group, group.name), value, deadline)
 
     def _key(self, group: Group, name: str) -> str:
@@ -160,6 +170,8 @@ class OneSidedSession:
                 raise DeadlineExceeded(f"Member {missing[0]} was to be read from.", true, "Start it anew, and regroup.")
             time.sleep(_PAUSES[1] if missing else 0.0)
         self._members = {rank: known[name] for rank, name in names.items()}
+        if self._exchange is not None:
+            self._exchange.connect(member.way for member in self._members.values() if member.way is not None)
 
     def _prepared(self, name: str, peer: Peer, tables: _Tables) -> _Member:
         """Prepare one route for each kind of row."""
@@ -170,7 +182,22 @@ class OneSidedSession:
         for (kind, mine), (stride, bases) in zip(self._tables.items(), tables.kinds, strict=True):
             remote = BlockTable(tuple(bases), kind[1], stride, mine.count, kind[2], stacked=True)
             routes[kind] = self.endpoint.prepare(peer, self._staging.table(kind), remote)
-        return _Member(name, peer, routes)
+        return _Member(name, peer, routes, self._way(peer, tables))
+
+    def _way(self, peer: Peer, tables: _Tables) -> Way | None:
+        """Where we write what a member asks for; memory of devices was not measured."""
+        slow = (peer.lane, "read") in self.endpoint.capabilities.emulated
+        if (
+            not slow
+            or len(tables.staging) != len(self._tables)
+            or any(device != "cpu" for _, _, device in self._tables)
+        ):
+            return None
+        routes = [
+            self.endpoint.prepare(peer, mine, BlockTable((base,), kind[1], kind[1], count, kind[2]))
+            for (kind, mine), (base, count) in zip(self._tables.items(), tables.staging, strict=True)
+        ]
+        return Way(peer, routes)
 
     def _read_tables(self, name: str, until: float) -> _Tables:
         asked, key = f"Member {name} was to be read from.", self._key(self._group, name)
@@ -196,13 +223,19 @@ class OneSidedSession:
         check_move(fetch, self._group, self._layout, self._staging)
         member, job = self._members[fetch.peer], _Job(fetch, [])
         self._jobs.append(job)
+        rows = {}
+        for number, kind in enumerate(member.routes):
+            if (plane := self._planes[kind].get(fetch.layer)) is not None:
+                first = plane * self._layout.slots
+                rows[number] = [first + slot for slot in fetch.slots], fetch.rows
+        nbytes = self._layout.row_bytes(fetch.layer) * len(fetch.slots)
         try:
-            for kind, route in member.routes.items():
-                plane = self._planes[kind].get(fetch.layer)
-                if plane is not None:
-                    first = plane * self._layout.slots
-                    there = array("q", [first + slot for slot in fetch.slots])
-                    job.transfers.append(self.endpoint.read(route, fetch.rows, there, deadline=deadline))
+            if self._exchange is not None and member.way is not None and nbytes >= asking.WORTH:
+                job.transfers.append(self._exchange.ask(member.peer, rows, nbytes, deadline))
+                return
+            routes = list(member.routes.values())
+            for number, (there, here) in rows.items():
+                job.transfers.append(self.endpoint.read(routes[number], here, array("q", there), deadline=deadline))
         except PeerLost as error:
             self._fail(job, error.true)
 
@@ -251,6 +284,8 @@ class OneSidedSession:
         if self._closed:
             return
         self._closed = True
+        if self._exchange is not None:
+            self._exchange.close()
         try:
             if hasattr(self, "_directory"):
                 self._directory.close()
@@ -280,7 +315,8 @@ class OneSidedSession:
         """Whether messages have come."""
         if len(self._unread) >= _MOST_UNREAD:
             return False
-        notes = self.endpoint.notifications()
+        room = _MOST_UNREAD - len(self._unread)
+        notes = self.endpoint.notifications() if self._exchange is None else self._exchange.hear(room)
         self._unread += notes
         return bool(notes)
 

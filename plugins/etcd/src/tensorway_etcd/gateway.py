@@ -87,8 +87,8 @@ class Gateway:
 
         return self._somewhere(path, seconds, again, attempt)
 
-    def watch(self, keys: dict[str, str], seconds: float) -> Stream:
-        """A watch that has begun; see `result` for its lines."""
+    def watch(self, keys: dict[str, str], seconds: float) -> tuple[Stream, int]:
+        """A watch that has begun, and etcd's revision then; see `result` for its lines."""
         data = json.dumps({"create_request": keys}).encode()
         return self._somewhere("watch", seconds, True, lambda endpoint, until: self._open(endpoint, until, data))
 
@@ -179,7 +179,7 @@ class Gateway:
         finally:
             self._back(endpoint, connection, keep)
 
-    def _open(self, endpoint: _Endpoint, until: float, data: bytes) -> Stream:
+    def _open(self, endpoint: _Endpoint, until: float, data: bytes) -> tuple[Stream, int]:
         sock = None
         head = ["POST /v3/watch HTTP/1.1", f"Host: {endpoint.host}:{endpoint.port}", f"Content-Length: {len(data)}"]
         # A member that is cut off from the others would be silent for ever: etcd ends its watches if it is asked to.
@@ -193,14 +193,13 @@ class Gateway:
                 sock.close()
             raise _distrust(endpoint, error) or _Later(error, False) from error
         try:
-            _begun(stream, until)
+            return stream, _begun(stream, until)
         except OSError as error:
             stream.close()
             raise _Later(error, False) from error
         except BaseException:
             stream.close()
             raise
-        return stream
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json"}
@@ -269,8 +268,8 @@ def _ended(connection: http.client.HTTPConnection) -> bool:
     return bool(poll.poll(0))
 
 
-def _begun(stream: Stream, until: float) -> None:
-    """Wait until etcd says that it watches."""
+def _begun(stream: Stream, until: float) -> int:
+    """Wait until etcd says that it watches; its revision."""
     status, line = stream.status(until), stream.line(until)
     if line is None:
         raise TimeoutError("it did not begin the watch; does its cluster have a leader?")
@@ -278,6 +277,11 @@ def _begun(stream: Stream, until: float) -> None:
     if told.get("canceled"):
         text = str(told.get("cancel_reason", "it gives no reason"))
         raise Refused(_UNAUTHENTICATED if "invalid auth token" in text else 0, text)
+    return int(told["header"]["revision"])
+
+
+class Ended(ConnectionError):
+    """etcd itself ended a watch: it has no more to tell from where that began, or not to us."""
 
 
 def result(line: bytes) -> dict[str, Any]:
@@ -287,7 +291,7 @@ def result(line: bytes) -> dict[str, Any]:
     except (Refused, _Later) as error:
         raise ConnectionError(str(error)) from error
     if told.get("canceled"):
-        raise ConnectionError("etcd ended the watch")
+        raise Ended("etcd ended the watch")
     return told
 
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from tensorway.errors import LeaseLost, RecordRefused
 from tensorway.rendezvous.contract import Ability, Event, Record, check_key, end_of
 from tensorway.rendezvous.reopening import Reopening
-from tensorway_etcd.gateway import NOT_FOUND, Gateway, Refused, result
+from tensorway_etcd.gateway import NOT_FOUND, Ended, Gateway, Refused, result
 from tensorway_etcd.options import EtcdOptions
-from tensorway_etcd.wire import Stream
+from tensorway_etcd.wire import MAX_ANSWER, Stream
+
+#: Records of one answer: a thousand members that start together ask for a thousand records each.
+_PAGE: Final = 128
 
 
 class EtcdStore:
@@ -57,8 +61,25 @@ class EtcdStore:
         return records[0] if records else None
 
     def list(self, prefix: str, seconds: float) -> list[Record]:
-        """All below a prefix; etcd sorts them by key."""
-        return _records(self._call(prefix, "kv/range", _below(prefix), seconds))
+        """All below a prefix; etcd sorts them by key, and answers some at a time: many may ask at once."""
+        records: list[Record] = []
+        until, request, size = time.monotonic() + seconds, _below(prefix) | {"limit": str(_PAGE)}, 0
+        while True:
+            answer = self._call(prefix, "kv/range", request, until - time.monotonic())
+            page = _records(answer)
+            records += page
+            size += sum(len(record.value) for record in page)
+            if size > MAX_ANSWER:
+                raise RecordRefused(
+                    f"All records below {prefix} were asked for.",
+                    f"Together they have more than {MAX_ANSWER:,} bytes.",
+                    "Ask for a longer prefix, or put less into each.",
+                )
+            if not answer.get("more"):
+                return records
+            # All pages are of one moment.
+            request["revision"] = request.get("revision") or str(answer["header"]["revision"])
+            request["key"] = b64encode(b64decode(answer["kvs"][-1]["key"]) + b"\0").decode()
 
     def delete(self, key: str, expected: int | None, seconds: float) -> bool:
         """Remove."""
@@ -124,26 +145,40 @@ class EtcdStore:
 
 
 class EtcdChanges(Reopening[Stream]):
-    """See `contract.Changes`."""
+    """See `contract.Changes`. etcd knows what was before, so one that begins anew goes on where it was."""
 
     def __init__(self, gateway: Gateway, prefix: str, forget: Callable[[EtcdChanges], None]) -> None:
         super().__init__(prefix, forget)
         self._gateway = gateway
+        #: The revision up to which everything was told; 0: from now on.
+        self._seen = 0
 
     def _open(self, seconds: float) -> Stream:
         """etcd says when it has begun."""
+        after = {"start_revision": str(self._seen + 1)} if self._seen else {}
         try:
-            return self._gateway.watch(_below(self._prefix), seconds)
+            stream, revision = self._gateway.watch(_below(self._prefix) | after, seconds)
         except Refused as error:
             _refuse(self._prefix, error)
+        if revision < self._seen:  # it has lost what it knew, or this member of it is behind
+            stream.close()
+            self._seen = 0
+            return self._open(seconds)
+        self.missed = not self._seen
+        self._seen = self._seen or revision
+        return stream
 
     def _told(self, stream: Stream, until: float) -> list[Event]:
         """All events that have arrived; waits for the first, and for the stream's end."""
         events: list[Event] = []
         try:
             while (line := stream.line(0.0 if events else until)) is not None:
-                events += _events(result(line))
-        except OSError:
+                told = result(line)
+                events += _events(told)
+                self._seen = max([self._seen, *(int(event["kv"]["mod_revision"]) for event in told.get("events", ()))])
+        except OSError as error:
+            if isinstance(error, Ended):
+                self._seen = 0
             self._cut()
         return events
 

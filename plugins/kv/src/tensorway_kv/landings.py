@@ -12,8 +12,8 @@ from typing import Final
 
 from tensorway.errors import TensorwayError
 from tensorway.kv import Result
-from tensorway.rendezvous.directory import SILENT
 from tensorway_kv import messages
+from tensorway_kv.asking import SILENCE, Over
 from tensorway_kv.bound import Bound
 from tensorway_kv.links import Link, Reader
 from tensorway_kv.observed import Ended
@@ -26,8 +26,6 @@ from tensorway_kv.staging import Staging
 _WATCH: Final = 1.0
 #: The same of telling it that nobody wants what it writes.
 _AGAIN: Final = 30.0
-#: Seconds after which a rank that was not heard of all the time will not go on: it may have been stopped, or cut off.
-_SILENCE: Final = 600.0
 _FOREVER: Final = float("inf")
 _STALE: Final = {"unknown", "epoch", "ended", "expired"}
 _CAUSES: Final = {"deadline": "deadline", "failed": "failed", **dict.fromkeys(_STALE, "stale")}
@@ -51,7 +49,7 @@ class Landing:
         #: The ranks that were asked to write, by their connection then, and those of them that have not answered.
         self._asked: set[int] | None = None
         self._owed: set[int] = set()
-        self._lost_at: dict[int, float] = {}
+        self._over = Over()
         self._failure: tuple[str, str] | None = None
         self._told: Link[Bound] | None = None
         self._nbytes = 0
@@ -103,7 +101,7 @@ class Landing:
         if self.ended and not self.clear:
             if self._owed:
                 self._tell(link)
-            self._owed = {rank for rank in self._owed if not self._over(rank, now)}
+            self._owed = {rank for rank in self._owed if not self._over(self.link, rank, now)}
             if not self._owed:
                 self.clear = True
                 for each in {self.link, link, self._told or link}:
@@ -184,15 +182,5 @@ class Landing:
         for each in {self.link, link} if link is not self._told else ():
             each.watch(self, self._owed, payload, _AGAIN, _FOREVER)
         if link is not self._told and link is not self.link:
-            link.need(_SILENCE)
+            link.need(SILENCE)
         self._told = link
-
-    def _over(self, rank: int, now: float) -> bool:
-        """Whether a rank will not write any more because its process is over."""
-        if self.link.hopeless is not None:
-            return True
-        why = self.link.lost_rank(rank)
-        if not why:
-            return False
-        since = self._lost_at.setdefault(rank, now)
-        return why not in SILENT or now - since >= _SILENCE

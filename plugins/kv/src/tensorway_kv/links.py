@@ -29,6 +29,7 @@ from tensorway.errors import (
     TensorwayError,
 )
 from tensorway.rendezvous import Directory
+from tensorway.rendezvous.directory import gone
 from tensorway.transport import BlockTable, Peer, Transport
 from tensorway_kv import messages
 from tensorway_kv.board import WORD, Scratch
@@ -219,6 +220,11 @@ class Link(Generic[BoundT]):
         """Why the connection to a rank broke; empty while it is there, or was not made."""
         peer = self._connected.get(rank)
         return peer.lost if peer is not None else ""
+
+    def gone(self, rank: int) -> bool:
+        """Whether nothing of a rank can arrive any more; not while it was only missed, or let go of here."""
+        peer = self._connected.get(rank)
+        return peer is not None and bool(gone(peer))
 
     def send(self, rank: int, payload: bytes) -> None:
         """Tell a rank of it something, as soon as it takes it."""

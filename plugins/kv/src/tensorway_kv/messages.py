@@ -113,9 +113,52 @@ class PushRegistration(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
     @property
     def blocks(self) -> tuple[tuple[int, ...], ...]:
         """The ids, one by one."""
-        return tuple(
-            tuple(one for run in runs for one in range(run.first, run.first + run.count)) for runs in self.landing
-        )
+        return ids(self.landing)
+
+
+class Greeting(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="greeting"):
+    """A rank of a consumer would have a rank of the producer write, and asks whether it is connected for that."""
+
+    sender: _Incarnation
+    engine: _Incarnation
+    rank: _Rank
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ready"):
+    """A rank of the producer is connected to the rank that is told, and can answer it."""
+
+    sender: _Incarnation
+    rank: _Rank
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ask"):
+    """A rank of a consumer would read these blocks of a rank of the producer, which is to write them to it instead.
+
+    Nothing is granted by it: the consumer may read them, and finds out by the words beside them whether it was in time.
+    """
+
+    sender: _Incarnation
+    engine: _Incarnation
+    rank: _Rank
+    request: _Request
+    epoch: _Epoch
+    #: For each cache group the ids of the blocks here, of so many tokens, and of those that they are written to.
+    theirs: _Landing
+    tokens: _Count
+    landing: _Landing
+    first: _Count
+    stop: _Count
+    seconds: _Seconds
+
+
+class Unask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="unask"):
+    """A rank of a consumer wants no more of what it asked for; it is to be told when nothing is written."""
+
+    sender: _Incarnation
+    engine: _Incarnation
+    rank: _Rank
+    request: _Request
+    epoch: _Epoch
 
 
 class Pushed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="pushed"):
@@ -147,7 +190,7 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     cause: RefusalCause
 
 
-Message = Heartbeat | Ack | PushRegistration | Pushed | Withdraw | Refusal
+Message = Heartbeat | Ack | PushRegistration | Greeting | Ready | Ask | Unask | Pushed | Withdraw | Refusal
 
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
 _DECODE: Final = msgspec.msgpack.Decoder(Message).decode
@@ -170,6 +213,11 @@ def runs(ids: Sequence[Sequence[int]]) -> tuple[tuple[Run, ...], ...]:
                 found.append([one, 1])
         made.append(tuple(Run(first, count) for first, count in found))
     return tuple(made)
+
+
+def ids(landing: Sequence[Sequence[Run]]) -> tuple[tuple[int, ...], ...]:
+    """The same one by one."""
+    return tuple(tuple(one for run in runs for one in range(run.first, run.first + run.count)) for runs in landing)
 
 
 def heartbeats(sender: str, rank: int, held: Iterable[Held], limit: int = MAX_BYTES) -> Iterator[bytes]:
@@ -219,13 +267,15 @@ def _read(payload: object) -> Message | Cause:
         message: Message = _DECODE(memoryview(payload)[_HEAD:])
     except UNREADABLE as error:
         return "truncated" if "truncated" in str(error) else "malformed"
-    if isinstance(message, PushRegistration) and not _lands(message):
+    if isinstance(message, PushRegistration | Ask) and not _lands(message):
         return "malformed"
     return message
 
 
-def _lands(message: PushRegistration) -> bool:
+def _lands(message: PushRegistration | Ask) -> bool:
     """Whether it names no block twice, into which two would be written, and no more blocks than there can be."""
+    if isinstance(message, Ask) and sum(run.count for runs in message.theirs for run in runs) > MAX_BLOCKS:
+        return False
     for runs in message.landing:
         in_order = sorted((run.first, run.first + run.count) for run in runs)
         if any(stop > begin for (_, stop), (begin, _) in pairwise(in_order)):

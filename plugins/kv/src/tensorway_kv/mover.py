@@ -18,6 +18,8 @@ from tensorway.rendezvous import Directory
 from tensorway.transport import Transport
 from tensorway.transport.transfer import pauses
 from tensorway_kv import messages, orders
+from tensorway_kv.answering import Answering
+from tensorway_kv.asking import Asking
 from tensorway_kv.board import Board, Scratch
 from tensorway_kv.bound import Bound
 from tensorway_kv.ears import Ears
@@ -31,7 +33,7 @@ from tensorway_kv.pulls import Pull
 from tensorway_kv.serving import Serving
 from tensorway_kv.staging import Staging, copied, staging_of
 from tensorway_kv.topology import TransferTopology
-from tensorway_kv.writing import Writer
+from tensorway_kv.writing import Answerer, Writer
 
 
 class HandoverMover:
@@ -60,6 +62,9 @@ class HandoverMover:
         self._clearing: list[Pull] = []
         self._landings: dict[tuple[str, str, int], Landing] = {}
         self._serving: Serving | None = None
+        #: Where the transport's reads are slow: what others ask us to write, and we them.
+        self._answering: Answering | None = None
+        self._asking: Asking | None = None
         #: What had ended already when it was submitted.
         self._early: list[Result] = []
         self._replaced: deque[tuple[str, str]] = deque()
@@ -100,6 +105,10 @@ class HandoverMover:
         writer = Writer(self._ground, self.endpoint, ranks, who, context.rank)
         self._serving = Serving(writer, self._board, self._counts)
         self._ears = Ears(self.endpoint, self._own)
+        if any(operation == "read" for _, operation in capabilities.emulated):
+            answerer = Answerer(self._ground, self.endpoint, ranks, who, context.rank)
+            self._answering = Answering(answerer, self._board, self._ears)
+            self._asking = Asking(self._reader) if options.prefer == "auto" else None
         self._ground.follow(lambda name, life: self._replaced.append((name, life)))
 
     # -- what the planner says
@@ -142,6 +151,8 @@ class HandoverMover:
             life = self._replaced.popleft()
             self._known.replaced(*life)
             self._serve.links.replaced(*life)
+            if self._answering is not None:
+                self._answering.replaced(*life)
         for request in [request for request, (_, _, end) in self._wants.items() if end <= now]:
             self._unwant(request)
         results = [*self._early, *self._go_on(now)]
@@ -203,6 +214,8 @@ class HandoverMover:
         until = time.monotonic() + deadline
         if self._links is not None:
             self._links.stop()
+        if self._answering is not None:
+            self._answering.close(until)
         if self._serving is not None:
             self._serving.links.close(until)
         if self._links is not None:
@@ -237,7 +250,12 @@ class HandoverMover:
         self._unwant(fetch.want.request)
         if fetch.want.request not in self._pulls:
             self._pulls[fetch.want.request] = Pull(
-                fetch, self._to(fetch.want), self._reader, layerwise=self._layerwise, staging=self._between
+                fetch,
+                self._to(fetch.want),
+                self._reader,
+                layerwise=self._layerwise,
+                staging=self._between,
+                asking=self._asking,
             )
 
     def _await(self, order: orders.Await) -> None:
@@ -275,6 +293,8 @@ class HandoverMover:
             if landing.clear:
                 del self._landings[key]
         self._serve.advance(now)
+        for peer, cause in self._answering.ended() if self._answering is not None else ():
+            self._counts.add("kv_transfers_total", direction="push", peer=peer, cause=cause or "none")
         return results
 
     def _to(self, want: orders.Want) -> Link[Bound]:
@@ -297,14 +317,22 @@ class HandoverMover:
     def _heard(self, now: float) -> list[Result]:
         """What is for the planner; what a push says is for who awaits it."""
         results = []
-        for message, payload in self._ears.listen(now):
-            if isinstance(message, messages.Pushed | messages.Refusal):
-                landing = self._landings.get((message.sender, message.request, message.epoch))
-                if landing is None or not landing.heard(message):
+        heard = self._ears.listen(now) if self._answering is None else self._answering.hear(now)
+        for message, payload in heard:
+            if isinstance(message, messages.Ready | messages.Pushed | messages.Refusal):
+                if not self._awaited(message):
                     self._counts.add("kv_messages_refused_total", cause="unawaited")
             else:
                 results.append(Result(getattr(message, "request", ""), "heard", proof=payload))
         return results
+
+    def _awaited(self, message: messages.Ready | messages.Pushed | messages.Refusal) -> bool:
+        if self._asking is not None and self._asking.heard(message):
+            return True
+        if isinstance(message, messages.Ready):
+            return False
+        landing = self._landings.get((message.sender, message.request, message.epoch))
+        return landing is not None and landing.heard(message)
 
     def _check(self) -> None:
         if self._closed:

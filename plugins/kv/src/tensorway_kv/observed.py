@@ -1,7 +1,7 @@
 """What is told of a transfer that has ended: counters, and a span of OpenTelemetry for who collects traces.
 
-May import the core and this package's options. All of it is worked out when a request has ended, from times that were
-taken anyway: nothing here is in the way of a transfer. OpenTelemetry is imported only if spans are asked for.
+May import the core and this package's transfers. All of it is worked out when a request has ended, from times that
+were taken anyway: nothing here is in the way of a transfer. OpenTelemetry is imported only if spans are asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import attrs
 from tensorway.errors import BackendUnavailable
 from tensorway.kv import KVContext, Result
 from tensorway.metrics import Counters
-from tensorway.transport import State, Transfer
+from tensorway.transport import State
+from tensorway_kv.asking import Moving
 
 #: Phases in the order in which a request goes through them.
 PHASES: Final = ("queued", "handshake", "posted", "done")
@@ -40,7 +41,7 @@ class Ended:
     pieces: int = 0
 
 
-def moved(transfers: Iterable[Transfer]) -> tuple[int, int]:
+def moved(transfers: Iterable[Moving]) -> tuple[int, int]:
     """Bytes of those that are done, and pieces of all."""
     nbytes = pieces = 0
     for transfer in transfers:

@@ -24,8 +24,11 @@ class HandoverOptions:
     presence: float = attrs.field(default=10.0, validator=[attrs.validators.ge(0.5), attrs.validators.le(3600.0)])
     #: Whether blocks are read layer by layer, for an engine that computes with the first while the others arrive.
     layerwise: bool = False
-    #: What a consumer does with a ticket that allows both: read the blocks, or let the producer write them.
-    prefer: Literal["pull", "push"] = attrs.field(default="pull", validator=attrs.validators.in_(("pull", "push")))
+    #: What a consumer does with a ticket that allows both: read the blocks, let the producer write them to staging
+    #: memory, or read, and where the transport's reads are slow have the producer's mover write to the pages.
+    prefer: Literal["auto", "pull", "push"] = attrs.field(
+        default="auto", validator=attrs.validators.in_(("auto", "pull", "push"))
+    )
     #: Blocks of each cache group, in memory of the host, that are set aside for what others write, or for `stage`.
     staging_blocks: int = attrs.field(default=0, validator=[attrs.validators.ge(0), attrs.validators.le(1 << 20)])
     #: Whether pages are where the transport does not reach: blocks go through staging memory in both directions.

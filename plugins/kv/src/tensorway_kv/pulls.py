@@ -19,6 +19,7 @@ from tensorway.errors import DeadlineExceeded, Incompatible, MemoryInvalid, Peer
 from tensorway.kv import Result
 from tensorway.transport import State, Transfer
 from tensorway_kv import messages
+from tensorway_kv.asking import Asking, Moving
 from tensorway_kv.board import starts, verdict
 from tensorway_kv.bound import Bound
 from tensorway_kv.failover import Cause
@@ -69,21 +70,22 @@ class Pull:
         *,
         layerwise: bool = False,
         staging: Staging | None = None,
+        asking: Asking | None = None,
     ) -> None:
         """`layerwise`: read one layer after the other, so that `has` is true of the first before the last is here.
 
-        `staging`: where what is fetched arrives, if that is not in the pages.
+        `staging`: where what is fetched arrives, if that is not in the pages. `asking`: where reading is slow.
         """
         self.fetch, self.link, self._reader = fetch, link, reader
-        self._layerwise, self._staging = layerwise, staging
+        self._layerwise, self._staging, self._asking = layerwise, staging, asking
         self._begun = time.monotonic()
         self._until = self._begun + fetch.want.seconds
         #: Seconds that each phase took, of those that have ended.
         self.seconds: dict[Phase, float] = {}
         self._bound: Bound | None = None
-        self._transfers: list[Transfer] = []
+        self._transfers: list[Moving] = []
         #: The same by layer, if layers are read one by one.
-        self._of_layer: dict[int, list[Transfer]] = {}
+        self._of_layer: dict[int, list[Moving]] = {}
         self._looks: list[_Words] = []
         self._look: _Look | None = None
         self._look_at, self._pause = 0.0, _LOOK_AGAIN[0]
@@ -161,6 +163,8 @@ class Pull:
                 return False
             self._bound = self.link.bound
             self.seconds["handshake"] = now - self._begun
+            if self._asking is not None:
+                self._asking.greet(self.link)
             if self.fetch.later and self.fetch.start < self.fetch.stop:
                 self._looks = list(self._words(self._bound))
         if not self._posted:
@@ -203,6 +207,11 @@ class Pull:
         )
         left = max(1e-3, self._until - now)
         for producer, batches in plan.items():
+            if self._asking is not None and not self._layerwise:
+                asked = self._asking.instead(self.link, fetch, producer, batches, self._until)
+                if asked is not None:
+                    self._transfers.append(asked)
+                    continue
             for batch in batches:
                 ids = [array("q", side.astype("q").tobytes()) for side in (batch.local, batch.remote)]
                 route = bound.routes[producer][batch.route]

@@ -145,10 +145,14 @@ class Push:
             self._posted = True
             self._transfers = self._post(self._way, self._whole)
             return self._step()
-        if not self._board.holds(self._whole.blocks, self._whole.word):
+        if not self._held(self._whole):
             self.refuse("expired")
             return False
         return True
+
+    def _held(self, send: Send) -> bool:
+        """Whether nothing was taken from us while it was written."""
+        return self._board.holds(send.blocks, send.word)
 
     def _post(self, way: Way, send: Send) -> list[Transfer]:
         """Send what was not sent yet."""

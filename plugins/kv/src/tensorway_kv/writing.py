@@ -105,10 +105,21 @@ class Writer(Side[Written]):
 
     def _topology(self, engine: str, records: Sequence[RankRecord], reader: int) -> TransferTopology:
         """Who of them would read what of us."""
+        topology = TransferTopology(self._landings(engine, records), reader)
+        topology.register_remote_engine(self._info)
+        return topology
+
+    def _landings(self, engine: str, records: Sequence[RankRecord]) -> list[RankGeometry]:
+        """Where they are written to."""
         landings = [record.landing for record in records if record.landing is not None]
         if len(landings) < len(records):
             asked, true = f"Blocks were to be pushed to engine {engine}.", "It has no staging memory."
             raise Incompatible(asked, true, "Give it `staging_blocks`, or let it read them.")
-        topology = TransferTopology(landings, reader)
-        topology.register_remote_engine(self._info)
-        return topology
+        return landings
+
+
+class Answerer(Writer):
+    """Who writes what it is asked to, to where who asks would read it to."""
+
+    def _landings(self, engine: str, records: Sequence[RankRecord]) -> list[RankGeometry]:
+        return [record.geometry for record in records]

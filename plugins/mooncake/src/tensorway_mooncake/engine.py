@@ -22,7 +22,7 @@ from tensorway import _logging
 from tensorway.errors import BackendUnavailable, Closed, MemoryInvalid, TransferFailed, Unsupported
 from tensorway.memory import ADDRESS_LIMIT, Region
 from tensorway.native import Absent, Loaded
-from tensorway.rendezvous.hosts import choose
+from tensorway.rendezvous.hosts import choose, policy_of
 from tensorway.transport.contract import Operation
 from tensorway_mooncake.library import load, silence
 from tensorway_mooncake.options import POLICY
@@ -241,6 +241,7 @@ def _made(native: Any, address: str, loaded: Loaded) -> Engine:
 
 def address_of(host: str) -> str:
     """The address that the option `host` means here; raises for a policy without an IPv4 address on this machine."""
+    host = policy_of(host, "127.0.0.1")
     if not POLICY.fullmatch(host):
         return host
     choice = choose(host)

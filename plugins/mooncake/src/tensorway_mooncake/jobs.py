@@ -167,7 +167,7 @@ class Jobs:
         if job.remote.lost:
             job.error = PeerLost.because(job.asked, job.remote.lost)
         else:
-            true = f"Mooncake failed a part of it and does not say why; {job.remote.segment} still takes connections."
+            true = f"Mooncake failed a part of it and does not say why; {job.remote.segment} refuses no connection."
             to_do = "See that the peer's memory is still registered, and that it runs; MC_LOG_LEVEL=INFO shows more."
             job.error = TransferFailed(job.asked, true, to_do)
 

@@ -13,7 +13,7 @@ POLICY: Final = re.compile(r"auto|loopback|runtime|(addr|iface|cidr|peer|any):.+
 
 
 def _is_an_address(_instance: object, attribute: attrs.Attribute[Any], value: str) -> None:
-    if POLICY.fullmatch(value):
+    if not value or POLICY.fullmatch(value):
         return
     # A name would be looked up by Mooncake, at the peer, without a deadline; and it was tried with IPv4 only.
     try:
@@ -32,7 +32,7 @@ class MooncakeOptions:
 
     #: Who this endpoint is for its peers; keep it over restarts. Empty makes one up.
     name: str = ""
-    #: What peers are told: a host policy, or an IPv4 address of this machine; the default reaches this machine only.
-    host: str = attrs.field(default="127.0.0.1", validator=_is_an_address)
+    #: What peers are told: a host policy, or an IPv4 address of this machine. Empty: TENSORWAY_HOST, else 127.0.0.1.
+    host: str = attrs.field(default="", validator=_is_an_address)
     #: Run Mooncake in a process of its own, over shared host memory, so that its crashes are not this process's.
     contained: bool = False

@@ -170,10 +170,23 @@ def create(title: str, loaded: Loaded, name: str, options: NixlOptions) -> Agent
 def _variables(options: NixlOptions) -> dict[str, str]:
     """What the options say to UCX; raises `AddressInvalid` when the host policy gives no address here."""
     given = {"UCX_TLS": ",".join(options.ucx_tls), "UCX_NET_DEVICES": ",".join(options.network_devices)}
-    if options.host:
+    given.update(_patience(options.peer_timeout))
+    if policy := options.policy:
         # Where the user has set the variable and it differs, that is said there.
-        given.update(left_unset(choose(options.host), ["UCX_NET_DEVICES"]))
+        given.update(left_unset(choose(policy), ["UCX_NET_DEVICES"]))
     return given
+
+
+def _patience(seconds: float) -> dict[str, str]:
+    """What lets UCX over TCP give up who does not answer for so long, and stop for nobody meanwhile."""
+    return {
+        # Else a link that is cut is noticed as late as the kernel gives up, after a quarter of an hour.
+        "UCX_TCP_USER_TIMEOUT": f"{round(seconds * 1000)}ms",
+        # That counts from something that was sent; who only waits for bytes sends these.
+        **dict.fromkeys(("UCX_TCP_KEEPIDLE", "UCX_TCP_KEEPINTVL"), f"{max(1, int(seconds / 4))}s"),
+        # Else NIXL holds the lock of its agent, which all transfers need, until a connection is made or refused.
+        "UCX_TCP_CONN_NB": "y",
+    }
 
 
 @contextmanager

@@ -57,6 +57,9 @@ _TCP_MICROSECONDS: Final = 5
 _MAX_KEPT: Final = 64
 #: Incarnations whose metadata could not be read that are remembered, with why.
 _MAX_POISONED: Final = 1024
+#: UCX's TCP can put and cannot get: for a read the peer's UCX is asked to send the bytes, in messages that are copied
+#: from. `UCX_PROTO_INFO=y` calls that a software emulation.
+_EMULATED: Final[frozenset[tuple[str, Operation]]] = frozenset({("tcp", "read")})
 #: How many peers are sent a heartbeat at one look of the thread.
 _HEARTBEATS: Final = 100
 #: A look of the thread that found so many notifications is followed by another one soon.
@@ -76,7 +79,9 @@ class NixlFabric:
         media: frozenset[str] = frozenset({"cpu", "cuda"}),
     ) -> None:
         self.name = name
-        self.capabilities = Capabilities(media, max_notification=_MAX_NOTIFICATION, max_pieces=_MAX_PIECES)
+        self.capabilities = Capabilities(
+            media, max_notification=_MAX_NOTIFICATION, max_pieces=_MAX_PIECES, emulated=_EMULATED
+        )
         self._library = library
         self._options = options or NixlOptions()
         self._lock = threading.RLock()
@@ -322,6 +327,7 @@ class NixlFabric:
     def _look(self) -> bool:
         """What the thread does once a second; whether it should look again soon."""
         many = self._inbox.pull() >= _MANY
+        self._sweep()
         with self._lock:
             remotes = tuple(self._remotes.values())
         self._looks += 1
@@ -358,6 +364,7 @@ class NixlFabric:
             self._await(job, until, asked)
             if ctypes.string_at(here, nbytes) != remote.incarnation.encode():
                 raise PeerLost.because(asked, "another process has taken its place")
+            remote.met = True
         finally:
             self._strays.append((job, slot))
             self._sweep()
@@ -378,7 +385,8 @@ class NixlFabric:
         while not self.done(job):
             if time.monotonic() >= until:
                 true = "It did not answer by the deadline."
-                raise DeadlineExceeded(asked, true, "See whether it is stopped, or give a longer deadline.")
+                to_do = "See whether it is stopped or behind a firewall, or give a longer deadline."
+                raise DeadlineExceeded(asked, true, to_do)
             time.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE)
 

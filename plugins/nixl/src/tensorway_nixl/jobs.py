@@ -125,7 +125,8 @@ class Jobs:
 def told(error: Exception, remote: Remote, asked: str) -> TensorwayError:
     """Our word for what NIXL raised; its text is only a code."""
     if type(error).__name__ == "nixlRemoteDisconnectError":
-        remote.lost = remote.lost or f"its connection broke ({error})"
+        what = "its connection broke" if remote.met else "no connection to it came about"
+        remote.lost = remote.lost or f"{what} ({error})"
         return PeerLost.because(asked, remote.lost)
     true = f"NIXL could not do it ({type(error).__name__}: {error})."
     return TransferFailed(asked, true, "NIXL's reason is on stderr; NIXL_LOG_LEVEL=INFO shows more.")

@@ -19,14 +19,9 @@ SYMBOLS: Final = {
 }
 #: UCX keeps memory that was unregistered in its cache without a bound, and a KV cache then grows until the host is out
 #: of memory (vllm-project/vllm#24264). NIXL set a bound once and dropped it again; ours holds for every version.
-#: When a link is cut, UCX over TCP notices it as late as the kernel gives up, after a quarter of an hour.
 #: While its progress thread copies for us, who asks whether it is done spins on UCX's lock, and burns a processor that
 #: the copy may need: a mutex halves the time of a large read over CMA on two cores.
-ENVIRONMENT: Final = {
-    "UCX_RCACHE_MAX_UNRELEASED": "1024",
-    "UCX_TCP_USER_TIMEOUT": "15s",
-    "UCX_USE_MT_MUTEX": "y",
-}
+ENVIRONMENT: Final = {"UCX_RCACHE_MAX_UNRELEASED": "1024", "UCX_USE_MT_MUTEX": "y"}
 
 
 def packages() -> tuple[str, ...]:

@@ -27,6 +27,8 @@ class Remote:
     #: How many links use it, and how many transfers with it are not over.
     links: int = 0
     jobs: int = 0
+    #: Whether it has answered.
+    met: bool = False
     #: Why it is lost; empty while it is not known to be.
     lost: str = ""
     #: Whether its connection may be kept for the next link to it, once nobody uses it.

@@ -37,7 +37,7 @@ def construct(options: NixlOptions, context: object) -> object:
         from tensorway.transport.contained import contain
 
         # Here, because a mover knows no runtime that could be asked.
-        given = {**attrs.asdict(options), "host": pinned(options.host)}
+        given = {**attrs.asdict(options), "host": pinned(options.policy)}
         return contain("nixl", "tensorway_nixl.offers:fabric", given, options.name)
     return Endpoint(NixlFabric(options=options), options.name)
 

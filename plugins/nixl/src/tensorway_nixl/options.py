@@ -1,4 +1,4 @@
-"""What a user may set on a NIXL transport, on any build of NIXL. Imports attrs only."""
+"""What a user may set on a NIXL transport, on any build of NIXL. Imports attrs, and late what knows the policies."""
 
 from __future__ import annotations
 
@@ -41,12 +41,21 @@ class NixlOptions:
     num_threads: int = attrs.field(default=0, validator=[attrs.validators.ge(0), attrs.validators.le(256)])
     #: Run NIXL in a process of its own, over shared host memory, so that its crashes are not this process's.
     contained: bool = False
-    #: A host policy (`cidr:10.0.0.0/8`) that decides the devices, in place of `network_devices`; empty for none.
+    #: A host policy (`cidr:10.0.0.0/8`) that decides the devices, in place of `network_devices`. Empty: TENSORWAY_HOST.
     host: str = ""
+    #: Seconds without an answer after which UCX gives up a connection over TCP, and everybody on it is lost.
+    peer_timeout: float = attrs.field(default=15.0, validator=[attrs.validators.ge(1), attrs.validators.le(3600)])
 
     def __attrs_post_init__(self) -> None:
         if self.host and self.network_devices:
             raise ValueError("host and network_devices both say which devices UCX may use; give one of them")
+
+    @property
+    def policy(self) -> str:
+        """The host policy that decides the devices; empty where they are named, and where nothing says one."""
+        from tensorway.rendezvous.hosts import policy_of
+
+        return "" if self.network_devices else policy_of(self.host)
 
     @classmethod
     def from_plain(cls, given: Mapping[str, Any]) -> NixlOptions:

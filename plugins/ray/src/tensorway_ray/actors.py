@@ -7,18 +7,15 @@ send is not enough: the actor drops what is not its own.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from tensorway import settings
 from tensorway._logging import logger
-from tensorway.rendezvous import environment, hosts
+from tensorway.rendezvous import environment, fabrics, hosts
 from tensorway_ray import nodes
 
 _log = logger("ray")
-#: Variables that engines read their own address from: when another's is dropped, they are given this node's.
-_OWN: Final = ("*_SIDE_CHANNEL_HOST", "*_HOST_IP")
 
 
 def runtime_env(environ: Mapping[str, str] | None = None, **more: Any) -> dict[str, Any]:
@@ -38,9 +35,8 @@ def enter() -> environment.Report:
     """
     hosts.provide("ray", nodes.address)
     report = environment.sanitize(host=nodes.identity())
-    dropped = report.names("dropped")
-    mine = [name for name in dropped if any(fnmatch.fnmatchcase(name, pattern) for pattern in _OWN)]
-    own = nodes.address()
+    # Engines read their own address from these: when another's is dropped, they are given this node's.
+    mine, own = sorted(set(report.names("dropped")) & set(fabrics.ADDRESSES)), nodes.address()
     if mine and own is not None:
         for name in mine:
             settings.set_default(name, own)

@@ -1,4 +1,4 @@
-"""The actor that keeps a cluster's records: `direct`'s service, on whatever node Ray puts it.
+"""The actor that keeps a cluster's records: `direct`'s service, on the head's node where that is to be had.
 
 May import tensorway's ground, `rendezvous` and its own package; imports Ray when an actor is looked for. Whoever looks
 for the actor starts it if it is not there; Ray's name makes sure that there is one. A member learns address and secret
@@ -21,6 +21,8 @@ from tensorway_ray.options import RayOptions
 if TYPE_CHECKING:
     from tensorway.rendezvous.service import Service
 
+#: A resource that Ray gives the head's node, and no other.
+_HEAD: Final = "node:__internal_head__"
 #: Between two looks for an actor whose name Ray has not given free yet.
 _PAUSE: Final = 0.1
 #: How long an actor that was found is given to say where it listens before Ray is asked about it again.
@@ -116,11 +118,18 @@ def _started(ray: Any, options: RayOptions) -> Any:
             get_if_exists=True,
             lifetime="detached" if options.detached else None,
             num_cpus=0,
+            resources=_at_the_head(ray),
         )
         .remote(options.host)
     )
     _kept.setdefault(actor, actor)
     return actor
+
+
+def _at_the_head(ray: Any) -> dict[str, float]:
+    """A share of what only the head's node has: a cluster is over with its head, and another node is missed late."""
+    # Not an affinity: Ray places what needs nothing on any node, whatever the affinity says.
+    return {_HEAD: 0.001} if any(_HEAD in node["Resources"] for node in ray.nodes()) else {}
 
 
 def _checked(ray: Any, actor: Any, entrance: Any) -> Entrance:

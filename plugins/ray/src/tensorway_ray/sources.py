@@ -2,6 +2,7 @@
 
 May import tensorway's ground and `transport`. A connection knows the memory that was registered when its description
 was made. One that was made from a later description knows an earlier object's memory, too, as long as that object is.
+A transport that can reads on over the same wire. What nobody has used for a while, or what is lost, is let go.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import attrs
 from tensorway.errors import DeadlineExceeded
 from tensorway.transport import Peer, Transport, description
 
-#: Idle connections that are kept, one for each actor.
+#: Idle connections that are kept, one for each actor, and for how many seconds.
 _KEPT: Final = 64
+_IDLE: Final = 60.0
+#: How often a thread looks for those that are to go, as long as there are any.
+_LOOK: Final = 2.0
 
 
 @attrs.define(eq=False)
@@ -27,13 +31,17 @@ class _Source:
     #: Which description of its actor it was made from.
     number: int
     users: int = 0
+    #: When it was used last.
+    used: float = attrs.field(factory=time.monotonic)
 
 
 class Sources:
     """Threads may share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle: float = _IDLE) -> None:
         self._lock = threading.Lock()
+        self._idle = idle
+        self._tidying = False
         self._connecting: dict[str, threading.Lock] = {}
         #: By incarnation, the latest last.
         self._latest: dict[str, _Source] = {}
@@ -48,6 +56,7 @@ class Sources:
         finally:
             with self._lock:
                 source.users -= 1
+                source.used = time.monotonic()
             self._let_go(endpoint, source)
 
     def doubt(self, peer: Peer) -> None:
@@ -82,6 +91,12 @@ class Sources:
                 for row in idle:
                     del self._latest[row.peer.incarnation]
                     self._connecting.pop(row.peer.incarnation, None)
+                if not self._tidying:
+                    self._tidying = True
+                    arguments = (endpoint,)
+                    threading.Thread(
+                        target=self._tidy, args=arguments, name="tensorway-ray-sources", daemon=True
+                    ).start()
         finally:
             connecting.release()
         for row in [*idle, *([known] if known is not None else [])]:
@@ -93,3 +108,21 @@ class Sources:
             if source.users or self._latest.get(source.peer.incarnation) is source:
                 return
         endpoint.disconnect(source.peer)
+
+    def _tidy(self, endpoint: Transport) -> None:
+        """A thread's: end what is idle or lost, until there is nothing left."""
+        while True:
+            time.sleep(min(_LOOK, self._idle))
+            with self._lock:
+                before = time.monotonic() - self._idle
+                rows = [row for row in self._latest.values() if not row.users]
+                rows = [row for row in rows if row.peer.lost or row.used <= before]
+                for row in rows:
+                    del self._latest[row.peer.incarnation]
+                    self._connecting.pop(row.peer.incarnation, None)
+                self._tidying = bool(self._latest)
+                over = not self._tidying
+            for row in rows:
+                endpoint.disconnect(row.peer)
+            if over:
+                return

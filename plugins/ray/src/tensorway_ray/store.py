@@ -7,14 +7,16 @@ misses it starts the next one; all others find that.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from tensorway.errors import Closed, DeadlineExceeded, Unauthenticated
 from tensorway.rendezvous.contract import Ability, Changes, Event, Record
 from tensorway.rendezvous.direct import DirectStore
+from tensorway.rendezvous.reopening import Reopening
 from tensorway_ray import keeper
 from tensorway_ray.options import RayOptions
 
@@ -25,6 +27,8 @@ _ASKING: Final = 2.0
 _LOOK: Final = 2.0
 
 _Result = TypeVar("_Result")
+#: A client of the service, and a watch of it.
+Opened: TypeAlias = tuple[DirectStore, Changes]
 
 
 class RayStore:
@@ -74,8 +78,9 @@ class RayStore:
 
     def changes(self, prefix: str, seconds: float) -> RayChanges:
         """Watch a prefix."""
-        direct, changes = self._call(seconds, lambda direct, left: (direct, direct.changes(prefix, left)))
-        return RayChanges(self, prefix, direct, changes)
+        changes = RayChanges(self, prefix)
+        changes.begin(seconds)
+        return changes
 
     def close(self) -> None:
         """Disconnect; the actor stays."""
@@ -89,6 +94,10 @@ class RayStore:
     def present(self, seconds: float) -> DirectStore:
         """The client of the service that is there now."""
         return self._call(seconds, self._asked)
+
+    def opened(self, prefix: str, seconds: float) -> Opened:
+        """A watch of that client, and the client."""
+        return self._call(seconds, lambda direct, left: (direct, direct.changes(prefix, left)))
 
     def _once(self, expected: int | None, seconds: float, use: Callable[[DirectStore, float], _Result]) -> _Result:
         """What compares is sent once, so it is sent to a service that has just answered."""
@@ -142,41 +151,27 @@ class RayStore:
         direct.close()
 
 
-class RayChanges:
+class RayChanges(Reopening[Opened]):
     """See `contract.Changes`. It begins anew, with a `reset`, when the service has moved."""
 
-    def __init__(self, store: RayStore, prefix: str, direct: DirectStore, changes: Changes) -> None:
+    def __init__(self, store: RayStore, prefix: str) -> None:
+        super().__init__(prefix, lambda _: None)
         self._store = store
-        self._prefix = prefix
-        self._direct = direct
-        self._changes = changes
-        self._closed = False
 
-    def next(self, seconds: float) -> list[Event]:
-        """What happened."""
-        until = time.monotonic() + seconds
-        while True:
-            events = self._changes.next(max(0.0, min(_LOOK, until - time.monotonic())))
-            left = until - time.monotonic()
-            if events or self._closed or left <= 0:
-                return events
-            if self._moved(left):
-                return [Event("reset", self._prefix)]
+    def _open(self, seconds: float) -> Opened:
+        return self._store.opened(self._prefix, seconds)
 
-    def close(self) -> None:
-        """No more; who waits for the next is woken."""
-        self._closed = True
-        self._changes.close()
+    def _told(self, connection: Opened, until: float) -> list[Event]:
+        direct, changes = connection
+        events = changes.next(max(0.0, min(_LOOK, until - time.monotonic())))
+        left = until - time.monotonic()
+        if not events and left > 0 and not self._closed:
+            with contextlib.suppress(DeadlineExceeded):  # it is looked for again
+                if self._store.present(min(left, _LOOK)) is not direct:
+                    self._cut()
+        return events
 
-    def _moved(self, seconds: float) -> bool:
-        try:
-            direct = self._store.present(min(seconds, _LOOK))
-            if direct is self._direct:
-                return False
-            changes: Any = direct.changes(self._prefix, seconds)
-        except DeadlineExceeded:
-            return False  # it is looked for again
-        self._direct, self._changes = direct, changes
-        if self._closed:
-            changes.close()
-        return True
+    def _wake(self, connection: Opened) -> None:
+        connection[1].close()
+
+    _shut = _wake

@@ -12,6 +12,7 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import ray
@@ -29,8 +30,13 @@ from tensorway.memory import Region
 from tensorway.transport import Transport
 from tensorway_ray.fetches import Fetch, Wanted
 from tensorway_ray.held import Held
+from tensorway_ray.landing import Landing
 from tensorway_ray.sources import Sources
 
+#: Tensors of an object begin at multiples of this, as torch's own do.
+_ALIGNED = 64
+#: Objects that are smaller are left to torch, which has memory for them at hand; they would each take a huge page.
+_SMALL = 1 << 20
 #: How long an actor may take to make its endpoint, beside what its transport is given for a transfer.
 _STARTS = 60.0
 
@@ -68,7 +74,7 @@ class Tensors(TensorTransportManager):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._made: Transport | None = None
-        self._held, self._sources = Held(), Sources()
+        self._held, self._sources, self._landing = Held(), Sources(), Landing()
         self._fetches: weakref.WeakSet[Fetch] = weakref.WeakSet()
         self._able: set[str] = set()
 
@@ -157,7 +163,7 @@ class Tensors(TensorTransportManager):
         target_buffers: list[Any] | None = None,
     ) -> Request:
         """Begin to fetch; returns at once."""
-        tensors = _room(tensor_transport_metadata, target_buffers)
+        tensors = _room(tensor_transport_metadata, target_buffers, self._landing)
         into = [Region.of(tensor) for tensor in tensors if tensor.numel()]
         if not into:
             return Request(obj_id, tensors)
@@ -232,12 +238,20 @@ def _storage(tensor: Any, region: Region) -> Region:
     return Region(int(storage.data_ptr()), int(storage.nbytes()), region.device, owner=storage)
 
 
-def _room(described: Any, targets: list[Any] | None) -> list[Any]:
+def _room(described: Any, targets: list[Any] | None, landing: Landing) -> list[Any]:
     """Memory of our own to fetch into: on the device of the targets, where there are any."""
     import torch
 
     shapes = described.tensor_meta
     devices = [each.device for each in targets] if targets is not None else [described.tensor_device] * len(shapes)
+    lengths = [shape.numel() * dtype.itemsize for shape, dtype in shapes]
+    places = [0, *accumulate(-(-length // _ALIGNED) * _ALIGNED for length in lengths)]
+    if places[-1] < _SMALL or {str(device) for device in devices} != {"cpu"}:
+        return [torch.empty(shape, dtype=dtype, device=to) for (shape, dtype), to in zip(shapes, devices, strict=True)]
+    lent = landing.take(places[-1])
     return [
-        torch.empty(shape, dtype=dtype, device=device) for (shape, dtype), device in zip(shapes, devices, strict=True)
+        torch.frombuffer(lent, dtype=torch.uint8, count=length, offset=at).view(dtype).reshape(shape)
+        if length
+        else torch.empty(shape, dtype=dtype)
+        for (shape, dtype), length, at in zip(shapes, lengths, places[:-1], strict=True)
     ]

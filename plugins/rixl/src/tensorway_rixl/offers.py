@@ -38,7 +38,7 @@ def construct(options: NixlOptions, context: object) -> object:
         from tensorway.transport.contained import contain
 
         # Here, because a mover knows no runtime that could be asked.
-        given = {**attrs.asdict(options), "host": pinned(options.host)}
+        given = {**attrs.asdict(options), "host": pinned(options.policy)}
         return contain("rixl", "tensorway_rixl.offers:fabric", given, options.name)
     # torch for ROCm calls its devices cuda.
     media = frozenset({"cpu", "cuda", "rocm"})

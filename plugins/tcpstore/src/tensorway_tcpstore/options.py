@@ -24,8 +24,8 @@ class TcpStoreOptions:
 
     #: `host:port` of the store; torchrun's is MASTER_ADDR:MASTER_PORT. Empty: this process runs one.
     address: str = attrs.field(default="", validator=_is_address)
-    #: Where a store of this process listens: a policy, not an address.
-    host: str = "loopback"
+    #: Where a store of this process listens: a policy, not an address. Empty: TENSORWAY_HOST, else loopback.
+    host: str = ""
     #: Its port; 0 lets the system choose a free one.
     port: int = attrs.field(default=0, validator=[attrs.validators.ge(0), attrs.validators.le(65_535)])
     #: What all members know; empty takes TENSORWAY_SECRET from the environment.

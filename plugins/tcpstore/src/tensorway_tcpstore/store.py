@@ -231,9 +231,9 @@ def _change(store: Any, key: str, value: bytes | None, expected: int | None, kno
 
 def _listen(options: TcpStoreOptions) -> tuple[socket.socket, str]:
     """A socket where the options say, and its address. Left to itself, a TCPStore listens on all interfaces."""
-    from tensorway.rendezvous.hosts import cannot_listen, choose, url
+    from tensorway.rendezvous.hosts import cannot_listen, choose, policy_of, url
 
-    choice = choose(options.host)
+    choice = choose(policy_of(options.host, "loopback"))
     family = socket.AF_INET6 if ":" in choice.bind else socket.AF_INET
     try:
         listener = socket.create_server((choice.bind, options.port), family=family, backlog=1024)

@@ -30,6 +30,7 @@ from tensorway.errors import (
 )
 from tensorway.platforms import boot_id
 from tensorway.rendezvous import Rendezvous
+from tensorway.rendezvous.hosts import policy_of
 from tensorway_vllm.eplb.options import EplbOptions
 
 _KIND: Final = "eplb_communicator"
@@ -164,8 +165,8 @@ class Meeting:
     def _host(self, one_host: bool) -> str:
         if self._options.host != "auto":
             return self._options.host
-        if one_host:
-            return "loopback"
+        if policy := "loopback" if one_host else policy_of(""):
+            return policy
         from vllm.utils.network_utils import get_ip
 
         return f"addr:{get_ip()}"

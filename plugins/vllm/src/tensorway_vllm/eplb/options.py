@@ -45,8 +45,8 @@ class EplbOptions:
     #: Where ranks meet, and its options. Empty: the first rank runs a rendezvous for this group alone.
     rendezvous: str = ""
     rendezvous_options: dict[str, object] = attrs.field(factory=dict, repr=False)
-    #: Where that listens, as a policy of addresses. `auto`: this host alone if all ranks are on it, else where vLLM
-    #: itself says that this host is (`VLLM_HOST_IP`).
+    #: Where that listens, as a policy of addresses. `auto`: this host alone if all ranks are on it, else what
+    #: TENSORWAY_HOST says, else where vLLM itself says that this host is (`VLLM_HOST_IP`).
     host: str = "auto"
     #: Seconds that opening may take, and the moves of one layer.
     open_seconds: float = attrs.field(default=60.0, validator=_SECONDS)
