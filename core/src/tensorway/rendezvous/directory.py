@@ -7,6 +7,7 @@ what both ends of one can do without a third they go on doing.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -106,6 +107,8 @@ class Directory:
         #: Whether the group is to be read as a whole: with many members that begin at once, a try may be in vain.
         self._unread = True
         self._patience = _PATIENCE[0]
+        #: Nobody counts as lost before then.
+        self._miss_from = math.inf
         #: Until then the watch is not asked.
         self._quiet = 0.0
         self._ended = ""
@@ -320,6 +323,7 @@ class Directory:
             for name, other in self._others.items():
                 if self._prefix + name not in there and other.missed is None:
                     other.missed = time.monotonic() + self._ttl
+                    self._miss_from = min(self._miss_from, other.missed)
         self._unread = False
         if self._key not in there:
             self._vanished()
@@ -356,9 +360,12 @@ class Directory:
 
     def _miss(self) -> None:
         now = time.monotonic()
+        if now < self._miss_from:
+            return
         with self._lock:
-            lost = [name for name, other in self._others.items() if other.missed is not None and other.missed <= now]
-        for name in lost:
+            missed = {name: other.missed for name, other in self._others.items() if other.missed is not None}
+        self._miss_from = min((at for at in missed.values() if at > now), default=math.inf)
+        for name in (name for name, at in missed.items() if at <= now):
             self._lose(name, _AWAY)
 
     def _lose(self, name: str, why: str) -> None:
