@@ -20,7 +20,17 @@ class TensorwayError(Exception):
         self.to_do = to_do
 
     def __str__(self) -> str:
-        return f"{self.asked}\n  {self.true}\n  {self.to_do}"
+        return "\n  ".join(map(_harmless, (self.asked, self.true, self.to_do)))
+
+
+def _harmless(line: str) -> str:
+    """Words of a server or a file may be in it: nothing that a terminal obeys, and no line that begins like a log's."""
+    shown = (text if text.isprintable() else _escaped(text) for text in line.split("\n"))
+    return "\n    ".join(shown)
+
+
+def _escaped(text: str) -> str:
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 class BackendNotFound(TensorwayError, LookupError):
