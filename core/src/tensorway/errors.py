@@ -20,17 +20,15 @@ class TensorwayError(Exception):
         self.to_do = to_do
 
     def __str__(self) -> str:
-        return "\n  ".join(map(_harmless, (self.asked, self.true, self.to_do)))
+        # Words of a server or a file may be in them: no line of theirs begins as one of a log does.
+        return "\n  ".join(harmless(line).replace("\n", "\n    ") for line in (self.asked, self.true, self.to_do))
 
 
-def _harmless(line: str) -> str:
-    """Words of a server or a file may be in it: nothing that a terminal obeys, and no line that begins like a log's."""
-    shown = (text if text.isprintable() else _escaped(text) for text in line.split("\n"))
-    return "\n    ".join(shown)
-
-
-def _escaped(text: str) -> str:
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+def harmless(text: str) -> str:
+    """Text with whatever a terminal would obey spelled out; only ends of lines and tabs stay as they are."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
 
 
 class BackendNotFound(TensorwayError, LookupError):
