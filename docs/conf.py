@@ -13,6 +13,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"Tensorway {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 # `[text](page.md#heading)` works for headings down to this level; tests/docs/test_links.py holds the same.
 myst_heading_anchors = 4
 myst_enable_extensions = ["deflist"]
