@@ -10,6 +10,8 @@ class TensorwayError(Exception):
     """Something that was asked for cannot be done; the text says what, why, and what to do about it."""
 
     def __init__(self, asked: str, true: str, to_do: str) -> None:
+        # Words of a server, a file or a client may be in them, and all three may be printed or logged apart.
+        asked, true, to_do = harmless(asked), harmless(true), harmless(to_do)
         # All three go to Exception.args, so that the error survives pickling between processes.
         super().__init__(asked, true, to_do)
         #: What was asked, in the caller's words.
@@ -20,8 +22,8 @@ class TensorwayError(Exception):
         self.to_do = to_do
 
     def __str__(self) -> str:
-        # Words of a server or a file may be in them: no line of theirs begins as one of a log does.
-        return "\n  ".join(harmless(line).replace("\n", "\n    ") for line in (self.asked, self.true, self.to_do))
+        # A line of a stranger's words does not begin as one of a log does.
+        return "\n  ".join(line.replace("\n", "\n    ") for line in (self.asked, self.true, self.to_do))
 
 
 def harmless(text: str) -> str:
