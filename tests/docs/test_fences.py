@@ -12,7 +12,7 @@ PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in
 #: Run, parsed or written by docs/conftest.py.
 EXECUTED = {"python", "console", "toml", "json", "yaml"}
 #: Not code: Sphinx makes it part of the page.
-DIRECTIVES = {"{toctree}", "{eval-rst}"}
+DIRECTIVES = {"{toctree}", "{eval-rst}", "{raw}", "{literalinclude}"}
 #: Pages whose text blocks a test compares with what the code says.
 COMPARED = {
     "docs/reference/errors.md": "tests/docs/test_catalogue.py",

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
+import yaml
 
 import tensorway
 from tensorway import offload
+from tensorway.cli import rendezvous
 from tensorway.eplb import ExpertLayout, Group
+from tensorway.errors import TicketInvalid
 from tensorway.kv import CAUSES, METRICS
 from tensorway_eplb.background import Background, State
 from tensorway_eplb.cycle import Cause
 from tensorway_eplb.placement import Placement
 from tensorway_eplb.rebalancer import Rebalancer
+from tensorway_kv.leases import Ending
 from tensorway_vllm.router import vocabulary as router
 
 
@@ -98,14 +106,6 @@ def test_the_words_of_a_movement_are_those_of_the_code(page, title, metrics):
     assert all(row[-1] for row in rows), "when to look closer"
 
 
-def test_alerts_ask_for_what_is_counted(page):
-    text = page("operations.md").sections(3)["What to be woken for"]
-    asked = set(re.findall(r"tensorway_(kv_\w+)", text))
-    assert asked <= set(METRICS) and {"kv_leases_ended_total", "kv_tickets_refused_total"} <= asked
-    stale = re.findall(r'kv_requests_total{cause="(\w+)"}', text)
-    assert stale and set(stale) <= CAUSES
-
-
 def test_every_cause_of_a_request_is_explained_where_it_comes_from(page):
     rows = page("backends/handover.md").rows(2, "How a request fails")
     assert {row[0].strip("`") for row in rows} <= CAUSES
@@ -117,12 +117,65 @@ def test_every_cause_of_offloading_is_explained(page):
     assert all(what and to_do for _, what, to_do in rows)
 
 
-def test_alerts_of_offloading_ask_for_what_is_counted(page):
-    text = page("operations.md").sections(3)["What to be woken for when blocks are offloaded"]
-    asked = re.findall(r"tensorway_(offload_\w+?)(?:\{(\w+)=~?\"([\w|]+)\"})?[\[)]", text)
-    assert {"offload_breaker", "offload_failures_total"} <= {name for name, _, _ in asked} <= set(offload.METRICS)
-    for name, label, values in asked:
-        assert not label or label in offload.METRICS[name].labels
-        assert not label or set(values.split("|")) <= offload.CAUSES
-    labels = {label for kept in re.findall(r"by \(([\w, ]+)\)", text) for label in kept.split(", ")}
-    assert labels <= {"engine", "medium"}
+RULES = Path(__file__).parents[2] / "docs" / "prometheus" / "tensorway.yaml"
+#: What is counted where, by the name of its group of rules, and labels that every value has beside its own.
+GROUPS = {
+    "tensorway hand-over": (METRICS, {"engine", "rank", "backend"}),
+    "tensorway offload": (offload.METRICS, {"engine", "rank", "backend"}),
+    "tensorway router": (router.METRICS, set()),
+    "tensorway rendezvous": (rendezvous.METRICS, set()),
+}
+#: One condition within the braces of an expression: label, operator, values.
+MATCHER = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')
+#: What the label `cause` may be, where a set or a type says it.
+WHY = {
+    "kv_requests_total": CAUSES | {"none"},
+    "kv_tickets_refused_total": set(TicketInvalid.CAUSES),
+    "kv_leases_ended_total": set(get_args(Ending)),
+    "offload_failures_total": offload.CAUSES,
+    "offload_dropped_total": offload.CAUSES,
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_alerts_ask_for_what_is_counted(name):
+    """Of each name in a rule: that it is counted, has the labels that are asked for, and these the values."""
+    metrics, always = GROUPS[name]
+    (group,) = [group for group in yaml.safe_load(RULES.read_text("utf-8"))["groups"] if group["name"] == name]
+    assert group["rules"]
+    for rule in group["rules"]:
+        assert {"alert", "expr"} <= rule.keys() <= {"alert", "expr", "for"}
+        assert re.fullmatch(r"\d+[mh]", rule.get("for", "0m")), rule
+        asked = re.findall(r"tensorway_(\w+)(?:\{([^}]*)\})?", rule["expr"])
+        assert asked, rule
+        known = set(always)
+        for metric, matchers in asked:
+            assert metric in metrics, metric
+            known |= set(metrics[metric].labels)
+            counter = metrics[metric].kind == "counter"
+            assert counter is bool(re.search(rf"(rate|increase)\(tensorway_{metric}\b", rule["expr"])), metric
+            for label, _, values in MATCHER.findall(matchers or ""):
+                assert label in {*metrics[metric].labels, *always}, f"{metric}: {label}"
+                if label == "cause" and metric in WHY:
+                    assert set(values.split("|")) <= WHY[metric], values
+        for labels in re.findall(r"(?:by|on) \(([\w, ]+)\)", rule["expr"]):
+            assert set(labels.split(", ")) <= known, labels
+        for opens, closes in ("()", "[]", "{}"):
+            assert rule["expr"].count(opens) == rule["expr"].count(closes), rule
+
+
+def test_every_group_of_rules_is_tested_and_shown(page):
+    text = RULES.read_text("utf-8")
+    assert [*GROUPS] == [group["name"] for group in yaml.safe_load(text)["groups"]]
+    shown = re.findall(r"```\{literalinclude\} prometheus/tensorway.yaml\n((?::.*\n)+)```", page("operations.md").text)
+    starts = [re.search(r':start-after: "name: (.*)"', options)[1] for options in shown]
+    assert set(GROUPS) == set(starts) and len(starts) == len(GROUPS)
+    for options in shown:
+        end = re.search(r':end-before: "(.*)"', options)
+        assert end is None or end[1] in text
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed: apt-get install prometheus")
+def test_prometheus_takes_the_rules():
+    done = subprocess.run(["promtool", "check", "rules", str(RULES)], capture_output=True, text=True, timeout=60)
+    assert 0 == done.returncode, done.stdout + done.stderr

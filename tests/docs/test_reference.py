@@ -112,6 +112,33 @@ def test_every_plugin_has_a_page_and_every_page_a_plugin():
     assert expected == {path.stem for path in (ROOT / "docs/backends").glob("*.md")} - {"index"}
 
 
+#: What a reader looks for on the page of any backend, beside its first lines, which say what it gives.
+PARTS = ["What it needs", "How it fails", "How fast", "How it is tested", "Options"]
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in (ROOT / "docs/backends").glob("*.md")} - {"index"}))
+def test_every_page_of_a_backend_has_the_same_parts(name, page):
+    found = page(f"backends/{name}.md")
+    sections = found.sections(2)
+    assert len(found.text.split("\n## ")[0].splitlines()) > 3, "what it gives"
+    assert PARTS == sorted(set(PARTS) & set(sections), key=PARTS.index)
+    assert [] == [part for part in PARTS if len(sections[part].strip()) < 40]
+    assert [] == [part for part in PARTS if found.text.count(f"\n## {part}\n") != 1]
+    assert [*sections].index("What it needs") < [*sections].index("How it fails") < [*sections].index("How fast")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_whatever_a_dist_offers_is_on_a_page(folder, page):
+    """Of its own, or on that of its hook, as policies are."""
+    groups = project(FOLDERS[folder]).get("entry-points", {})
+    for group, entries in groups.items():
+        kind = group.removeprefix("tensorway.")
+        hook = ROOT / "docs" / "hooks" / f"{kind}.md"
+        for name in entries if hook.is_file() else ():
+            own = ROOT / "docs" / "backends" / f"{name}.md"
+            assert own.is_file() or f"`{name}`" in hook.read_text("utf-8"), f"{kind} {name}"
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_page_of_a_backend_says_how_to_get_it_and_lists_its_options(name, page):
     text = page(f"backends/{name}.md").text
@@ -135,6 +162,36 @@ def test_a_page_of_a_backend_says_how_to_get_it_and_lists_its_options(name, page
             assert [f"`{option}`" for option in options] == [
                 row[0] for row in page(f"backends/{name}.md").rows(2, "Options")
             ]
+
+
+#: Packages whose `__all__` is a promise to whoever imports from them.
+PUBLIC = ["tensorway", *(f"tensorway.{room}" for room in ("eplb", "kv", "offload", "plugins", "rendezvous", "testing"))]
+PUBLIC += ["tensorway.transport", "tensorway.rendezvous.environment", "tensorway_kv.reference", "tensorway_ray"]
+#: Found in sources, and no promise: parts that a package divides itself into.
+INSIDE = {"tensorway.plugins.host", "tensorway.testing.netlab", "tensorway_eplb.plan", "tensorway_vllm.handover"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_in_the_reference(name, page):
+    """As an object of its own, or among the members of a module that is shown with all of them, or in words."""
+    text = page("reference/api.md").text
+    blocks = re.findall(r"^\.\. auto(\w+):: ([\w.]+)(?:\(\))?\n((?:   :.*\n)*)", text, re.MULTILINE)
+    shown = {path.rpartition(".")[2] for kind, path, _ in blocks if kind != "module"}
+    module = importlib.import_module(name)
+    if any(path == name and ":no-members:" not in options for kind, path, options in blocks if kind == "module"):
+        here = [value for value in vars(module).values() if getattr(value, "__module__", "") == name]
+        shown |= {value.__name__ for value in here if value.__doc__}
+    shown |= set(re.findall(r"`(\w+)`", text))
+    assert set() == set(module.__all__) - shown - {"__version__"}
+
+
+def test_every_package_with_public_names_is_known_here():
+    found = set()
+    for path in [*ROOT.glob("core/src/**/*.py"), *ROOT.glob("plugins/*/src/**/*.py")]:
+        if re.search(r"^__all__", path.read_text("utf-8"), re.MULTILINE):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.add(".".join(parts[parts.index("src") + 1 :]).removesuffix(".__init__"))
+    assert found == {*PUBLIC, *INSIDE}
 
 
 def test_every_extra_that_a_page_names_exists_and_every_backend_has_one():

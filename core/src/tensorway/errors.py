@@ -10,6 +10,8 @@ class TensorwayError(Exception):
     """Something that was asked for cannot be done; the text says what, why, and what to do about it."""
 
     def __init__(self, asked: str, true: str, to_do: str) -> None:
+        # Words of a server, a file or a client may be in them, and all three may be printed or logged apart.
+        asked, true, to_do = harmless(asked), harmless(true), harmless(to_do)
         # All three go to Exception.args, so that the error survives pickling between processes.
         super().__init__(asked, true, to_do)
         #: What was asked, in the caller's words.
@@ -20,7 +22,15 @@ class TensorwayError(Exception):
         self.to_do = to_do
 
     def __str__(self) -> str:
-        return f"{self.asked}\n  {self.true}\n  {self.to_do}"
+        # A line of a stranger's words does not begin as one of a log does.
+        return "\n  ".join(line.replace("\n", "\n    ") for line in (self.asked, self.true, self.to_do))
+
+
+def harmless(text: str) -> str:
+    """Text with whatever a terminal would obey spelled out; only ends of lines and tabs stay as they are."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
 
 
 class BackendNotFound(TensorwayError, LookupError):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Final
 
 import attrs
@@ -39,6 +39,7 @@ _LOCAL_RANK_VARIABLES: Final = (
     "MPI_LOCALRANKID",
     "SLURM_LOCALID",
 )
+_MAX_SECRET: Final = 65_536
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"", "0", "false", "no", "off"})
 
@@ -95,6 +96,12 @@ def flag(name: str) -> bool:
 def secret() -> str:
     """What all members of a deployment know; empty when nobody said it."""
     if given := os.environ.get("TENSORWAY_SECRET", ""):
+        try:
+            given.encode()
+        except UnicodeEncodeError:  # bytes that are no text; the error would hold them
+            raise SettingInvalid(
+                "TENSORWAY_SECRET was set.", "It is not text in UTF-8.", "Set it to a long random text."
+            ) from None
         return given
     file = os.environ.get("TENSORWAY_SECRET_FILE", "")
     return secret_in(file, "TENSORWAY_SECRET_FILE") if file else ""
@@ -103,11 +110,26 @@ def secret() -> str:
 def secret_in(file: str, what: str) -> str:
     """The secret that a file holds; `what` named the file."""
     try:
-        return Path(file).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        return text_in(file)
+    except OSError as error:
         raise SettingInvalid(
             f"{what}={file!r} was set.", f"It cannot be read: {error}.", "Name a file with the secret."
-        ) from error
+        ) from None
+
+
+def text_in(file: str) -> str:
+    """The one line or so that a file of a secret or a password holds; `OSError` for what can be none."""
+    # A pipe would be waited for, and a device has no end.
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+            raise OSError("it is no regular file")
+        held = opened.read(_MAX_SECRET + 1)
+    if len(held) > _MAX_SECRET:
+        raise OSError(f"it has more than {_MAX_SECRET:,} bytes")
+    try:
+        return held.decode().strip()
+    except UnicodeDecodeError:  # it would hold what was read
+        raise OSError("it is not text in UTF-8") from None
 
 
 def environment() -> dict[str, str]:

@@ -28,3 +28,10 @@ def test_errors_can_be_caught_as_the_builtin_that_callers_expect():
     assert issubclass(errors.BackendNotFound, LookupError)
     assert issubclass(errors.OptionsInvalid, ValueError)
     assert issubclass(errors.HostBusy, TimeoutError)
+
+
+def test_words_of_a_stranger_are_shown_and_neither_obeyed_nor_taken_for_a_line_of_the_log():
+    error = errors.RecordRefused("asked", "It said: \x1b]0;owned\x07\x9b31m\nWARNING forged \u202eno\udcff.", "to do")
+    assert "asked\n  It said: \\x1b]0;owned\\x07\\x9b31m\n    WARNING forged \\u202eno\\udcff.\n  to do" == str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) and "\x1b" not in error.true
+    assert "asked\n  größer\n  to do" == str(errors.RecordRefused("asked", "größer", "to do"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import traceback
+
 import pytest
 
 from tensorway import settings
@@ -116,3 +119,35 @@ def test_what_is_removed_is_gone_and_what_was_not_there_is_no_error(monkeypatch)
 @pytest.mark.parametrize(("environ", "expected"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
 def test_a_terminal_may_refuse_color(environ, expected):
     assert expected is settings.terminal(environ)
+
+
+def _pipe(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "true"),
+    [
+        (_pipe, "it is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is no regular file"),
+        (lambda path: path.write_bytes(b"x" * 65_537), "it has more than 65,536 bytes"),
+        (lambda path: path.write_bytes(b"hunter2\xff"), "it is not text in UTF-8"),
+        (lambda path: None, "No such file"),
+        (lambda path: path.mkdir(), "Is a directory|no regular file"),
+    ],
+    ids=["a pipe", "a device", "too much", "no text", "absent", "a folder"],
+)
+def test_a_file_that_can_hold_no_secret_is_refused_at_once_and_not_repeated(make, true, tmp_path, monkeypatch):
+    make(tmp_path / "secret")
+    monkeypatch.delenv("TENSORWAY_SECRET", raising=False)
+    monkeypatch.setenv("TENSORWAY_SECRET_FILE", str(tmp_path / "secret"))
+    with pytest.raises(SettingInvalid, match=true) as caught:
+        settings.secret()
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_secret_that_is_no_text_is_refused_and_not_repeated(monkeypatch):
+    monkeypatch.setenv("TENSORWAY_SECRET", "hunter2-hunter2-\udcff")
+    with pytest.raises(SettingInvalid, match="not text in UTF-8") as caught:
+        settings.secret()
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))

@@ -15,7 +15,7 @@ from tensorway_fs import command
 from tensorway_fs.command.removing import Which, remove
 from tensorway_fs.command.verifying import verify_all
 from tensorway_fs.disk import Disk
-from tensorway_fs.namespace import Root
+from tensorway_fs.namespace import FACTS, Root
 from tensorway_fs.records import PAGE, Head
 from tensorway_fs.testing.blocks import DEADLINE, key_of, read
 
@@ -53,6 +53,15 @@ def test_segments_are_listed_and_counted(open_tier, put, said, segments):
     for action in ("ls", "stat", "verify"):
         code, text = said(action, as_json=False)
         assert (0 == code and "300" in text.replace(",", "")) or action == "ls"
+
+
+def test_what_strangers_wrote_there_is_not_obeyed_by_a_terminal(open_tier, put, said, segments):
+    put(open_tier(), MANY[:3])
+    facts = segments()[0].parent / FACTS
+    facts.write_text(json.dumps({"facts": {"model\x1b[8m": "\x1b]0;owned\x07\n9 fingerprints, forged"}}))
+    code, text = said("stat", as_json=False)
+    assert 0 == code and "model\\x1b[8m: \\x1b]0;owned\\x07 9 fingerprints, forged" in text
+    assert not set(text) & {"\x1b", "\x07"} and "1 fingerprints" in text.splitlines()[-1]
 
 
 def test_what_is_damaged_is_found_and_repaired(open_tier, put, said, segments):

@@ -11,7 +11,7 @@ import pytest
 from tensorway_fs.namespace import FACTS, REMOVED, Namespace, Removals, read_facts, tell_removed
 from tensorway_fs.records import PAGE, Head
 from tensorway_fs.testing import corruption
-from tensorway_fs.testing.blocks import DEADLINE, key_of, read
+from tensorway_fs.testing.blocks import DEADLINE, block_of, key_of, read
 from tensorway_fs.testing.disks import Disk
 
 MANY = range(0, 400, 8)
@@ -101,8 +101,6 @@ def test_every_single_bit_of_a_small_folder(tmp_path, layout):
     """Of the head, the entries that are used, and some of each block."""
     tier = corruption.opened(tmp_path, layout, direct=False)
     number = 6  # 64 bytes
-    from tensorway_fs.testing.blocks import block_of
-
     assert ["done"] == tier.put([(key_of(number), memoryview(block_of(number)))], DEADLINE)
     tier.close()
     (path,) = corruption.files_of(tmp_path)
@@ -144,3 +142,18 @@ def test_a_name_with_the_highest_number_stops_nobody(open_tier, put, segments):
     tier = open_tier()
     assert {"done"} == set(put(tier, MANY[1:]))
     assert {"done"} == set(read(open_tier(), MANY).values())
+
+
+@pytest.mark.parametrize("layout", ["segments", "files"])
+def test_what_is_stored_can_be_read_by_this_user_alone(tmp_path, layout):
+    before = os.umask(0)
+    try:
+        tier = corruption.opened(tmp_path, layout, direct=False)
+        tier.put([(key_of(6), memoryview(block_of(6)))], DEADLINE)
+        tier.close()
+    finally:
+        os.umask(before)
+    made = [*tmp_path.rglob("*")]
+    assert len(made) > 2
+    assert {0o600 if path.is_file() else 0o700 for path in made} == {path.stat().st_mode & 0o777 for path in made}
+    assert not [path for path in made if path.stat().st_mode & 0o077]

@@ -117,3 +117,14 @@ def test_every_folder_on_the_way_to_a_block_is_on_the_disk_before_it_is_stored(o
     synced.clear()
     put(tier, MANY[:1])  # which somebody else may have made who was killed then
     assert {path.parent for path in tmp_path.rglob("*.kv")} | {next(tmp_path.rglob("blocks"))} <= synced
+
+
+def test_what_has_no_name_of_ours_is_not_tidied_away(open_files, put, tmp_path):
+    tier = open_files()
+    put(tier, [0])
+    (fresh,) = tmp_path.rglob("new")
+    for name in ("notes.txt", "a" * 32):
+        (fresh / name).write_text("x")
+        os.utime(fresh / name, (1, 1))
+    tier._tidy()
+    assert ["notes.txt"] == [path.name for path in fresh.iterdir()]

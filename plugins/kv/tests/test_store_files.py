@@ -98,11 +98,26 @@ def test_a_write_that_fails_leaves_nothing_and_what_dead_writers_left_is_removed
             with pytest.raises(OSError, match=fails.strerror):
                 folder.put(KEY, 0, [b"after"])
     assert [b"before"] == [path.read_bytes() for path in files_below(tmp_path)]
-    left = tmp_path / "new" / "left"
+    left = tmp_path / "new" / ("1" * 32)
     left.write_bytes(b"half")
     assert 0 == folder.tidy(60.0)
     os.utime(left, (1, 1))
     assert 1 == folder.tidy(60.0) and not left.exists()
+
+
+def test_who_puts_a_link_to_somebody_s_files_there_has_none_of_them_removed(tmp_path):
+    theirs, folder = tmp_path / "theirs", Folder(tmp_path / "shared")
+    theirs.mkdir()
+    (tmp_path / "shared").mkdir()
+    for name in ("notes.txt", "a" * 32):
+        (theirs / name).write_text("mine")
+        os.utime(theirs / name, (1, 1))
+    (tmp_path / "shared" / "new").symlink_to(theirs)
+    assert 0 == folder.tidy(60.0)
+    (tmp_path / "shared" / "new").unlink()
+    theirs.rename(tmp_path / "shared" / "new")  # not a link: only what has a name of ours goes
+    assert 1 == folder.tidy(60.0)
+    assert ["notes.txt"] == [path.name for path in (tmp_path / "shared" / "new").iterdir()]
 
 
 def test_writers_of_one_file_at_once_leave_one_of_theirs(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -47,6 +48,31 @@ def test_without_a_secret_nobody_enters(client, monkeypatch):
 def test_the_address_tells_no_password(client):
     with enter("redis://user:hidden@cache.example:6379/1?client_name=us") as entered:
         assert "redis://cache.example:6379/1" == entered.address
+
+
+@pytest.mark.parametrize(
+    "answer", [b"*1\r\n" * 5000, b"HTTP/1.1 200 OK\r\n\r\n", bytes(4096)], ids=["deep", "http", "zeros"]
+)
+def test_what_is_no_redis_is_said_in_time(client, answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    accepted, _ = server.accept()
+                    with accepted:
+                        accepted.recv(4096)
+                        accepted.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        with enter(f"redis://127.0.0.1:{server.getsockname()[1]}") as entered:
+            started = time.monotonic()
+            with pytest.raises(DeadlineExceeded, match="No answer came"):
+                entered.get("/x", deadline=1.0)
+            assert time.monotonic() - started < 5
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
 
 
 def test_a_record_that_nobody_of_ours_wrote_is_passed_over(client, shared):

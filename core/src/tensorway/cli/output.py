@@ -6,6 +6,7 @@ Room `cli`. The only module that prints.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from typing import IO, Any, Final
@@ -13,9 +14,12 @@ from typing import IO, Any, Final
 import attrs
 
 from tensorway import settings
+from tensorway.errors import harmless
 
 WIDTH: Final = 80
 _COLORS: Final = {"good": "32", "bad": "31", "dim": "2", "strong": "1"}
+#: What `paint` makes of them.
+_PAINTED: Final = re.compile(rf"(\x1b\[(?:0|{'|'.join(_COLORS.values())})m)")
 
 
 @attrs.frozen
@@ -28,9 +32,11 @@ class Output:
     notes: IO[str] = attrs.field(factory=lambda: sys.stderr)
 
     def line(self, text: str = "") -> None:
-        """One line as it is."""
+        """One line as it is, but that it may have words of files and peers, and a terminal obeys none of those."""
         if not self.as_json:
-            print(text, file=self.stream, flush=True)
+            parts = _PAINTED.split(text)  # every second one is ours, or as harmless
+            parts[::2] = map(harmless, parts[::2])
+            print("".join(parts), file=self.stream, flush=True)
 
     def text(self, text: str, indent: int = 0, hang: int = 0) -> None:
         """A paragraph, wrapped and indented; from its second line on by `hang` more."""

@@ -69,7 +69,9 @@ def _converted(of: _Given, key: str, field: attrs.Attribute[Any], value: object)
         with _CONVERTING:
             return msgspec.convert(value, field.type)
     except msgspec.ValidationError as error:
-        text = f"The option {key!r} is {value!r}: {_lower(str(error))}."
+        # What no report shows (`repr=False`) is a secret, or may hold one: a number without quotes is one, too.
+        shown = repr(value) if field.repr else "not shown"
+        text = f"The option {key!r} is {shown}: {_lower(str(error))}."
         raise of.invalid(text, f"Give {key!r} as {_type_name(field.type)}.") from None
 
 

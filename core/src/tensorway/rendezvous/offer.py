@@ -5,7 +5,6 @@ Room `rendezvous`; may import the ground and its own room.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -88,8 +87,8 @@ def secret_of(given: str) -> str:
 def password_in(file: str, whose: str) -> str:
     """The password that a file holds, for the store of somebody else; raises `Unauthenticated` if it cannot be read."""
     try:
-        return Path(file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        return settings.text_in(file)
+    except OSError as error:
         raise Unauthenticated(
             f"The password for {whose} was to be read.",
             f"It cannot be: {error}.",

@@ -186,7 +186,9 @@ class Rendezvous:
         tag, value = record.value[:_SEAL_BYTES], record.value[_SEAL_BYTES:]
         if hmac.compare_digest(tag, self._tag(record.key, value)):
             return attrs.evolve(record, value=value)
-        message = "A record in the rendezvous %s was not written with our secret; it and its like are passed over: %s"
+        message = (
+            "A record in the rendezvous %s was not written with our secret; it and its like are passed over: %.200r"
+        )
         warn_once(_log, ("seal", self.name), message, self.name, record.key, rank=settings.local_rank(), extra={})
         return None
 
@@ -233,5 +235,5 @@ class Rendezvous:
             raise Unsupported(
                 f"The rendezvous {self.name} was asked for: {ability}.",
                 f"Its store can: {', '.join(sorted(self.abilities)) or 'put, get, list and delete only'}.",
-                "Choose a store that can: tensorway plugins rendezvous",
+                "Choose a store that can: tensorway plugins list --kind rendezvous",
             )

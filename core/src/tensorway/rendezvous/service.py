@@ -279,6 +279,8 @@ def _body(changes: Iterable[Change], prefix: str) -> tuple[int, zmq.Frame]:
 
 
 def _bind(context: zmq.Context[Any], choice: HostChoice, port: int, secret: str) -> tuple[zmq.Socket[Any], int]:
+    if not 0 <= port <= 65_535:  # ZeroMQ would take what is left of it
+        raise cannot_listen("A rendezvous", choice, port, "no port has that number")
     public, private = frames.service_keys(secret)
     socket = context.socket(zmq.ROUTER)
     frames.bounded(socket)

@@ -26,8 +26,9 @@ from tensorway.transport.contract import Notification
 from tensorway.transport.description import identifier
 
 MAX_NOTIFICATION: Final = 65_536
-#: Notifications that nobody has fetched; beyond that senders wait.
+#: Notifications that nobody has fetched, and their bytes; beyond that senders wait.
 _MAX_QUEUED: Final = 65_536
+_MAX_QUEUED_BYTES: Final = 64 << 20
 #: Peers that may be connected to one endpoint.
 _MAX_SENDERS: Final = 4096
 #: How long to wait for what is full.
@@ -78,6 +79,8 @@ class Ears:
         """`notice` is called with what `watch` was given once that connection has something to say."""
         self._notice = notice
         self._queue: deque[Notification] = deque()
+        #: Bytes that were put into the queue since it was empty, which is as far as only one thread can count.
+        self._bytes = 0
         self._senders: dict[socket.socket, Hello | None] = {}
         self._closed = False
         (self._listener,) = sockets.kept(sockets.unix_socket)
@@ -166,8 +169,11 @@ class Ears:
 
     def _enqueue(self, notification: Notification) -> None:
         # While nobody fetches, nobody is heard: the senders' queues fill, and their deadlines tell them.
-        while len(self._queue) >= _MAX_QUEUED and not self._closed:
+        while self._queue and (len(self._queue) >= _MAX_QUEUED or self._bytes >= _MAX_QUEUED_BYTES):
+            if self._closed:
+                return
             time.sleep(FULL_PAUSE)
+        self._bytes = len(notification.payload) + (self._bytes if self._queue else 0)
         self._queue.append(notification)
 
 

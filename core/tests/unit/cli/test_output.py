@@ -45,3 +45,13 @@ def test_without_json_no_json_is_written():
     stream = io.StringIO()
     Output(stream=stream).json("tensorway.test/1", {})
     assert "" == stream.getvalue()
+
+
+def test_nothing_but_color_is_obeyed_by_a_terminal(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    out = Output(stream=Terminal())
+    out.line(f"{out.paint('ok', 'good')} \x1b]0;owned\x07 \x1b[2J\x9b2J \udcff\ttab")
+    out.text("\x1b[8m hidden \x1b]52;c;Zm9yZ2Vk\x07")
+    assert "\x1b[32mok\x1b[0m \\x1b]0;owned\\x07 \\x1b[2J\\x9b2J \\udcff\ttab" == out.stream.getvalue().splitlines()[0]
+    assert "\\x1b[8m hidden \\x1b]52;c;" in out.stream.getvalue().splitlines()[1]

@@ -98,3 +98,16 @@ def test_options_within_options_say_themselves_what_is_wrong_with_them():
     error = refused({"parts": [{"num_threads": 0}]}, Nested)
     assert "'num_threads' must be >= 1" in error.true and "See the page." == error.to_do
     assert Options(3) == fitted(Options, {"num_threads": 3}, "", "")
+
+
+@attrs.frozen
+class Private:
+    secret: str = attrs.field(default="", repr=False)
+    tiers: list[dict[str, object]] = attrs.field(factory=list, repr=False)
+
+
+@pytest.mark.parametrize("given", [{"secret": 4242424242424242}, {"secret": ["hunter2"]}, {"tiers": "hunter2"}])
+def test_a_value_that_no_report_shows_is_not_shown_when_it_is_refused(given):
+    error = refused(given, Private)
+    assert f"The option {next(iter(given))!r} is not shown: expected" in error.true
+    assert "hunter2" not in str(error) and "4242" not in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ import zmq
 
 import tensorway
 from tensorway.errors import AddressInvalid, DeadlineExceeded, RecordRefused, Unauthenticated
+from tensorway.process import resident_bytes
 from tensorway.rendezvous import frames
 from tensorway.rendezvous.direct import DirectStore
 from tensorway.rendezvous.frames import Request
@@ -89,6 +91,24 @@ def test_a_peer_without_a_secret_learns_nothing(service, sockets):
             pass
     assert b"value" not in heard
     assert len(heard) <= 64  # ZeroMQ's greeting, which is the same for everybody
+    assert service.get("/kept").value == b"value"
+
+
+@pytest.mark.parametrize("mechanism", [b"CURVE", b"NULL", b"PLAIN"])
+@pytest.mark.parametrize("flags", [0x02, 0x06], ids=["message", "command"])
+def test_a_stranger_who_says_that_gigabytes_follow_is_cut_off_and_costs_no_memory(service, mechanism, flags):
+    host, port = service.address.split(":")
+    before = resident_bytes()
+    with socket.create_connection((host, int(port)), 5) as raw:
+        # ZeroMQ's greeting, and a frame of 2 GiB.
+        raw.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01" + mechanism.ljust(20, b"\0") + bytes(32))
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            raw.sendall(bytes([flags]) + (2 << 30).to_bytes(8, "big"))
+            for _ in range(512):
+                sent += raw.send(bytes(1 << 16))
+    assert sent < 16 << 20
+    assert resident_bytes() - before < 32 << 20
     assert service.get("/kept").value == b"value"
 
 
@@ -336,3 +356,9 @@ def test_a_watch_of_who_says_nothing_is_dropped(service, sockets, monkeypatch):
         while client._store.status("/", 5).watches and time.monotonic() < until:
             time.sleep(0.1)
         assert client._store.status("/", 5).watches == 0
+
+
+@pytest.mark.parametrize("port", [65_536, 99_999, -5])
+def test_a_port_that_there_is_not_is_refused_and_no_other_taken(port):
+    with pytest.raises(AddressInvalid, match="no port has that number"):
+        tensorway.create("rendezvous", "direct", {"secret": SECRET, "port": port})

@@ -537,6 +537,54 @@ def test_a_sender_whose_notifications_nobody_fetches_gets_a_deadline_and_the_rec
     assert [b"again"] == [note.payload for note in heard(there, 1)]
 
 
+def test_what_nobody_fetches_is_bounded_in_bytes_and_goes_on_once_it_is_fetched(here, there, monkeypatch):
+    monkeypatch.setattr(ears, "_MAX_QUEUED_BYTES", 1 << 20)
+    peer, sent = here.connect(there.describe()), 0
+
+    def send() -> None:
+        nonlocal sent
+        while True:
+            here.notify(peer, bytes(60_000), deadline=0.2)
+            sent += 1
+
+    with pytest.raises(DeadlineExceeded, match="full"):
+        send()
+    held = sum(len(note.payload) for note in there._fabric._ears._queue)
+    assert 1 << 20 <= held < (1 << 20) + 2 * 60_000
+    assert sent == len(heard(there, sent))
+    here.notify(peer, b"again", deadline=5)
+    assert [b"again"] == [note.payload for note in heard(there, 1)]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user: run the tests as root")
+def test_a_process_of_another_user_is_hung_up_on_and_not_connected_to(here, there):
+    stranger = scripted(
+        """
+        import os, socket, sys
+        os.setgid(65534), os.setuid(65534)
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel.settimeout(10)
+        channel.connect(bytes.fromhex(sys.argv[1]))
+        print("open", flush=True)
+        print(channel.recv(1), flush=True)
+        door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        door.bind(bytes.fromhex(sys.argv[2]))
+        door.listen()
+        print(os.getpid(), flush=True)
+        sys.stdin.read()
+        """,
+        ears.address(there.incarnation).hex(),
+        ears.address("5" * 32).hex(),
+    )
+    with stranger:
+        assert [b"open", b"b''"] == [stranger.stdout.readline().strip() for _ in range(2)]
+        pid = int(stranger.stdout.readline())
+        seen = envelope.decode(changed(there.describe(), pid=pid), "local")
+        with pytest.raises(DescriptionInvalid, match="of another user"):
+            here.connect(envelope.encode(attrs.evolve(seen, incarnation="5" * 32)))
+        stranger.stdin.close()
+
+
 def test_an_endpoint_that_nobody_fetches_from_closes_all_the_same(here, monkeypatch):
     monkeypatch.setattr(ears, "_MAX_QUEUED", 2)
     there = Endpoint(LocalFabric())

@@ -30,6 +30,7 @@ from tensorway_fs.tier import Items, bytes_of, check_block
 
 _log = logger("offload.fs")
 _BLOCK: Final = re.compile(r"((?:[0-9a-f]{2}){1,96})\.kv", re.ASCII)
+_HALF: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _SHELF: Final = re.compile(r"[0-9a-f]{2}", re.ASCII)
 #: What is left of the quota when something had to go, so that not every block removes another.
 _LEAVE: Final = 0.9
@@ -273,6 +274,8 @@ class FilesTier:
     def _tidy(self) -> None:
         """Remove what writers that were killed have left half-written."""
         for name in self._disk.names(self._fresh):
+            if not _HALF.fullmatch(name):
+                continue  # not ours, if somebody put a link to their files here
             path = self._fresh / name
             try:
                 old = time.time() - self._disk.status(path).st_mtime > _ABANDONED

@@ -193,7 +193,7 @@ def copied(staging: Staging | None, copy: Copy) -> Result:
         staged, pages = (Held.ending(ids, copy.tokens, groups) for ids in (copy.staged, copy.pages))
         staging.copy_in(staged, pages, 0, copy.tokens)
     except TensorwayError as error:
-        _log.warning("What %s holds is kept for nobody: %s", copy.request, error)
+        _log.warning("What %.200r holds is kept for nobody: %s", copy.request, error)
         cause = "refused" if isinstance(error, MemoryInvalid) else "failed"
         return Result(copy.request, "sent", cause, error.true, proof=proof)
     return Result(copy.request, "sent", tokens=copy.tokens, proof=proof)

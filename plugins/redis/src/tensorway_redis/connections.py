@@ -83,6 +83,8 @@ class Connections:
                 if not str(error).startswith(_LATER):
                     raise _refused(call, name, error) from error
                 trouble = str(error)
+            except self._redis.RedisError as error:  # it speaks something else: this is no Redis
+                trouble = str(error)
             if (sent and not again) or until - time.monotonic() <= _PAUSE:
                 break
             time.sleep(_PAUSE)

@@ -133,7 +133,7 @@ class TcpStore:
         raise Unsupported(
             f"The rendezvous tcpstore was asked for: {ability}.",
             "A TCPStore knows keys and values, and not who is alive or who wants to be told.",
-            "Choose a store that can: tensorway plugins rendezvous",
+            "Choose a store that can: tensorway plugins list --kind rendezvous",
         )
 
     def _call(self, call: str, work: Callable[[Any], Any], seconds: float, expected: int | None = None) -> Any:

@@ -60,7 +60,7 @@ def stat(arguments: list[str], out: Printer) -> int:
             f"{space['space']}: {space['blocks']:,} blocks, {_size(space['bytes'])} in {space['segments']} segments"
         )
         for name, value in space["facts"].items():
-            out.line(f"  {name}: {value}")
+            out.line(f"  {name}: {value}".replace("\n", " "))  # whoever may write to the folder has written it
         for tenant, count in space["tenants"].items():
             out.line(f"  tenant {tenant}: {count:,} blocks")
         if space["damaged"]:

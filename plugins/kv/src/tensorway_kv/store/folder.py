@@ -20,8 +20,9 @@ import attrs
 #: Parts of a key are digests: nothing that a client has said becomes a path.
 _KEY: Final = re.compile(r"[0-9a-f]{8,128}(/[0-9a-f]{8,128})?", re.ASCII)
 _NAME: Final = re.compile(r"([0-9a-f]{8,128})\.r([0-9]{1,5})", re.ASCII)
-#: Where files are while they are written.
+#: Where files are while they are written, and what they are called there.
 _FRESH: Final = "new"
+_HALF: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 #: Never through a link, and never waiting for the other end of a pipe.
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -102,12 +103,23 @@ class Folder:
         yield from _entries(self._root, "")
 
     def tidy(self, age: float) -> int:
-        """Remove what writers that died have left half-written, once it is so many seconds old; how many."""
+        """Remove what writers that died have left half-written, once it is so many seconds old; how many.
+
+        Whoever may write to the folder may put a link to somebody's files in place of this part of it: so it is opened
+        as what it is, and only what has a name of ours goes.
+        """
         count, now = 0, time.time()
-        for entry in _scan(self._root / _FRESH):
-            status = _status(entry)
-            if status is not None and now - status.st_mtime > age:
-                count += _unlink(Path(entry.path))
+        try:
+            fresh = os.open(self._root / _FRESH, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
+        except OSError:  # there is none, or it is a link
+            return 0
+        try:
+            for entry in _scan(fresh):
+                status = _status(entry)
+                if _HALF.fullmatch(entry.name) and status is not None and now - status.st_mtime > age:
+                    count += _unlink(entry.name, fresh)
+        finally:
+            os.close(fresh)
         return count
 
     def _path(self, key: str, rank: int) -> Path:
@@ -158,9 +170,9 @@ def _touch(file: int) -> None:
         pass  # who may only read is not asked how long things are kept
 
 
-def _unlink(path: Path) -> bool:
+def _unlink(path: Path | str, folder: int | None = None) -> bool:
     try:
-        path.unlink()
+        os.unlink(path, dir_fd=folder)
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
@@ -189,7 +201,7 @@ def _entries(folder: Path, above: str) -> Iterator[Entry]:
                 yield Entry(above + name[1], int(name[2]), status.st_size, status.st_mtime)
 
 
-def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
+def _scan(folder: Path | int) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             yield from entries

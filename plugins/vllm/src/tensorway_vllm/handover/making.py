@@ -177,7 +177,8 @@ class Troubles:
         if len(self._missed) >= _MOST:
             self._missed.clear()
         self._missed[whose] = now
-        _log.warning("A request's KV blocks did not come, and are computed (%s). %s", result.cause, result.why)
+        why = " ".join(result.why.split())  # a client's words may be in it, and must not look like another line
+        _log.warning("A request's KV blocks did not come, and are computed (%s). %s", result.cause, why)
 
     def guard(self, doing: str, call: Callable[[], _ResultT], otherwise: _ResultT) -> _ResultT:
         """What the call returns, or what is true if it raises."""

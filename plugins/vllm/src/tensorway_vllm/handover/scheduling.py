@@ -326,10 +326,12 @@ class Scheduling:
             if now - parked.since < self._options.parked_seconds:
                 continue
             if parked.given_up:
-                _log.error("Nothing was said of request %s, which was given up; its connector is opened anew.", name)
+                _log.error(
+                    "Nothing was said of request %.200r, which was given up; its connector is opened anew.", name
+                )
                 self._planners.give_up()
                 return
-            _log.warning("Request %s is given up: its blocks have not come.", name)
+            _log.warning("Request %.200r is given up: its blocks have not come.", name)
             self._give_up(name)
 
     def _busy(self) -> bool:
