@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import tomllib
 from importlib import resources
 from pathlib import Path
 
 import jsonschema
 import pytest
+import tomllib
 
 from tensorway.cli.check import _SUITES
 from tensorway.types import KINDS

@@ -3,7 +3,7 @@
 One environment for the whole file: core, and what two kinds stand on, from wheels (of the folder
 TENSORWAY_TEST_WHEELHOUSE, or built from the checkout), one generated dist per kind, each dist's own tests in a process
 of their own. And the other way round: where an author breaks something, the tests that came with the dist say so. And
-the tutorial, followed to the letter from an empty folder.
+the tutorial, followed to the letter from an empty folder, and the examples of the docs.
 """
 
 from __future__ import annotations
@@ -378,6 +378,39 @@ def test_its_own_tests_fail_when_a_test_of_the_suite_is_replaced(lab, tmp_path):
     done = lab.run("-m", "pytest", "-p", "no:cacheprovider", *QUICK, cwd=tmp_path / "dist", check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "replaced without a reason: test_the_offer_describes_itself" in done.stdout
+
+
+EXAMPLES = sorted((CHECKOUT / "docs" / "examples").glob("*/pyproject.toml"))
+
+
+def test_there_are_two_examples():
+    assert ["tensorway-procmem", "tensorway-sqlite"] == [path.parent.name for path in EXAMPLES]
+
+
+@pytest.mark.parametrize("project", EXAMPLES, ids=lambda path: path.parent.name)
+def test_an_example_passes_its_own_tests_from_its_wheel(lab, tmp_path, project):
+    folder = tmp_path / project.parent.name
+    shutil.copytree(project.parent, folder)
+    lab.run("-m", "hatchling", "build", "-t", "wheel", cwd=folder)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    lab.pip("--no-deps", wheel)
+    shutil.rmtree(folder / "src")  # what is tested is the wheel
+    done = lab.run("-m", "pytest", "-p", "no:cacheprovider", cwd=folder, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stdout
+    skipped = re.findall(r"^SKIPPED \[\d+\] \S+: (.*)$", done.stdout, re.MULTILINE)
+    assert set(skipped) <= {"its options leave room for fewer"}
+
+
+@pytest.mark.parametrize("project", EXAMPLES, ids=lambda path: path.parent.name)
+def test_an_example_uses_what_the_pages_of_the_api_name(project):
+    pages = "".join(path.read_text("utf-8") for path in (CHECKOUT / "docs").rglob("*.md"))
+    source = "".join(path.read_text("utf-8") for path in project.parent.rglob("src/**/*.py"))
+    for module, names in re.findall(r"^from (tensorway[\w.]*) import (.+)$", source, re.MULTILINE):
+        for name in names.strip("()").split(", "):
+            assert module.startswith(f"{project.parent.name.replace('-', '_')}") or name in pages, f"{module}: {name}"
+            assert not name.startswith("_")
+            assert "._" not in module
 
 
 TUTORIAL = CHECKOUT / "docs" / "authoring.md"

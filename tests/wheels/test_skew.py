@@ -76,7 +76,8 @@ def test_pip_takes_another_patch_of_the_same_minor(mixed):
 def test_who_forces_them_together_has_a_host_that_starts_while_the_api_is_one(mixed, core, plugin):
     row = mixed.doctor(mixed.other("core", core), mixed.other("plugin", plugin))
     assert ("usable", "", plugin) == (row["state"], row["code"], row["version"])
-    done = subprocess.run([str(mixed.python), "-m", "tensorway", "--version"], capture_output=True, text=True, check=True)
+    command = [str(mixed.python), "-m", "tensorway", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"tensorway {core}\n" == done.stdout
     done = mixed.pip("check")
     assert f"tensorway-offload {plugin} has requirement" in done.stdout

@@ -13,6 +13,7 @@ and a section of that anchor on the page of deprecations. A hook or an argument 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import ClassVar
 
@@ -48,9 +49,8 @@ def announce(deprecation: TensorwayDeprecationWarning, asked: str, stacklevel: i
 
 def running() -> tuple[int, ...]:
     """The version of this core, as numbers."""
-    import tensorway
-
-    return tuple(int(part) for part in tensorway.__version__.split(".")[:3])
+    package = sys.modules["tensorway"]  # of which this is a part, and whose rooms the ground does not import
+    return tuple(int(part) for part in package.__version__.split(".")[:3])
 
 
 def _dotted(deprecation: TensorwayDeprecationWarning) -> str:

@@ -1,4 +1,4 @@
-"""Deprecations: warned of where they are met, an error when they are due, and none that is overdue or has no section."""
+"""Deprecations: warned of where they are met, an error when they are due, and none that is overdue or undocumented."""
 
 from __future__ import annotations
 

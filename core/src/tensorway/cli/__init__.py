@@ -194,7 +194,7 @@ def _parser(others: Iterable[Declaration] = ()) -> argparse.ArgumentParser:
     check.add_argument("name", metavar="NAME", help="name or name@dist")
     check.add_argument("--hook", metavar="KIND", help="of this kind, where several have one of that name")
     check.add_argument("--output", type=Path, default=Path("conformance.json"), metavar="FILE", help="the report")
-    check.add_argument("--badge", type=Path, action="append", default=[], metavar="FILE", help="and a badge: .svg, .json")
+    check.add_argument("--badge", type=Path, action="append", default=[], metavar="FILE", help="a badge: .svg, .json")
     check.add_argument("--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="how long one test may take")
     check.add_argument("--options", type=_mapping, default={}, metavar="JSON", help="what the backend is made with")
     _add_probe(command("probe", "Measure what a transport really does: with a peer, or here with a second process."))

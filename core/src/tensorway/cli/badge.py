@@ -1,7 +1,7 @@
 """A badge for a README, made of a conformance report: what was checked, with which kit, and what came of it.
 
-Room `cli`. Pure: a report in, a text out. `.svg` is a picture, `.json` what shields.io takes for an endpoint. It says no
-more than the report does: a skip is counted apart, and where only the offer was checked it says that.
+Room `cli`. Pure: a report in, a text out. `.svg` is a picture, `.json` what shields.io takes for an endpoint. It says
+no more than the report does: a skip is counted apart, and where only the offer was checked it says that.
 """
 
 from __future__ import annotations

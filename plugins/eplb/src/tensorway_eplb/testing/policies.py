@@ -1,7 +1,7 @@
 """What every placement policy must do, whoever wrote it: answers that can be used, the same ones on every rank.
 
 For authors of policies, and for `tensorway check`. May import the core and this dist. Subclass `PlacementPolicySuite`,
-set `name` (and `options`), install your dist. What is declared is the gate: who has the capability `budget` keeps to it.
+set `name` (and `options`), install your dist. What is declared is the gate: who has the capability `budget` keeps it.
 """
 
 from __future__ import annotations
@@ -111,8 +111,7 @@ class PlacementPolicySuite(Suite):
 
         *If this fails:* count what ranks receive as `Budget` says it; or do not declare the capability `budget`.
         """
-        winner = tensorway.decide("placement_policy", self.name).winner
-        if winner is None or "budget" not in winner.offer.capabilities:
+        if tensorway.decide("placement_policy", self.name, needs={"budget"}).winner is None:
             pytest.skip("needs the capability budget")
         for number in range(_QUESTIONS):
             asked = Question.number(number)
