@@ -13,6 +13,7 @@ and a section of that anchor on the page of deprecations. A hook or an argument 
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from typing import ClassVar
@@ -50,7 +51,7 @@ def announce(deprecation: TensorwayDeprecationWarning, asked: str, stacklevel: i
 def running() -> tuple[int, ...]:
     """The version of this core, as numbers."""
     package = sys.modules["tensorway"]  # of which this is a part, and whose rooms the ground does not import
-    return tuple(int(part) for part in package.__version__.split(".")[:3])
+    return tuple(int(part) for part in re.findall(r"\d+", package.__version__)[:3])
 
 
 def _dotted(deprecation: TensorwayDeprecationWarning) -> str:

@@ -74,7 +74,7 @@ def test_who_calls_it_is_warned_with_his_own_line(monkeypatch, version):
     assert __file__ == seen[0].filename
 
 
-@pytest.mark.parametrize("version", ["0.4.0", "0.4.0.dev1", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.4.0", "0.4.0rc1", "0.4.0.dev1+g1a2b3c", "1.0.0"])
 def test_when_it_is_due_it_is_an_error(monkeypatch, version):
     monkeypatch.setattr("tensorway.__version__", version)
     with pytest.raises(TensorwayError) as caught:
