@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -312,14 +313,14 @@ SKEWED = [("eviction_policy", "lru"), ("eplb_communicator", "onesided")]
 @nox.session(default=False, requires=["build"])
 def skew(session: nox.Session) -> None:
     """The previous release's plugins with this core, and the reverse; `nox -s skew -- REF` for those of a commit."""
-    ref = session.posargs[0] if session.posargs else previous(session)
+    ref = session.posargs[0] if session.posargs else previous()
     old = Path(session.create_tmp()).resolve() / "old"
     shutil.rmtree(old, ignore_errors=True)
     (old / "house").mkdir(parents=True)
     archive = old / "source.tar"
-    if not git(session, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}"):
+    if not git("rev-parse", "--verify", f"{ref}^{{commit}}"):
         session.error(f"{ref} is not in this clone: git fetch --tags --unshallow, or name a commit that is")
-    git(session, "archive", "--output", str(archive), ref, "core", "plugins")
+    git("archive", "--output", str(archive), ref, "core", "plugins")
     shutil.unpack_archive(archive, old / "source")
     session.install(*group("build"))
     for folder in [old / "source" / "core", *sorted((old / "source" / "plugins").glob("*/"))]:
@@ -337,15 +338,15 @@ def skew(session: nox.Session) -> None:
             session.run("tensorway", "check", name, "--hook", kind, silent=True)
 
 
-def git(session: nox.Session, *arguments: str) -> str:
+def git(*arguments: str) -> str:
     """What git says about this clone; nothing if it does not know, or if this is no clone."""
-    command = ["git", "-C", str(ROOT), *arguments]
-    return str(session.run(*command, external=True, silent=True, success_codes=[0, 1, 128], log=False)).strip()
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return "" if done.returncode else done.stdout.strip()
 
 
-def previous(session: nox.Session) -> str:
+def previous() -> str:
     """The release before this one: the newest tag that is not of this version; else `BEFORE`."""
-    tags = git(session, "tag", "--list", "v*", "--sort=-version:refname").split()
+    tags = git("tag", "--list", "v*", "--sort=-version:refname").split()
     return next((tag for tag in tags if tag != f"v{CORE['version']}"), BEFORE)
 
 
