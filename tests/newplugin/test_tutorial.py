@@ -1,4 +1,4 @@
-"""The tutorial, followed to the letter by a script, from an empty folder to a conformance report: in a fresh environment.
+"""The tutorial, followed by a script to the letter, from an empty folder to a report: in a fresh environment.
 
 The core is a wheel of the folder TENSORWAY_TEST_WHEELHOUSE, or the checkout's; the page says `./core` for it.
 """
