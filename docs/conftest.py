@@ -190,7 +190,7 @@ pytest_collect_file = Sybil(
         FileParser(),
     ],
     patterns=["*.md"],
-    excludes=["_build/*"],
+    excludes=["_build/*", "examples/*"],
     fixtures=["_shell", "_fresh_host"],
     setup=lambda namespace: namespace.update(__name__="__main__"),
 ).pytest()
