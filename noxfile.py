@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -290,6 +291,63 @@ def bench(session: nox.Session) -> None:
     for script in scripts:
         if not wanted or script.stem in wanted:
             session.run("python", str(script), *options)
+
+
+@nox.session(default=False, requires=["build"])
+def conformance(session: nox.Session) -> None:
+    """Check every backend with the kit, keep the reports and make the table of them: before each release."""
+    install(session, list(DISTS), *group("test"), *LIBRARIES["nixl"], *LIBRARIES["gloo"], LIBRARIES["object"][0])
+    session.install(*CONSTRAINTS, *LIBRARIES["ray"], *LIBRARIES["redis"])
+    session.install(*CONSTRAINTS, *LIBRARIES["mooncake"])
+    script = ROOT / "tests" / "conformance" / "results.py"
+    session.chdir(session.create_tmp())
+    session.run("python", str(script), *session.posargs)
+
+
+#: What `skew` takes for the previous release while there is no tag: the last commit before the issue of authors.
+BEFORE = "59b0f7f"
+#: Checked on both sides of the skew: of dists that need no library, and that both sides have.
+SKEWED = [("eviction_policy", "lru"), ("eplb_communicator", "onesided")]
+
+
+@nox.session(default=False, requires=["build"])
+def skew(session: nox.Session) -> None:
+    """The previous release's plugins with this core, and the reverse; `nox -s skew -- REF` for those of a commit."""
+    ref = session.posargs[0] if session.posargs else previous()
+    old = Path(session.create_tmp()).resolve() / "old"
+    shutil.rmtree(old, ignore_errors=True)
+    (old / "house").mkdir(parents=True)
+    archive = old / "source.tar"
+    if not git("rev-parse", "--verify", f"{ref}^{{commit}}"):
+        session.error(f"{ref} is not in this clone: git fetch --tags --unshallow, or name a commit that is")
+    git("archive", "--output", str(archive), ref, "core", "plugins")
+    shutil.unpack_archive(archive, old / "source")
+    session.install(*group("build"))
+    for folder in [old / "source" / "core", *sorted((old / "source" / "plugins").glob("*/"))]:
+        session.chdir(folder)
+        session.run("hatchling", "build", "-t", "wheel", "-d", str(old / "house"), silent=True)
+    install(session, ["tensorway", "tensorway-offload", "tensorway-eplb"], *group("test"))
+    for cores, plugins in ((wheelhouse(session), old / "house"), (old / "house", wheelhouse(session))):
+        wheels = [*cores.glob("tensorway-*.whl"), *plugins.glob("tensorway_*-*.whl")]
+        # Whatever their metadata says: versions that pip refuses together are what this is about.
+        session.install("--no-deps", "--force-reinstall", *map(str, wheels))
+        session.log(f"core of {cores}, plugins of {plugins}")
+        session.chdir(session.create_tmp())
+        session.run("python", str(ROOT / "tests" / "wheels" / "skew.py"))
+        for kind, name in SKEWED:
+            session.run("tensorway", "check", name, "--hook", kind, silent=True)
+
+
+def git(*arguments: str) -> str:
+    """What git says about this clone; nothing if it does not know, or if this is no clone."""
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return "" if done.returncode else done.stdout.strip()
+
+
+def previous() -> str:
+    """The release before this one: the newest tag that is not of this version; else `BEFORE`."""
+    tags = git("tag", "--list", "v*", "--sort=-version:refname").split()
+    return next((tag for tag in tags if tag != f"v{CORE['version']}"), BEFORE)
 
 
 #: Around the tests with hosts: namespaces, with which every host is gone when they end, and that need no root outside.

@@ -10,7 +10,7 @@ copyright = author
 version = release = tensorway.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "examples"]
 html_theme = "furo"
 html_title = f"Tensorway {release}"
 html_static_path = ["_static"]

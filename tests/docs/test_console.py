@@ -20,7 +20,7 @@ _spec.loader.exec_module(runner)
 def run(tmp_path, monkeypatch):
     """Run one console block; what comes back is the text of the failure, or None."""
     monkeypatch.setattr(runner, "ACCELERATORS", ())
-    shell = runner.Shell(tmp_path)
+    shell = runner.PageShell(tmp_path)
     return lambda block: runner.run_console(SimpleNamespace(parsed=block, namespace={"_shell": shell}))
 
 
@@ -44,14 +44,14 @@ def run(tmp_path, monkeypatch):
     ],
 )
 def test_three_dots_stand_for_anything_in_a_line_or_for_any_lines(shown, printed, same):
-    assert runner.matches(shown, printed) is same
+    assert runner.following.matches(shown, printed) is same
 
 
 def test_a_block_is_commands_with_what_they_print():
     block = "$ one\n1\n\n2\n$ two \\\n> more\n$ three\n"
-    assert [("one", "1\n\n2"), ("two \\\nmore", ""), ("three", "")] == runner.commands(block)
+    assert [("one", "1\n\n2"), ("two \\\nmore", ""), ("three", "")] == runner.following.commands(block)
     with pytest.raises(ValueError, match="starts with a command"):
-        runner.commands("no prompt\n")
+        runner.following.commands("no prompt\n")
 
 
 def test_folder_variables_and_status_last_from_block_to_block(run):
@@ -71,20 +71,22 @@ def test_other_output_is_a_failure_that_shows_both(run):
 
 
 def test_a_command_that_does_not_end_is_stopped(run, monkeypatch):
-    monkeypatch.setattr(runner, "DEADLINE", 0.5)
+    monkeypatch.setattr(runner.following, "DEADLINE", 0.5)
     assert "no end after 0.5 s" in run("$ sleep 30 & sleep 30")
 
 
 def test_nothing_of_the_caller_reaches_the_commands(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORWAY_STRICT", "perhaps")
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    shell = runner.Shell(tmp_path)
+    shell = runner.PageShell(tmp_path)
     assert "core\nplugins" in shell.run("ls; env | grep -E '^(TENSORWAY_|PYTHONPATH)'")
     assert "TENSORWAY_STRICT" not in shell.environment
 
 
 def test_tensorway_is_that_of_this_interpreter(tmp_path):
-    assert str(Path(sys.executable).parent / "tensorway") == runner.Shell(tmp_path).run("command -v tensorway").strip()
+    assert (
+        str(Path(sys.executable).parent / "tensorway") == runner.PageShell(tmp_path).run("command -v tensorway").strip()
+    )
 
 
 def test_a_json_answer_is_checked_against_its_schema():

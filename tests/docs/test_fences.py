@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+#: Without what is built of them, and the examples, which are dists with pages of their own.
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if not {"_build", "examples"} & {*path.parts})
 #: Run, parsed or written by docs/conftest.py.
 EXECUTED = {"python", "console", "toml", "json", "yaml"}
 #: Not code: Sphinx makes it part of the page.

@@ -9,7 +9,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+#: Without what is built of them, and the examples, which are dists with pages of their own.
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if not {"_build", "examples"} & {*path.parts})
 PAGES += sorted(path for path in ROOT.glob("*.md"))
 #: Hosts that a page may link to, each with what it is there for.
 HOSTS = {

@@ -109,7 +109,7 @@ def test_every_schema_has_an_example_that_is_run(where, page):
 def test_every_plugin_has_a_page_and_every_page_a_plugin():
     core = tomllib.loads((ROOT / "core/pyproject.toml").read_text("utf-8"))["project"]["entry-points"]
     expected = set(BACKENDS) | set(core["tensorway.transport"]) | set(core["tensorway.rendezvous"])
-    assert expected == {path.stem for path in (ROOT / "docs/backends").glob("*.md")} - {"index"}
+    assert expected == {path.stem for path in (ROOT / "docs/backends").glob("*.md")} - {"index", "compatibility"}
 
 
 #: What a reader looks for on the page of any backend, beside its first lines, which say what it gives.

@@ -280,10 +280,38 @@ def test_check_runs_every_test_whatever_one_does_and_writes_what_came_of_it(site
 
 
 def test_check_of_what_has_no_suite_of_its_own_says_so(site, tmp_path):
-    site.good("alpha", "rendezvous")
+    site.good("alpha", "platform")
     data, code = check(site, "alpha", tmp_path=tmp_path)
     assert (exits.OK, ["OfferSuite"]) == (code, data["suites"])
-    assert [{"suite": "", "reason": "the kit has no suite for a rendezvous yet"}] == data["left_out"]
+    assert [{"suite": "", "reason": "the kit has no suite for a platform yet"}] == data["left_out"]
+
+
+def test_check_of_a_rendezvous_that_is_not_told_where_its_store_is_leaves_out_the_suite(site, tmp_path):
+    site.good("alpha", "rendezvous")
+    data, code = check(site, "alpha", tmp_path=tmp_path)
+    assert (exits.OK, ["OfferSuite"], []) == (code, data["suites"], data["options"])
+    reason = "the suite needs to know where its store is: --options"
+    assert [{"suite": "RendezvousSuite", "reason": reason}] == data["left_out"]
+
+
+def test_check_of_a_policy_whose_movement_is_too_old_to_have_the_suite_leaves_it_out(site, tmp_path):
+    site.good("alpha", "placement_policy")
+    (site.path / "tensorway_eplb.py").write_text("", "utf-8")  # it has nothing for tests
+    data, code = check(site, "alpha", tmp_path=tmp_path)
+    assert (exits.OK, ["OfferSuite"]) == (code, data["suites"])
+    (row,) = data["left_out"]
+    assert ("PlacementPolicySuite", True) == (row["suite"], "tensorway_eplb.testing.policies is not" in row["reason"])
+
+
+def test_check_makes_badges_of_what_came_of_it(site, tmp_path):
+    site.good("alpha", "platform")
+    svg, endpoint = tmp_path / "badge.svg", tmp_path / "badge.json"
+    data, code = check(site, "alpha", "--badge", str(svg), "--badge", str(endpoint), tmp_path=tmp_path)
+    assert (exits.OK, 6) == (code, data["totals"]["passed"])
+    assert "offer only, 6 passed, kit " in svg.read_text("utf-8")
+    assert json.loads(endpoint.read_text("utf-8"))["message"].startswith("offer only, 6 passed, kit ")
+    data, code = answer(site, "check", "alpha", "--badge", str(tmp_path / "badge.png"))
+    assert (exits.USAGE, True) == (code, "is neither" in data["true"])
 
 
 def test_check_of_a_probe_only_transport_says_what_is_left_out(site, tmp_path):

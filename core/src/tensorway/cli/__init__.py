@@ -7,6 +7,7 @@ failure has three lines and an exit code.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -95,7 +96,8 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
         case "check":
             from tensorway.cli import check
 
-            return check.run(out, arguments.name, arguments.hook, arguments.output, arguments.deadline)
+            asked = (arguments.name, arguments.hook, arguments.output, arguments.badge, arguments.deadline)
+            return check.run(out, check.Asked(*asked, arguments.options))
         case "probe":
             return _probe(arguments, out)
         case "rendezvous":
@@ -192,7 +194,9 @@ def _parser(others: Iterable[Declaration] = ()) -> argparse.ArgumentParser:
     check.add_argument("name", metavar="NAME", help="name or name@dist")
     check.add_argument("--hook", metavar="KIND", help="of this kind, where several have one of that name")
     check.add_argument("--output", type=Path, default=Path("conformance.json"), metavar="FILE", help="the report")
+    check.add_argument("--badge", type=Path, action="append", default=[], metavar="FILE", help="a badge: .svg, .json")
     check.add_argument("--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="how long one test may take")
+    check.add_argument("--options", type=_mapping, default={}, metavar="JSON", help="what the backend is made with")
     _add_probe(command("probe", "Measure what a transport really does: with a peer, or here with a second process."))
     _add_rendezvous(command("rendezvous", "Run the service of the rendezvous direct; or say who is in one that runs."))
     environment = command("environment", "Say which variables travel from here to workers, and which do not.")
@@ -234,6 +238,16 @@ def _add_plugins(parser: argparse.ArgumentParser, common: argparse.ArgumentParse
     show = actions.add_parser("show", help="everything about one backend", parents=[common])
     show.add_argument("name", metavar="NAME", help="name or name@dist")
     show.add_argument("--kind", help="only this kind")
+
+
+def _mapping(text: str) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError('a JSON object, such as {"folder": "{folder}"}')
+    return found
 
 
 def _seconds(text: str) -> float:

@@ -19,14 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
 import tensorway
-from tensorway.cli import exits
+from tensorway.cli import badge, exits
 from tensorway.cli.output import Output
 from tensorway.errors import BackendConflict, BackendUnavailable, PluginDefect, TensorwayError
 from tensorway.plugins import host
@@ -39,17 +39,55 @@ _SUITES: Final = {
     "kv_connector": ["ConnectorSuite"],
     "offload_tier": ["TierSuite"],
     "offloading": ["OffloadingManagerSuite", "OffloadingWorkerSuite"],
+    "placement_policy": ["PlacementPolicySuite"],
+    "rendezvous": ["RendezvousSuite"],
     "transport": ["TransportSuite"],
 }
+#: Where a suite is that is not the kit's: with the movement that alone knows the kind, and that its backends need.
+_ELSEWHERE: Final = {"PlacementPolicySuite": "tensorway_eplb.testing.policies"}
 _MARKS: Final = {"passed": ("+", "good"), "failed": ("-", "bad"), "skipped": ("o", "strong")}
 _FILE: Final = "test_conformance.py"
 _SUITE_TEXT: Final = """\
-from tensorway.testing import {suite}
+import json
+import pytest
+from {module} import {suite}
+
+
+def _options(folder):
+    return json.loads({options!r}.replace("{{folder}}", json.dumps(str(folder))[1:-1]))
 
 
 class Test{suite}({suite}):
     kind, name, dist = {kind!r}, {name!r}, {dist!r}
 """
+#: How each suite asks for the options of its backend.
+_OPTIONS_TEXT: Final = """\
+    options = _options("{folder}")
+
+    @classmethod
+    def options_in(cls, folder):
+        return _options(folder)
+"""
+_ENTRANCE_TEXT: Final = """\
+    @pytest.fixture
+    def options(self, tmp_path):
+        return _options(tmp_path)
+"""
+
+
+@attrs.frozen
+class Asked:
+    """What a person asks for."""
+
+    name: str
+    kind: str | None
+    #: Where the report goes, and badges of it.
+    report: Path
+    badges: Sequence[Path] = ()
+    #: Seconds that one test may take.
+    seconds: float = 120.0
+    #: What the backend is made with; `{folder}` in a text is a new folder of each test.
+    options: Mapping[str, object] = attrs.field(factory=dict)
 
 
 @attrs.define
@@ -73,16 +111,18 @@ class _Run:
         return self.rows[test]
 
 
-def run(out: Output, name: str, kind: str | None, path: Path, seconds: float) -> int:
+def run(out: Output, asked: Asked) -> int:
     """Check one backend, write the file, say what failed; returns the exit code."""
-    slot = _slot(name, kind)
-    _check_place(slot, path)
-    suites, left_out = _plan(slot)
+    slot = _slot(asked.name, asked.kind)
+    for path in (asked.report, *asked.badges):
+        _check_place(slot, path)
+    _check_badges(slot, asked.badges)
+    suites, left_out = _plan(slot, asked.options)
     _examine(slot)
     row = slot.declaration
     out.progress(f"Checking {row.kind} {row.name} from {row.dist} {row.version} ...")
     started = time.monotonic()
-    done = _run_suites(out, slot, suites, seconds)
+    done = _run_suites(out, slot, suites, asked)
     tests = list(done.rows.values())
     totals = {outcome: sum(test["outcome"] == outcome for test in tests) for outcome in _MARKS}
     # A skip is not a pass: where nothing passed, nothing was proven.
@@ -90,15 +130,18 @@ def run(out: Output, name: str, kind: str | None, path: Path, seconds: float) ->
     if not out.debug:
         tests = [{key: value for key, value in test.items() if key != "detail"} for test in tests]
     fields = _facts(slot) | {
+        "options": sorted(asked.options),  # their names: a value may be a secret
         "suites": suites,
         "left_out": left_out,
         "tests": tests,
         "totals": {**totals, "seconds": round(time.monotonic() - started, 1)},
         "exit_code": code,
     }
-    _write(path, {"schema": "tensorway.conformance/1", **fields})
+    _write(asked.report, json.dumps({"schema": "tensorway.conformance/1", **fields}, indent=2) + "\n")
+    for path in asked.badges:
+        _write(path, badge.badge(fields, path.suffix))
     out.json("tensorway.conformance/1", fields)
-    _show(out, fields, path)
+    _show(out, fields, asked.report)
     return code
 
 
@@ -126,7 +169,14 @@ def _check_place(slot: Slot, path: Path) -> None:
         raise TensorwayError(_asked(slot), true, "Give the path of a file: --output FILE.")
 
 
-def _plan(slot: Slot) -> tuple[list[str], list[dict[str, str]]]:
+def _check_badges(slot: Slot, badges: Sequence[Path]) -> None:
+    for path in badges:
+        if path.suffix not in badge.KINDS:
+            true = f"A badge is a picture (.svg) or an endpoint for shields.io (.json), and {path.name} is neither."
+            raise TensorwayError(_asked(slot), true, "Give the file one of these endings: --badge badge.svg.")
+
+
+def _plan(slot: Slot, options: Mapping[str, object]) -> tuple[list[str], list[dict[str, str]]]:
     """Which suites run, and why not the others. Loads the plugin."""
     if importlib.util.find_spec("pytest") is None:
         true = "The suites of the kit run on pytest, and pytest is not installed."
@@ -135,10 +185,28 @@ def _plan(slot: Slot) -> tuple[list[str], list[dict[str, str]]]:
     suites = _SUITES.get(slot.declaration.kind)
     if suites is None:
         return ["OfferSuite"], [{"suite": "", "reason": f"the kit has no suite for a {slot.declaration.kind} yet"}]
+    reason = ""
     if slot.offer is not None and slot.offer.factory is None:
         reason = "this version of the backend constructs nothing"
+    elif slot.declaration.kind == "rendezvous" and not options:
+        reason = "the suite needs to know where its store is: --options"
+    elif missing := [suite for suite in suites if not _there(suite)]:
+        reason = f"{_home(missing[0])} is not installed here, and has {missing[0]}"
+    if reason:
         return ["OfferSuite"], [{"suite": suite, "reason": reason} for suite in suites]
     return ["OfferSuite", *suites], []
+
+
+def _home(suite: str) -> str:
+    return _ELSEWHERE.get(suite, "tensorway.testing")
+
+
+def _there(suite: str) -> bool:
+    """Whether its module is here: a movement's dist may be older than this core."""
+    try:
+        return importlib.util.find_spec(_home(suite)) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _examine(slot: Slot) -> None:
@@ -159,6 +227,7 @@ def _facts(slot: Slot) -> dict[str, Any]:
         "date": now.isoformat(timespec="seconds"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
+        "api": row.api,
         "kind": row.kind,
         "name": row.name,
         "dist": row.dist,
@@ -172,24 +241,29 @@ def _facts(slot: Slot) -> dict[str, Any]:
 # -- running
 
 
-def _run_suites(out: Output, slot: Slot, suites: list[str], seconds: float) -> _Run:
+def _run_suites(out: Output, slot: Slot, suites: list[str], asked: Asked) -> _Run:
     """Run every test; when one takes the process with it, go on in another without that test."""
     run = _Run()
     with tempfile.TemporaryDirectory(prefix="tensorway-check-") as folder:
-        row = slot.declaration
-        # A backend is made by its name alone, here and in the processes that the suite starts.
-        texts = [
-            _SUITE_TEXT.format(
-                suite=suite, kind=row.kind, name=row.name if suite == "OfferSuite" else row.label, dist=row.dist
-            )
-            for suite in suites
-        ]
+        texts = [_text(slot, suite, asked.options) for suite in suites]
         Path(folder, _FILE).write_text("\n\n".join(texts), "utf-8")
         Path(folder, "pytest.ini").write_text("[pytest]\n", "utf-8")
         while True:
-            with contextlib.closing(_events(Path(folder), list(run.rows), seconds)) as events:
+            with contextlib.closing(_events(Path(folder), list(run.rows), asked.seconds)) as events:
                 if any(_take(out, run, event) for event in events):
                     return run
+
+
+def _text(slot: Slot, suite: str, options: Mapping[str, object]) -> str:
+    """The file of one suite. A backend is made by its name alone, here and in the processes that the suite starts."""
+    row = slot.declaration
+    text = _SUITE_TEXT.format(
+        module=_home(suite), suite=suite, options=json.dumps(dict(options)),
+        kind=row.kind, name=row.name if suite == "OfferSuite" else row.label, dist=row.dist,
+    )  # fmt: skip
+    if suite == "OfferSuite" or not options:
+        return text
+    return text + (_ENTRANCE_TEXT if suite == "RendezvousSuite" else _OPTIONS_TEXT)
 
 
 def _take(out: Output, run: _Run, event: dict[str, Any]) -> bool:
@@ -311,9 +385,8 @@ def _show(out: Output, fields: dict[str, Any], path: Path) -> None:
     out.text(f"Report: {path}")
 
 
-def _write(path: Path, document: dict[str, Any]) -> None:
+def _write(path: Path, text: str) -> None:
     """All of the file, or what was there before."""
-    text = json.dumps(document, indent=2, ensure_ascii=True) + "\n"
     if path.exists() and not path.is_file():  # a device or a pipe is written to, and never replaced
         path.write_text(text, "utf-8")
         return

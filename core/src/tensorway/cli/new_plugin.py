@@ -1,13 +1,15 @@
 """`tensorway new-plugin`: a dist that installs, is discovered and passes its own tests at once.
 
 Room `cli`. `plan` is pure: a name and a kind in, files out. `write` puts them where nothing was, all or none. The
-texts are the files of `template/`: `common` for every kind, and what a folder named like the kind has instead. They
-end in `.tmpl`, so that no tool takes them for code; `__package__` in a path becomes the package, `dot_` a dot.
+texts are the files of `template/`: `common` for every kind, and what a folder named like the kind has instead or beside
+it. They end in `.tmpl`, so that no tool takes them for code; `__package__` in a path becomes the package, `dot_` a dot.
+A kind that differs in some words only says them in its `words.json`.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import keyword
 import re
 import shlex
@@ -99,8 +101,8 @@ def dist_name(name: str) -> str:
 def plan(name: str, kind: str) -> tuple[GeneratedFile, ...]:
     """The files of a new dist, by path; touches nothing."""
     _check(name, kind)
-    words = _words(name, kind)
     root = resources.files("tensorway.cli") / "template"
+    words = _words(name, kind, root)
     # What the kind has of its own comes second, and replaces what every kind has.
     texts = {path: source for folder in ("common", kind) for path, source in _templates(root / folder)}
     files = (GeneratedFile(_path(path, words), _filled(source, words)) for path, source in texts.items())
@@ -168,11 +170,11 @@ def _suggest(better: str = "") -> str:
     return "Choose a name of your own, for example that of your product: 'acme'."
 
 
-def _words(name: str, kind: str) -> dict[str, str]:
-    """What the templates may say."""
+def _words(name: str, kind: str, root: Traversable) -> dict[str, str]:
+    """What the templates may say: the same for all, and what `words.json` of a kind's folder says in these words."""
     backend = _camel(name)
     backend += "" if backend.endswith(_camel(kind)) else _camel(kind)
-    return {
+    words = {
         "name": name,
         "kind": kind,
         "dist": dist_name(name),
@@ -184,8 +186,13 @@ def _words(name: str, kind: str) -> dict[str, str]:
         "kind_summary": str(HOOKS[kind].__doc__).splitlines()[0],
         "api": str(API),
         "core_series": _series(),
-        "core_requirement": _core_requirement(),
+        "core_range": _core_range(),
     }
+    for folder in ("common", kind):
+        own = root / folder / "words.json"
+        said = json.loads(own.read_text("utf-8")) if own.is_file() else {}
+        words |= {word: Template(text).substitute(words) for word, text in said.items()}
+    return words
 
 
 def _normal(name: str) -> str:
@@ -201,12 +208,12 @@ def _series() -> str:
     return ".".join(tensorway.__version__.split(".")[:2])
 
 
-def _core_requirement() -> str:
-    """From this core up to the next one that may break what was written for it."""
+def _core_range() -> str:
+    """From this core up to the next one that may break what was written for it; all dists of ours have its version."""
     # A local version (`+g1a2b3c`) is not allowed in a range.
     version = tensorway.__version__.partition("+")[0]
     major, minor = (int(part) for part in _series().split("."))
-    return f"tensorway>={version},<{f'0.{minor + 1}' if major == 0 else major + 1}"
+    return f">={version},<{f'0.{minor + 1}' if major == 0 else major + 1}"
 
 
 def _templates(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, Traversable]]:

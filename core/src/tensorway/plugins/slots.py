@@ -19,6 +19,7 @@ import attrs
 import pluggy
 
 from tensorway import hookspecs
+from tensorway.deprecations import TensorwayDeprecationWarning
 from tensorway.errors import HostBusy, OfferInvalid, PluginDefect
 from tensorway.hookspecs import API, HOOKS, OLDEST_API
 from tensorway.plugins import probing
@@ -278,7 +279,17 @@ def check_hook(hook: object, kind: str) -> Callable[..., object]:
         wanted, got = inspect.signature(HOOKS[kind]), inspect.signature(hook)
         true = f"its hook is {kind}{got}, and the contract is {kind}{wanted}: {str(error).splitlines()[-1]}"
         raise OfferInvalid(asked, true, _TELL_AUTHOR) from error
+    for deprecation in _deprecations(getattr(trial.hook, kind), hook):  # of which pluggy has warned
+        if deprecation.due:
+            raise OfferInvalid(asked, str(deprecation), "Upgrade the plugin; its author finds there what to change.")
     return hook
+
+
+def _deprecations(caller: Any, hook: Callable[..., object]) -> list[TensorwayDeprecationWarning]:
+    """What is deprecated of this hook as it is implemented."""
+    of_arguments = caller.spec.warn_on_impl_args or {}
+    found = [caller.spec.warn_on_impl, *(of_arguments.get(name) for name in inspect.signature(hook).parameters)]
+    return [each for each in found if isinstance(each, TensorwayDeprecationWarning)]
 
 
 _TELL_AUTHOR: Final = "Report this to the plugin's author; the contract is tensorway.hookspecs."
@@ -298,6 +309,9 @@ def _marked(hook: Callable[..., object]) -> Callable[..., object]:
 
     implementation.__signature__ = inspect.signature(hook)  # type: ignore[attr-defined]
     implementation.__wrapped__ = hook  # type: ignore[attr-defined]
+    if (code := getattr(hook, "__code__", None)) is not None:  # so that a warning names the plugin's own line
+        place = {"co_filename": code.co_filename, "co_firstlineno": code.co_firstlineno}
+        implementation.__code__ = implementation.__code__.replace(**place)
     return hookspecs.hookimpl(implementation)
 
 

@@ -64,9 +64,9 @@ def test_lines_come_whole_and_silence_ends_them():
 
 def test_the_report_is_there_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.json"
-    check._write(path, {"a": 1})
+    check._write(path, '{"a": 1}')
     with pytest.raises(TypeError):
-        check._write(path, {"a": object()})
+        check._write(path, object())
     assert {"a": 1} == json.loads(path.read_text())
     assert [path] == list(tmp_path.iterdir())
 
@@ -75,7 +75,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     read_fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    check._write(path, {"a": 1})
+    check._write(path, '{"a": 1}')
     assert {"a": 1} == json.loads(os.read(read_fd, 100))
     os.close(read_fd)
     assert path.is_fifo()

@@ -1,0 +1,5 @@
+"""The backend `procmem`, of kind `transport`, for Tensorway.
+
+Nothing is imported here: the host finds this dist by its metadata, and imports `offers` when somebody asks for the
+backend.
+"""
