@@ -47,6 +47,7 @@ LIBRARIES: dict[str, list[str]] = {
     # No index has NIXL for ROCm. Its Python is NIXL's, so the tests present NIXL under ROCm's names.
     "rixl": ["nixl-cu12==1.5.1"],
     "tcpstore": ["torch"],
+    "tools": [],
     # An engine for machines without accelerators, its own NIXL, and a closed list of what else it imports.
     "vllm": ["--no-deps", "torch", "-r", str(ROOT / "plugins" / "vllm" / "tests" / "engine.txt"), "nixl-cu12==1.5.1"],
 }

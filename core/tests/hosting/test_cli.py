@@ -390,7 +390,7 @@ def test_demo_without_a_transport_moves_nothing_and_says_no_more(site):
 
 #: A part of the demo; what it says of its hand-over a test puts in.
 SHOWS = """
-from tensorway.cli.demo import HandedOver
+from tensorway.cli.demonstration import HandedOver
 from tensorway.errors import Unsupported
 def shows(out, transport):
     out.progress(f"    over {{transport}}")
@@ -446,7 +446,9 @@ def test_demo_shows_offloading_if_a_dist_does(site, same):
     site.good("acme", "offloading")
     site.dist("acme-shows", {"tensorway.demo": {"offload": "acme_shows:shows"}})
     result = f"Offloaded('acme', ('fs',), 8, 1 << 20, {same}, 0.02, 0.04)"
-    site.module("acme_shows", f"from tensorway.cli.demo import Offloaded\ndef shows(out):\n    return {result}\n")
+    site.module(
+        "acme_shows", f"from tensorway.cli.demonstration import Offloaded\ndef shows(out):\n    return {result}\n"
+    )
     data, code = answer(site, "demo")
     assert (exits.OK if same else exits.BROKEN) == code
     seen = data["offloaded"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 import tensorway
-from tensorway.cli.demo import Offloaded
+from tensorway.cli.demonstration import Offloaded
 from tensorway.geometry import Group, Part, Plane, RankGeometry
 from tensorway.offload import OffloadContext, OffloadKey, ReqContext, make_offload_key
 from tensorway_cpu.engine import Offloading

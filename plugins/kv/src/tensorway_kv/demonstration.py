@@ -10,7 +10,7 @@ import random
 import statistics
 from typing import TYPE_CHECKING, Final
 
-from tensorway.cli.demo import HandedOver
+from tensorway.cli.demonstration import HandedOver
 from tensorway_kv.reference import EngineOptions, ModelShape, ServedEngine, Site
 
 if TYPE_CHECKING:

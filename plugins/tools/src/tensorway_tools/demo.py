@@ -1,21 +1,20 @@
 """`tensorway demo`: the main job on this machine with what is installed, step by step.
 
-Room `cli`. It discovers, probes, selects, and moves blocks between two processes. What a movement shows is its dist's:
-the entry-point group is `tensorway.demo`, and the value refers to a `Demonstration`.
+Of the dist nothing else imports this module; it may import the core's host, kit and command line. It discovers, probes,
+selects, and moves blocks between two processes. What a movement shows is its dist's, see `tensorway.cli.demonstration`.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
-from collections.abc import Callable
 from typing import Any, Final, TypeVar
-
-import attrs
 
 from tensorway import hookspecs
 from tensorway.cli import brought, exits
 from tensorway.cli.backends import show_winner
+from tensorway.cli.demonstration import HandedOver, Offloaded
 from tensorway.cli.output import Output
 from tensorway.errors import BackendNotFound, BackendUnavailable, PluginDefect, Unsupported
 from tensorway.plugins import host, report
@@ -25,40 +24,14 @@ _COUNT: Final = 256
 _ROUNDS: Final = 20
 
 
-@attrs.frozen
-class HandedOver:
-    """What was handed over from one engine to another, and how long each way took, in seconds."""
-
-    connector: str
-    tokens: int
-    blocks: int
-    nbytes: int
-    #: Whether the tokens that follow are those of an engine that computed everything itself.
-    same: bool
-    seconds: float
-    recomputing: float
-
-
-@attrs.frozen
-class Offloaded:
-    """What was kept outside an engine and came back, and how long each way took, in seconds."""
-
-    backend: str
-    #: Tiers below it, through which some of it has come back.
-    tiers: tuple[str, ...]
-    blocks: int
-    nbytes: int
-    #: Whether every byte is as it was.
-    same: bool
-    storing: float
-    loading: float
-
-
-#: What an entry point `handover` refers to: a function of the `Output`, for progress, and of the transport's name.
-Demonstration = Callable[[Output, str], HandedOver]
-#: What an entry point `offload` refers to.
-OffloadDemonstration = Callable[[Output], Offloaded]
+_TEXT: Final = "Do the main job with what is installed, step by step."
 _ShownT = TypeVar("_ShownT", HandedOver, Offloaded)
+
+
+def command(arguments: list[str], out: Output) -> int:
+    """What the entry point refers to: words after `demo` in, exit code out."""
+    argparse.ArgumentParser(prog="tensorway demo", description=_TEXT).parse_args(arguments)
+    return run(out)
 
 
 def run(out: Output) -> int:
