@@ -41,6 +41,8 @@ class Chart:
     span: tuple[float, float] | None = None
     #: Whether equal steps are equal factors. All values are above zero then.
     log: bool = False
+    #: Whether a line joins the values: not where places are no steps of anything, as ranks are not.
+    joined: bool = True
 
     def place(self, at: int) -> str:
         """What one of the values is at, for people."""
@@ -99,7 +101,8 @@ def _png(path: Path, title: str, charts: list[Chart]) -> None:
     axes: Any = figure.subplots(len(charts), squeeze=False)
     for (axis,), chart in zip(axes, charts, strict=True):
         for series in chart.series:
-            style = {"color": "0.5", "linestyle": "--"} if series.aside else {}
+            style = {"color": "0.5"} if series.aside else {}
+            style["linestyle"] = ("--" if series.aside else "-") if chart.joined else ""
             axis.plot(range(len(series.values)), series.values, marker="o", markersize=3, label=series.name, **style)
         axis.set_title(chart.title, fontsize=10)
         axis.set_xlabel(chart.along)

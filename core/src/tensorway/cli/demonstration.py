@@ -83,6 +83,11 @@ class Ratio:
         """How many times as long."""
         return self.seconds / max(self.other, 1e-9)
 
+    @property
+    def text(self) -> str:
+        """The same for people: two digits that count."""
+        return f"{self.value:.2g} x" if self.value < 10 else f"{self.value:,.0f} x"
+
 
 @attrs.frozen
 class Shown:
@@ -95,9 +100,10 @@ class Shown:
     nbytes: int
     #: Whether every byte, and what was made of it, is as it has to be.
     right: bool
-    #: One sentence of what was moved, and what it was good for.
+    #: The one figure to remember, and in a few words what it is: `0.65 -> 1.00`, `balancedness`.
+    headline: tuple[str, str]
+    #: What was moved, and what it was good for.
     text: str
-    #: The most telling one first.
     ratios: tuple[Ratio, ...]
     charts: tuple[Chart, ...] = ()
 

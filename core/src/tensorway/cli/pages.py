@@ -31,9 +31,10 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .4rem; } h2 { font-size: 1
 h3 { font-size: 1rem; margin: 1.8rem 0 .5rem; } p { margin: .3rem 0; } .soft { color: var(--soft); }
 figure { margin: 0; } svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12px; }
 svg .soft { fill: var(--soft); } .grid { stroke: var(--faint); } .line { fill: none; stroke-width: 2; }
-.aside { stroke-dasharray: 5 4; stroke-width: 1.5; } .narrow, .legend { display: none; }
+.dashed { stroke-dasharray: 6 4; stroke-width: 1.5; } .dotted { stroke-dasharray: 2 3; stroke-width: 1.5; } .narrow, .legend { display: none; }
 .legend span { display: inline-block; margin-right: 1.2em; } .legend i { display: inline-block; width: 1.1em;
        border-top: 3px solid; margin-right: .4em; vertical-align: middle; }
+.legend .dashed i { border-top-style: dashed; } .legend .dotted i { border-top-style: dotted; }
 @media (max-width: 640px) { body { margin: 1.5rem auto; } .wide { display: none; } .narrow, .legend { display: block; } }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid var(--faint); font-weight: normal; }
@@ -100,15 +101,16 @@ def number(value: float) -> str:
 
 
 def _colored(chart: Chart) -> list[tuple[Series, str]]:
-    """Each series, and the class that colors it."""
-    colors = itertools.cycle(range(len(_LIGHT)))
-    return [(series, f"c{len(_LIGHT) if series.aside else next(colors)}") for series in chart.series]
+    """Each series, and the classes that say how it is drawn."""
+    colors = itertools.cycle(f"c{at}" for at in range(len(_LIGHT)))
+    asides = itertools.cycle(f"c{len(_LIGHT)} {how}" for how in ("dashed", "dotted"))
+    return [(series, next(asides if series.aside else colors)) for series in chart.series]
 
 
 #: Of letters of 12 pixels, about.
 _LETTER: Final = 6.9
 _LINE: Final = 15.0
-_TOP: Final = 26.0
+_TOP: Final = 28.0
 _BOTTOM: Final = 42.0
 
 
@@ -167,15 +169,15 @@ class _Picture:
             f'height="{self.height - _TOP - _BOTTOM:g}" fill="none"/>',
             *self._axes(),
         ]
-        ends = []
+        ends, radius = [], 3 if chart.joined else 5
         for series, color in _colored(chart):
             points = [(self.x(at), self.y(value)) for at, value in enumerate(series.values)]
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            aside = " aside" if series.aside else ""
-            parts.append(f'<polyline class="line {color}{aside}" points="{line}"/>')
+            if chart.joined:
+                parts.append(f'<polyline class="line {color}" points="{line}"/>')
             for at, (x, y) in enumerate(points):
                 said = text(f"{series.name}, {chart.along} {chart.place(at)}: {number(series.values[at])}")
-                parts.append(f'<circle class="{color}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{said}</title></circle>')
+                parts.append(f'<circle class="{color}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{said}</title></circle>')
             ends.append((points[-1][1], series.name, color))
         return "".join([*parts, *(self._names(ends) if self.labels else []), "</svg>"])
 

@@ -25,17 +25,19 @@ from tensorway.offload import OffloadContext, OffloadKey, ReqContext, make_offlo
 from tensorway.testing.ranks import Rank, RankProcess
 from tensorway_cpu.engine import Offloading
 from tensorway_offload.command.replay import chart, compared
-from tensorway_offload.testing.traces import agentic
+from tensorway_offload.testing.traces import chats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from tensorway.cli.charts import Chart
 
 _BLOCKS: Final = 256
 _TOKENS: Final = 16
 _WIDTH: Final = 2048
 _NBYTES: Final = _BLOCKS * 2 * _TOKENS * _WIDTH
 #: Of the trace that policies are compared with, and of what.
-_REQUESTS: Final = 1200
+_REQUESTS: Final = 1600
 _CAPACITIES: Final = ("1%", "2%", "5%", "10%", "20%", "40%")
 
 
@@ -70,7 +72,8 @@ def show(stage: Stage) -> Shown:
         text += " Then it was killed, and another engine loaded them from files."
     moved = _NBYTES * (3 if second else 2)
     right = first.right and (second is None or second.right)
-    return Shown("cpu, fs" if files else "cpu", 1 + files, moved, right, text, tuple(ratios), (picture,))
+    headline = ratios[0].text, f"a memmove, from {'files' if files else 'memory'}"
+    return Shown("cpu, fs" if files else "cpu", 1 + files, moved, right, headline, text, tuple(ratios), (picture,))
 
 
 def _in_process(stage: Stage, what: Callable[..., Went], folder: str | None) -> Went:
@@ -81,20 +84,18 @@ def _in_process(stage: Stage, what: Callable[..., Went], folder: str | None) -> 
         return went
 
 
-def _hit_ratios(stage: Stage) -> tensorway.cli.charts.Chart:
-    """Policies side by side, with the keys of a trace that is made up: sessions of many turns."""
-    policies = ("lru",) if stage.quick else ("lru", "foresight")
-    steps = len(_CAPACITIES) * (1 + len(policies))
-    begun = iter(range(steps))
+def _hit_ratios(stage: Stage) -> Chart:
+    """The policy that `auto` takes beside the best that could be, for a trace that is made up: conversations."""
+    winner = tensorway.decide("eviction_policy").winner
+    policy = "lru" if winner is None else winner.name
 
     def step(what: str, requests: int) -> Callable[[int], None]:
-        at = next(begun)
-        if at % len(_CAPACITIES) == 0:
-            stage.say(0.6 + 0.4 * at / steps, f"hit ratio of {what.partition(' ')[0]} for a trace of {requests} requests")
-        return lambda done: stage.left() and None
+        stage.left()
+        return lambda done: None
 
-    requests = agentic(random.Random(1), _REQUESTS // (4 if stage.quick else 1))
-    return chart(compared(requests, policies, _CAPACITIES, step))
+    requests = chats(random.Random(1), _REQUESTS // (4 if stage.quick else 1))
+    stage.say(0.6, f"hit ratio of {policy} with {len(requests)} requests, by capacity")
+    return chart(compared(requests, (policy,), _CAPACITIES, step))
 
 
 # -- in the process of an engine

@@ -68,8 +68,9 @@ def _shown(stage: Stage, start: Placement, new: Placement, loads: Loads, took: f
     before, after = (of.balancedness(loads) for of in (start, new))
     return Shown(
         stage.transport, _RANKS, nbytes, right,
-        f"{rows.same_node + rows.remote} rows of expert weights went from rank to rank: balancedness {before:.2f} "
-        f"before, {after:.2f} after, so the same work takes {before / after:.2f} x the time.",
+        (f"{before:.2f} -> {after:.2f}", "balancedness"),
+        f"{rows.same_node + rows.remote} rows of expert weights went from rank to rank. The slowest ranks now take "
+        f"{before / after:.2f} x the time for the same tokens: that is balancedness, before by after.",
         (Ratio("rebalancing", "a memmove", took, memmove(nbytes)),),
         tuple(pictures(loads, start, new, topology)),
     )  # fmt: skip

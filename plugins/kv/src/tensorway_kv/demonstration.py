@@ -98,21 +98,18 @@ def _shown(transport: str, found: Sequence[_Length]) -> Shown:
         f"{same} tokens as if it had computed them itself."
     )
     lines = [
-        Series(name, tuple(float(f"{getattr(length, what) * 1e3:.4g}") for length in found), aside)
-        for name, what, aside in (
-            ("computing them again", "computing", False),
-            (f"over {transport}", "handing_over", False),
-            ("memmove", "copying", True),
-        )
+        Series(name, tuple(getattr(length, what) * 1e3 for length in found))
+        for name, what in (("computing the prompt", "computing"), (f"over {transport}", "handing_over"))
     ]
     sizes = tuple(_size(length.nbytes) for length in found)
     chart = Chart("Time of a hand-over", "keys and values of the prompt", tuple(lines), sizes, up="milliseconds", log=True)
-    what = f"handing {longest.tokens} tokens over"
+    what = f"handing over {longest.tokens} tokens"
     ratios = (
-        Ratio(what, "computing them again", longest.handing_over, longest.computing),
+        Ratio(what, "computing the prompt", longest.handing_over, longest.computing),
         Ratio(what, "a memmove", longest.handing_over, longest.copying),
     )
-    return Shown(transport, _PROCESSES, sum(length.nbytes for length in found), right, text, ratios, (chart,))
+    moved, headline = sum(length.nbytes for length in found), (ratios[0].text, ratios[0].beside)
+    return Shown(transport, _PROCESSES, moved, right, headline, text, ratios, (chart,))
 
 
 def _size(nbytes: int) -> str:

@@ -168,5 +168,5 @@ def pictures(loads: Loads, start: Placement, new: Placement, topology: Topology)
 
     return [
         Chart("Balancedness of each layer", "layer", lines(balance), up="balancedness, 1 is ideal", span=(0, 1)),
-        Chart("Time of each rank", "rank", lines(times), up="time, by the ideal time", span=(0, 1)),
+        Chart("Time of each rank", "rank", lines(times), up="time, by the ideal time", span=(0, 1), joined=False),
     ]
