@@ -177,7 +177,9 @@ class _Picture:
                 parts.append(f'<polyline class="line {color}" points="{line}"/>')
             for at, (x, y) in enumerate(points):
                 said = text(f"{series.name}, {chart.along} {chart.place(at)}: {number(series.values[at])}")
-                parts.append(f'<circle class="{color}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{said}</title></circle>')
+                parts.append(
+                    f'<circle class="{color}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{said}</title></circle>'
+                )
             ends.append((points[-1][1], series.name, color))
         return "".join([*parts, *(self._names(ends) if self.labels else []), "</svg>"])
 

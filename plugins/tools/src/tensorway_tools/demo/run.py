@@ -19,7 +19,14 @@ from tensorway.cli import brought
 from tensorway.cli.demonstration import MOVEMENTS, Shown, Stage
 from tensorway.cli.output import Output
 from tensorway.cli.probe import usable
-from tensorway.errors import BackendNotFound, BackendUnavailable, OptionsInvalid, PluginDefect, TensorwayError, Unsupported
+from tensorway.errors import (
+    BackendNotFound,
+    BackendUnavailable,
+    OptionsInvalid,
+    PluginDefect,
+    TensorwayError,
+    Unsupported,
+)
 from tensorway.plugins import host, report
 from tensorway_tools.demo.facts import facts
 from tensorway_tools.demo.seen import NAMES, Seen, code_of, row
