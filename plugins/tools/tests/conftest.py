@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from demo_runs import QUICK, Folder  # noqa: E402
+from demo_runs import QUICK, Folder
 
 
 @pytest.fixture

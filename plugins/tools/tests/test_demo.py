@@ -73,10 +73,10 @@ def test_the_report_has_the_numbers_of_the_json(shown):
         assert chart["places"] == [line[0] for line in table[1:]]
         for at, series in enumerate(chart["series"], 1):
             assert series["values"] == [float(line[at].replace(",", "")) for line in table[1:]]
-    text = re.sub(r"<[^>]+>", "", path.read_text("utf-8"))
+    text = re.sub(r"<[^>]+>", "", path.read_text("utf-8")).replace("&times;", "x")
     for row in data["movements"]:
         for ratio in row["ratios"]:
-            assert f"{ratio['what']}: {ratio['ratio']:g} × the time of {ratio['beside']}" in text
+            assert f"{ratio['what']}: {ratio['ratio']:g} x the time of {ratio['beside']}" in text
 
 
 class Tables(html.parser.HTMLParser):
