@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tensorway.testing.ranks import RankFailed, RankProcess, Ranks
+from tensorway.testing.ranks import RankFailed, RankProcess, Ranks, _results
 
 # -- what a rank calls
 
@@ -265,3 +265,12 @@ def test_ctrl_c_is_for_who_started_a_rank():
         assert "y" == process.call(echo, "y")
     finally:
         process.close()
+
+
+def test_so_many_seconds_are_for_all_of_them_together():
+    with Ranks(2) as ranks:
+        ranks.each(range(2), echo, "x")
+        ranks[0].start(nap, 3.0)
+        ranks[1].start(nap, 6.0)
+        with pytest.raises(RankFailed, match="did not answer in time"):
+            _results([ranks[0], ranks[1]], 4.5)
