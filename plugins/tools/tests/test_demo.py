@@ -142,7 +142,7 @@ def test_on_a_terminal_one_line_is_rewritten(folder):
             break
     os.close(ours)
     assert 0 == process.wait(10)
-    assert "\r[##########..........] half of it\x1b[K\r\x1b[K" in data.decode()
+    assert "\r[########........] half of it\x1b[K\r\x1b[K" in data.decode()
 
 
 def test_lines_of_several_transports_are_in_one_chart(folder):

@@ -57,7 +57,7 @@ def test_what_is_done_right_now_is_one_line_of_a_terminal_and_each_time_a_line_e
         out.live("half of it " + "x" * 100, 0.5)
         out.live("nobody knows")
         out.live()
-    long = ("[##########..........] half of it " + "x" * 100)[:39]
+    long = ("[########........] half of it " + "x" * 100)[:39]
     assert f"\r{long}\x1b[K\rnobody knows\x1b[K\r\x1b[K" == terminal.getvalue()
     assert f"    half of it {'x' * 100}\n    nobody knows\n" == file.getvalue()
 
