@@ -29,6 +29,7 @@ MOVEMENTS = {
     "eplb": ["onesided"],
     "kv": ["handover", "shared-store", "several"],
     "offload": ["foresight", "peer"],
+    "tools": [],
     "vllm": [],
 }
 FOLDERS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
@@ -36,6 +37,7 @@ FOLDERS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*
 BACKENDS = {page: folder for name, folder in FOLDERS.items() for page in MOVEMENTS.get(name, [name])}
 #: A page with examples, and the package whose commands print them.
 SCHEMAS = {
+    "demo.md": "tensorway_tools.demo",
     "reference/cli.md": "tensorway.cli",
     "rebalance-planning.md": "tensorway_eplb.command",
     "offload-replay.md": "tensorway_offload.command",

@@ -27,7 +27,7 @@ API_GROUP: Final = "tensorway.api"
 #: `GROUP_PREFIX + COMMAND` is the group of commands for the command line. They are no hook: `tensorway.cli.commands`
 #: runs them.
 COMMAND: Final = "command"
-#: The same for what a movement's dist adds to `tensorway demo`: `tensorway.cli.demo` runs it.
+#: The same for what a movement's dist adds to `tensorway demo`: `tensorway.cli.demonstration` has its words.
 DEMO: Final = "demo"
 #: The same for the words after `tensorway offload`, which the dist `tensorway-offload` runs.
 OFFLOAD_COMMAND: Final = "offload_command"

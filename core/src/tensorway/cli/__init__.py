@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tensorway.plugins.scan import Declaration
 
 #: The core's own commands; a plugin's command of one of these names is never reached.
-COMMANDS: Final = ("demo", "doctor", "plugins", "why", "new-plugin", "check", "probe", "rendezvous", "environment")
+COMMANDS: Final = ("doctor", "plugins", "why", "new-plugin", "check", "probe", "rendezvous", "environment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,14 +102,10 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
             return _probe(arguments, out)
         case "rendezvous":
             return _rendezvous(arguments, out)
-        case "environment":
+        case _:
             from tensorway.cli import environment
 
             return environment.run(out, arguments.host)
-        case _:
-            from tensorway.cli import demo
-
-            return demo.run(out)
 
 
 def _probe(arguments: argparse.Namespace, out: Output) -> int:
@@ -175,7 +171,6 @@ def _parser(others: Iterable[Declaration] = ()) -> argparse.ArgumentParser:
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, parents=[common])
 
-    command("demo", "Do the main job with what is installed, step by step.")
     doctor = command("doctor", "Say what is installed, what works here, and what to do about the rest.")
     doctor.add_argument("--backend", metavar="NAME", help="examine only this one: name, name@dist or kind:name")
     doctor.add_argument("--probe-timeout", type=_seconds, metavar="SECONDS", help="how long one probe may take")

@@ -21,8 +21,15 @@ from tensorway.plugins.scan import Declaration, printable
 #: (`argparse` may print its help), and raises `TensorwayError` for what cannot be done.
 Command = Callable[[list[str], Output], int]
 
-#: Extras of ours that bring a command of their own name, for who asks for it before it is installed.
-EXTRAS: Final = ("eplb", "offload", "vllm")
+#: Commands of our dists, and the extra that brings each, for who asks for one before it is installed.
+EXTRAS: Final = {
+    "bench": "tools",
+    "demo": "tools",
+    "eplb": "eplb",
+    "offload": "offload",
+    "top": "tools",
+    "vllm": "vllm",
+}
 
 
 def split(words: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
@@ -43,7 +50,8 @@ def listed() -> tuple[Declaration, ...]:
 
 def run(name: str, arguments: list[str], out: Output) -> int:
     """Load one command and run it; returns its exit code."""
-    return run_one_of(host().commands, name, f"The command {printable(name)!r} was asked for.", name, arguments, out)
+    asked = f"The command {printable(name)!r} was asked for."
+    return run_one_of(host().commands, name, asked, EXTRAS.get(name, name), arguments, out)
 
 
 def run_one_of(
