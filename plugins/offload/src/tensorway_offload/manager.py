@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from tensorway.errors import Closed, OptionsInvalid
+from tensorway.exports import export
 from tensorway.metrics import Counters, Sample
 from tensorway.offload import (
     METRICS,
@@ -65,6 +66,7 @@ class Manager:
         self._counters = Counters(METRICS, backend=medium, engine=engine)
         self._labels = {"backend": medium, "engine": engine}
         self._blocks = Blocks(medium, capacity, policy, options, lower, self._counters)
+        export("manager", self.statistics, METRICS)
 
     def begins(self, req: ReqContext) -> Literal["new", "all"]:
         """See `OffloadingManager`."""
