@@ -93,6 +93,7 @@ def samples(
     for transfer in transfers:
         name = "transport_pending" if transfer.pending else "transport_quarantined"
         found.add(name, peer=transfer.route.peer.description.name)
-    for state, count in Counter("lost" if peer.lost else "connected" for peer in peers).items():
-        found.add("transport_peers", count, state=state)
+    states = Counter("lost" if peer.lost else "connected" for peer in peers)
+    for state in ("connected", "lost"):
+        found.set("transport_peers", states[state], state=state)
     return found.samples()
