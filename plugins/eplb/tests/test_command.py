@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from questions import zipf
 
 from tensorway import cli, plugins
-from tensorway.cli import charts
+from tensorway.cli import charts, pages
 from tensorway.errors import PlacementInvalid, TensorwayError
 from tensorway.types import Offer, ProbeResult
 from tensorway_eplb.command import inputs, replay
@@ -325,23 +325,24 @@ def test_the_page_needs_nothing_else_and_follows_light_and_dark(folder):
     text = (folder / "plan.html").read_text("utf-8")
     tags = Tags()
     tags.feed(text)
-    assert ([], 2, 4) == (tags.open, tags.seen.count("svg"), tags.seen.count("polyline"))
+    # Each of the two charts for a wide and for a narrow window; one has two lines, the other has points alone.
+    assert ([], 4, 4) == (tags.open, tags.seen.count("svg"), tags.seen.count("polyline"))
     assert "prefers-color-scheme: dark" in text
     assert "http" not in text
 
 
 def test_names_in_a_page_are_only_names():
     chart = charts.Chart("<b>", "x", (charts.Series("<script>", (1.0, 2.0)), charts.Series("one", (1.5, 1.5))))
-    assert "<script>" not in charts.page("<i>", [chart])
+    assert "<script>" not in pages.charted("<i>", [chart])
 
 
 @pytest.mark.parametrize("values", [(0.0,), (1.0, 1.0), (1e-9, 1e9), (0.4, 0.9, 0.95)])
 def test_any_values_can_be_drawn(values):
     tags = Tags()
-    tags.feed(charts.page("t", [charts.Chart("t", "x", (charts.Series("a", values),))]))
+    tags.feed(pages.charted("t", [charts.Chart("t", "x", (charts.Series("a", values),))]))
     assert [] == tags.open
     low, high = charts.Chart("t", "x", (charts.Series("a", values),)).range
-    ticks = charts._ticks(low, high)
+    ticks = pages._steps(low, high)
     assert 2 <= len(ticks) <= 8
     assert all(low <= tick <= high for tick in ticks)
 

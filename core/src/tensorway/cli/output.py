@@ -6,6 +6,7 @@ Room `cli`. The only module that prints.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import textwrap
 from typing import IO, Any, Final
@@ -15,6 +16,7 @@ import attrs
 from tensorway import settings
 
 WIDTH: Final = 80
+_BAR: Final = 20
 _COLORS: Final = {"good": "32", "bad": "31", "dim": "2", "strong": "1"}
 
 
@@ -45,6 +47,19 @@ class Output:
     def progress(self, text: str) -> None:
         """What is being done right now. Beside the answer, not in it, so that `--json` stays one object."""
         print(text, file=self.notes if self.as_json else self.stream, flush=True)
+
+    def live(self, text: str = "", share: float | None = None) -> None:
+        """What is being done right now, over what this said before, and which share of all is done.
+
+        Nothing: wipe it. Where it does not go to a terminal, each is a line of its own.
+        """
+        stream = self.notes if self.as_json else self.stream
+        if stream.isatty() and settings.terminal():
+            bar = "" if share is None else f"[{'#' * int(share * _BAR):.<{_BAR}}] "
+            room = min(WIDTH, shutil.get_terminal_size().columns) - 1  # a full line would wrap, and stay
+            print(f"\r{(bar + text)[:room]}\x1b[K", end="", file=stream, flush=True)
+        elif text:
+            self.progress(f"    {text}")
 
     def paint(self, text: str, style: str) -> str:
         """Color, if this goes to a terminal that wants any."""

@@ -92,7 +92,7 @@ def measure(endpoint: Transport, peer: Peer, *, same_host: bool = False, deadlin
 def run(out: Output, name: str | None) -> int:
     """Measure one transport, or each that can be used here, with a second process on this machine."""
     the_host = host()
-    names = [name] if name else _usable(out)
+    names = [name] if name else usable(out)
     if name:
         decision = the_host.decide("transport", name)
         if decision.winner is None:
@@ -112,7 +112,7 @@ def report(out: Output, peer: str, copied: dict[str, float], rows: list[dict[str
     _show(out, copied, rows)
 
 
-def _usable(out: Output) -> list[str]:
+def usable(out: Output) -> list[str]:
     """The transports that can be used here and construct something, the preferred one first."""
     out.progress("Loading and probing every transport that is installed ...")
     the_host = host()

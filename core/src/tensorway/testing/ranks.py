@@ -18,6 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import types
@@ -27,6 +28,7 @@ from typing import Any, Final
 import attrs
 
 import tensorway
+from tensorway.errors import TensorwayError
 from tensorway.rendezvous import Rendezvous
 from tensorway.testing.stops import inner, send
 
@@ -34,10 +36,17 @@ from tensorway.testing.stops import inner, send
 PATIENCE: Final = 100.0
 SECRET: Final = "a secret of the tests"
 _LENGTH: Final = struct.Struct("!Q")
+#: Seconds that a rank has to come to its end when nobody waits for it any more.
+_ORPHANED: Final = 2.0
 
 
 class RankFailed(AssertionError):
     """A rank raised, ended, or did not answer."""
+
+    def __init__(self, text: str, error: TensorwayError | None = None) -> None:
+        super().__init__(text)
+        #: What it raised, if that was an error of ours.
+        self.error = error
 
 
 class RankProcess:
@@ -86,7 +95,8 @@ class RankProcess:
         returned, answer = pickle.loads(self._read(length, until))
         self._owed -= 1
         if not returned:
-            raise RankFailed(f"process {self.pid} raised:\n{answer}")
+            text, error = answer
+            raise RankFailed(f"process {self.pid} raised:\n{text}", error)
         return answer
 
     @property
@@ -162,13 +172,19 @@ class Ranks:
         return [process.result(seconds) for process in chosen]
 
     def enter(
-        self, indices: Sequence[int], function: Callable[..., Any], path: str, epoch: int, *given: Any
+        self,
+        indices: Sequence[int],
+        function: Callable[..., Any],
+        path: str,
+        epoch: int,
+        *given: Any,
+        seconds: float = PATIENCE,
     ) -> list[Any]:
         """The same with the place of each as the first argument: its rank in a group of these, in this order."""
         members = tuple(f"p{index}" for index in indices)
         for me, index in enumerate(indices):
             self._processes[index].start(function, Place(path, members, me, epoch), *given)
-        return [self._processes[index].result() for index in indices]
+        return [self._processes[index].result(seconds) for index in indices]
 
     def close(self) -> None:
         """End them all."""
@@ -229,9 +245,20 @@ def located(module: str, file: str, name: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
+def _end_with_who_asks() -> None:
+    """End when who started this has, also in the middle of a call, which may wait for long."""
+    poller = select.poll()
+    poller.register(0, 0)  # only the end of it is told
+    poller.poll()
+    time.sleep(_ORPHANED)
+    os._exit(1)
+
+
 def main() -> None:
     """Call what is asked for until stdin ends."""
     faulthandler.enable()  # a crash of a native library says where it was
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this, and whose end ends it
+    threading.Thread(target=_end_with_who_asks, name="tensorway-orphaned", daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # native libraries print to stdout, and that is the channel of the answers
     rank = Rank(sys.argv[1])
@@ -240,8 +267,8 @@ def main() -> None:
         try:
             module, file, name, arguments = pickle.loads(frame)
             answer = (True, located(module, file, name)(rank, *arguments))
-        except BaseException:  # it goes to the test, which shows it
-            answer = (False, traceback.format_exc())
+        except BaseException as error:  # it goes to the test, which shows it
+            answer = (False, (traceback.format_exc(), error if isinstance(error, TensorwayError) else None))
         data = pickle.dumps(answer)
         answers.write(_LENGTH.pack(len(data)) + data)
         answers.flush()

@@ -17,7 +17,7 @@ from tensorway_eplb.command import inputs
 from tensorway_eplb.gate import Gate
 from tensorway_eplb.placement import Loads, Placement
 from tensorway_eplb.plan import TransferPlan
-from tensorway_eplb.policy import ask
+from tensorway_eplb.policy import Topology, ask
 
 if TYPE_CHECKING:
     from tensorway.cli.output import Output
@@ -38,7 +38,7 @@ def run(given: argparse.Namespace, out: Output) -> int:
     seconds = time.perf_counter() - started
     answer = _answer(given, loads, asked, new) | {"policy_seconds": round(seconds, 6)}
     if given.plot is not None:
-        draw(given.plot, "Rebalance", _charts(loads, asked, new))
+        draw(given.plot, "Rebalance", pictures(loads, asked.start, new, asked.topology))
         answer["plot"] = str(given.plot)
     if given.output is not None and not given.dry_run:
         _save(new, given)
@@ -151,26 +151,22 @@ def _si(count: float) -> str:
     return f"{count:.4g} TB"
 
 
-def _charts(loads: Loads, asked: inputs.Question, new: Placement) -> list[Chart]:
-    """What each rank has to do over all layers, and how balanced each layer is."""
-    speed = np.array(asked.topology.speeds)
+def pictures(loads: Loads, start: Placement, new: Placement, topology: Topology) -> list[Chart]:
+    """How balanced each layer is before and after, and what each rank has to do over all layers."""
+    speed = np.array(topology.speeds)
     times, balance = [], []
-    for placement in (asked.start, new):
+    for placement in (start, new):
         time_of = placement.rank_loads(loads) / speed
         ideal = loads.sum(axis=1) / speed.sum()
         times.append(time_of.sum(axis=0) / max(ideal.sum(), np.finfo(float).tiny))
         slowest = time_of.max(axis=1)
         balance.append(np.divide(ideal, slowest, out=np.ones_like(ideal), where=slowest > 0))
-    names = ("before", "after")
+
+    def lines(values: list[Any]) -> tuple[Series, ...]:
+        before, after = (tuple(map(float, row)) for row in values)
+        return Series("before", before, aside=True), Series("after", after)
+
     return [
-        Chart(
-            "Time of each rank, by the ideal time",
-            "rank",
-            tuple(Series(name, tuple(map(float, values))) for name, values in zip(names, times, strict=True)),
-        ),
-        Chart(
-            "Balancedness of each layer",
-            "layer",
-            tuple(Series(name, tuple(map(float, values))) for name, values in zip(names, balance, strict=True)),
-        ),
+        Chart("Balancedness of each layer", "layer", lines(balance), up="balancedness, 1 is ideal", span=(0, 1)),
+        Chart("Time of each rank", "rank", lines(times), up="time, by the ideal time", span=(0, 1), joined=False),
     ]

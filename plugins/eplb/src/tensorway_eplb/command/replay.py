@@ -113,11 +113,13 @@ def _print(answer: dict[str, Any], out: Output) -> None:
 
 
 def _charts(found: dict[str, list[Step]], slots: int) -> list[Chart]:
+    share = (0.0, 1.0)
+
     def lines(value: str, by: int = 1) -> tuple[Series, ...]:
         return tuple(Series(name, tuple(getattr(step, value) / by for step in steps)) for name, steps in found.items())
 
     return [
-        Chart("Balancedness that serving sees until the policy answers", "set of loads", lines("before")),
-        Chart("Balancedness after the policy's answer", "set of loads", lines("after")),
-        Chart("Rows received, of all slots", "set of loads", lines("received", slots)),
+        Chart("Until the policy answers", "set of loads", lines("before"), up="balancedness that serving sees"),
+        Chart("After the policy's answer", "set of loads", lines("after"), up="balancedness, 1 is ideal"),
+        Chart("What moves", "set of loads", lines("received", slots), up="rows received, of all slots", span=share),
     ]

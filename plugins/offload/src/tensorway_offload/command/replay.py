@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -27,6 +28,8 @@ POLICIES: Final = "lru,arc,s3fifo,sieve,tinylfu,foresight"
 #: Seconds from one line of progress to the next.
 _EVERY: Final = 5.0
 _BAR: Final = 24
+#: Told that something begins, and how many requests it goes through; what to call with how many are done.
+Step = Callable[[str, int], Callable[[int], None]]
 
 
 @attrs.define
@@ -38,7 +41,7 @@ class _Progress:
     done: int = 0
     told: float = attrs.field(factory=time.monotonic)
 
-    def step(self, what: str, requests: int) -> Any:
+    def step(self, what: str, requests: int) -> Callable[[int], None]:
         """Something begins that goes through all requests; what to call with how many are done."""
         self.out.progress(f"{self._bar(0.0)} {what}")
         begun = self.done
@@ -66,37 +69,39 @@ def run(given: argparse.Namespace, out: Output) -> int:
     if given.plot is not None:
         drawable(given.plot)
     names = [name.strip() for name in (given.policies or POLICIES).split(",") if name.strip()]
-    made_with = [_named(name) for name in names]
-    for name, options in made_with:  # what cannot be made is said before the work
-        _policy(name, options, PolicyContext(1, Clock()))
+    for name in names:  # what cannot be made is said before the work
+        _policy(*_named(name), PolicyContext(1, Clock()))
     requests = read(given.trace, out)
-    asked, unique = blocks(requests)
-    capacities = [max(1, _blocks(text, unique)) for text in given.capacities]
-    progress = _Progress(out, (len(names) + 1) * len(capacities))
-    best = [
-        ratio(belady(requests, capacity), requests, progress.step(f"Belady with {capacity:,} blocks", len(requests)))
-        for capacity in capacities
-    ]
-    rows = [_row(name, options, requests, capacities, progress) for name, options in made_with]
+    progress = _Progress(out, (len(names) + 1) * len(given.capacities))
+    found = compared(requests, names, given.capacities, progress.step)
     progress.end()
-    answer = {
-        "trace": str(given.trace),
-        "requests": len(requests),
-        "blocks": asked,
-        "unique": unique,
-        "capacities": [
-            {"given": text, "blocks": capacity} for text, capacity in zip(given.capacities, capacities, strict=True)
-        ],
-        "endless": ratio(endless(requests), requests),
-        "belady": best,
-        "policies": [{"policy": text, **attrs.asdict(row)} for text, row in zip(names, rows, strict=True)],
-        "plot": "" if given.plot is None else str(given.plot),
-    }
+    answer = {"trace": str(given.trace), **found, "plot": "" if given.plot is None else str(given.plot)}
     if given.plot is not None:
-        draw(given.plot, f"Hit ratios of {given.trace.name}", [_chart(answer)])
+        draw(given.plot, f"Hit ratios of {given.trace.name}", [chart(answer)])
     out.json("tensorway.offload-replay/1", answer)
     _print(answer, out)
     return 0
+
+
+def compared(
+    requests: list[Request], names: Sequence[str], capacities: Sequence[str], step: Step
+) -> dict[str, Any]:
+    """Hit ratios of these policies, beside the best that could be: what is printed and drawn."""
+    asked, unique = blocks(requests)
+    rooms = [max(1, _blocks(text, unique)) for text in capacities]
+    best = [
+        ratio(belady(requests, room), requests, step(f"Belady with {room:,} blocks", len(requests))) for room in rooms
+    ]
+    rows = [_row(*_named(name), requests, rooms, step) for name in names]
+    return {
+        "requests": len(requests),
+        "blocks": asked,
+        "unique": unique,
+        "capacities": [{"given": text, "blocks": room} for text, room in zip(capacities, rooms, strict=True)],
+        "endless": ratio(endless(requests), requests),
+        "belady": best,
+        "policies": [{"policy": text, **attrs.asdict(row)} for text, row in zip(names, rows, strict=True)],
+    }
 
 
 @attrs.frozen
@@ -108,14 +113,12 @@ class Row:
     requests_per_second: list[float]
 
 
-def _row(
-    name: str, options: dict[str, Any], requests: list[Request], capacities: list[int], progress: _Progress
-) -> Row:
+def _row(name: str, options: dict[str, Any], requests: list[Request], capacities: list[int], step: Step) -> Row:
     found, rates = [], []
     for capacity in capacities:
         clock = Clock()
         policy = _policy(name, options, PolicyContext(capacity, clock))
-        tell = progress.step(f"{name} with {capacity:,} blocks", len(requests))
+        tell = step(f"{name} with {capacity:,} blocks", len(requests))
         started = time.thread_time()
         found.append(ratio(hits(policy, requests, capacity, clock), requests, tell))
         rates.append(round(len(requests) / max(1e-9, time.thread_time() - started), 1))
@@ -150,15 +153,23 @@ def _blocks(text: str, unique: int) -> int:
     return int(unique * float(text[:-1]) / 100) if text.endswith("%") else int(text)
 
 
-def _chart(answer: dict[str, Any]) -> Chart:
-    lines = [(row["policy"], row["hits"]) for row in answer["policies"]]
-    lines += [("Belady", answer["belady"]), ("no limit", [answer["endless"]] * len(answer["capacities"]))]
+def chart(answer: dict[str, Any]) -> Chart:
+    """Hit ratio against capacity."""
+    lines = [(row["policy"], row["hits"], False) for row in answer["policies"]]
+    endless = [answer["endless"]] * len(answer["capacities"])
+    lines += [("Belady, who knows the future", answer["belady"], True), ("no limit", endless, True)]
     return Chart(
-        "Blocks found, of all that are asked for",
-        "capacity",
-        tuple(Series(name, tuple(values)) for name, values in lines),
+        "Hit ratio by capacity",
+        "capacity, of all different blocks" if _shares(answer) else "capacity, in blocks",
+        tuple(Series(name, tuple(values), aside) for name, values, aside in lines),
         tuple(row["given"] for row in answer["capacities"]),
+        up="blocks found, of all that are asked for",
+        span=(0.0, 0.0),
     )
+
+
+def _shares(answer: dict[str, Any]) -> bool:
+    return all(row["given"].endswith("%") for row in answer["capacities"])
 
 
 def _print(answer: dict[str, Any], out: Output) -> None:
