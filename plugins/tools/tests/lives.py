@@ -97,23 +97,29 @@ def offloads():
     """Stores blocks in host memory and in files below, and loads them, again and again."""
     import numpy as np
 
-    from tensorway.offload import OffloadContext, ReqContext
-    from tensorway_cpu import demonstration
+    from tensorway.geometry import Group, Part, Plane, RankGeometry
+    from tensorway.offload import OffloadContext, ReqContext, make_offload_key
     from tensorway_cpu.engine import Offloading
 
-    blocks = 32
+    blocks, tokens, width = 32, 16, 2048
     with tempfile.TemporaryDirectory() as folder:
-        pages = np.random.default_rng(1).integers(0, 256, (2 * blocks, 2, 16, 2048), np.uint8)
-        context = OffloadContext("engine-0", "manager", [demonstration._geometry(pages)], facts={"model": "test"})
+        pages = np.random.default_rng(1).integers(0, 256, (2 * blocks, tokens * width), np.uint8)
+        part = Part(0, "k", 0, tokens, width, 0, 1, width, width)
+        plane = Plane("layer.0", 0, pages.ctypes.data, tokens * width, tokens * width, len(pages), (part,))
+        geometry = RankGeometry((plane,), (Group(tokens),))
+        context = OffloadContext("engine-0", "manager", [geometry], facts={"model": "test"})
         options = {"capacity_blocks": blocks, "tiers": [{"backend": "fs", "options": {"folder": folder}}]}
         with Offloading.open(context, options) as offloading:
             ready()
             turn = 0
             while wanted():
                 numbers, req = range(blocks * (turn % 2), blocks * (turn % 2 + 1)), ReqContext(f"turn {turn}")
-                keys = demonstration._keys(range(turn * blocks, (turn + 1) * blocks))
+                keys = [make_offload_key(f"block {turn} {number}".encode()) for number in numbers]
                 offloading.store(keys, [[page] for page in numbers], req)
-                demonstration._settle(offloading, req)
+                offloading.ended(req)
+                while offloading.manager.busy():
+                    offloading.manager.poll()
+                    time.sleep(1e-3)
                 turn += 1
                 time.sleep(0.01)
 
@@ -153,8 +159,9 @@ def hostile(path, what):
     def answer(connection):
         head = b"HTTP/1.0 200 OK\r\n\r\n"
         with connection, contextlib.suppress(OSError):
+            connection.recv(4096)
             if what == "escapes":
-                label = 'a\\n\x1b[2J\x1b]0;owned\x07\u202e'
+                label = "a\\n\x1b[2J\x1b]0;owned\x07\u202e"
                 text = f'tensorway_transport_pending{{transport="{label}",endpoint="{label}",peer="x"}} 1\n'
                 connection.sendall(head + text.encode())
             elif what == "drips":

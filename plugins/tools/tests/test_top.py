@@ -1,4 +1,4 @@
-"""`tensorway top` looks at real processes: that move bytes, hold leases, keep blocks, are stopped, killed, or hostile."""
+"""`tensorway top` looks at real processes: that move bytes, hold leases, are stopped, killed, or hostile."""
 
 from __future__ import annotations
 

@@ -150,9 +150,9 @@ class Manager:
             self._blocks.count(gauges)
             ours = [*self._counters.samples(), *gauges.samples()]
             policy = getattr(self._policy, "statistics", None)
-            if policy is not None:
-                ours += [sample.labelled(**self._labels) for sample in policy()]
-            return [*ours, *(self._lower.statistics() if self._lower is not None else ())]
+            others = [*(policy() if policy is not None else ())]
+            others += self._lower.statistics() if self._lower is not None else ()
+            return [*ours, *(sample.labelled(**self._labels) for sample in others)]
 
     def reset(self) -> None:
         """See `OffloadingManager`. Rows under a copy stay out of use until it has ended."""

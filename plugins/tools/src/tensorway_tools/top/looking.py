@@ -141,8 +141,10 @@ def _process(path: Path, until: float) -> Look:
             return Look(str(path), "refused", f"process {pid} answers for {named}", pid, command)
         try:
             values = read(_page(connection, "tensorway", "/metrics", until))
-        except (TimeoutError, ConnectionError):
+        except TimeoutError:
             return Look(str(path), "silent", _silent(pid), pid, command)
+        except ConnectionError:  # it ends, or as many wait for it already as may
+            return Look(str(path), "silent", "it hung up", pid, command)
         except TensorwayError as error:
             return Look(str(path), "refused", error.true, pid, command)
     return Look(str(path), "answers", "", pid, command, time.monotonic(), values)
