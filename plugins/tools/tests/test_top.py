@@ -14,8 +14,10 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from tensorway.metrics import Counters, Metric, vocabulary
@@ -33,8 +35,13 @@ def top(*words, code=0, environment=WITHOUT):
     return done.stdout.decode(), time.monotonic() - started
 
 
+SCHEMA = json.loads((resources.files("tensorway_tools.top") / "schemas.json").read_text("utf-8"))["$defs"]
+
+
 def seen(folder, *words, code=0):
-    return json.loads(top("--json", "--folder", str(folder), *words, code=code)[0])
+    answer = json.loads(top("--json", "--folder", str(folder), *words, code=code)[0])
+    jsonschema.validate(answer, SCHEMA[answer["schema"]])
+    return answer
 
 
 def by_pid(rows):

@@ -39,7 +39,7 @@ def rows(run: Run) -> Iterator[Row]:
                     f"reading 64 MiB in blocks of 64 KiB {name}, {clock}",
                     partial(waist, *order), partial(loop, *order),
                     to="a hand-written loop over Mooncake", rounds=run.either(15, 5), nbytes=_BLOCK * _COUNT,
-                    clock=clock,  # type: ignore[arg-type]
+                    clock=clock,
                 )  # fmt: skip
     finally:
         endpoint.close()
