@@ -46,7 +46,14 @@ ACCELERATORS = ("cuda", "rocm", "xpu")
 #: Of the core's commands, and of those that dists bring.
 SCHEMAS = {
     name: schema
-    for package in ("tensorway_eplb.command", "tensorway_offload.command", "tensorway_vllm", "tensorway.cli")
+    for package in (
+        "tensorway_eplb.command",
+        "tensorway_offload.command",
+        "tensorway_tools.bench",
+        "tensorway_tools.top",
+        "tensorway_vllm",
+        "tensorway.cli",
+    )
     for name, schema in json.loads((resources.files(package) / "schemas.json").read_text("utf-8"))["$defs"].items()
 }
 

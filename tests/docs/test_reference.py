@@ -40,6 +40,8 @@ SCHEMAS = {
     "rebalance-planning.md": "tensorway_eplb.command",
     "offload-replay.md": "tensorway_offload.command",
     "vllm.md": "tensorway_vllm",
+    "benchmarks.md": "tensorway_tools.bench",
+    "operations.md": "tensorway_tools.top",
 }
 
 

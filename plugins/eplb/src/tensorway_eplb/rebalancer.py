@@ -41,6 +41,9 @@ _MEASURING: Final = 0.6
 class Rebalancer:
     """One rank of a group that moves experts. One thread at a time uses it."""
 
+    _placement: Placement
+    _control: Control
+
     def __init__(
         self,
         rendezvous: Rendezvous,
@@ -74,8 +77,6 @@ class Rebalancer:
         self._held = np.full((len(layout.layers), layout.slots), EMPTY, dtype=np.int32)
         self._lost: dict[str, str] = {}
         self.outcome: Outcome | None = None  # what became of the last rebalance; None before the first
-        self._placement: Placement
-        self._control: Control
         self._counted: dict[str, float] = {}
         #: Held while rows of a layer are read or written as a whole: a commit, a reload.
         self._layers = threading.Lock()
