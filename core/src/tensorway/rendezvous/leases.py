@@ -67,10 +67,10 @@ class Keeper:
         with self._changed:
             held, now = list(self._leases.items()), time.monotonic()
         found = Counters(METRICS)
-        for name in {store.name for _, store in held}:
-            left = [lease._kept + lease.ttl - now for lease, store in held if store.name == name]
-            found.set("rendezvous_held_leases", len(left), store=name)
-            found.set("rendezvous_lease_seconds", round(min(left), 3), store=name)
+        left = sorted(((lease._kept + lease.ttl - now, store.name) for lease, store in held), reverse=True)
+        for seconds, name in left:  # the one that ends first is the last of its store
+            found.add("rendezvous_held_leases", store=name)
+            found.set("rendezvous_lease_seconds", round(seconds, 3), store=name)
         return [*found.samples(), *self._counts.samples()]
 
     def hold(self, lease: Lease, store: Store) -> None:

@@ -32,11 +32,6 @@ MAX_ROWS: Final = 1024
 OTHERS: Final = "other peers"
 _BYTES: Final = {"read": "read_bytes", "write": "write_bytes"}
 _FAILED: Final = "failed_"
-_TOTALS: Final = {
-    "pieces": "transport_pieces_total",
-    "seconds": "transport_seconds_total",
-    "posting_seconds": "transport_posting_seconds_total",
-}
 
 
 class Counts:
@@ -83,13 +78,13 @@ def samples(
     found = Counters(METRICS, **labels)
     for peer, row in rows.items():
         for name, value in row.items():
-            if name in _TOTALS:
-                found.add(_TOTALS[name], value, peer=peer)
-            elif name == "transfers" or name.startswith(_FAILED):
+            if name == "transfers" or name.startswith(_FAILED):
                 cause = name.removeprefix(_FAILED) if name != "transfers" else "none"
                 found.add("transport_transfers_total", value, peer=peer, cause=cause)
-            else:
+            elif name in _BYTES.values():
                 found.add("transport_bytes_total", value, peer=peer, operation=name.removesuffix("_bytes"))
+            else:
+                found.add(f"transport_{name}_total", value, peer=peer)
     for transfer in transfers:
         name = "transport_pending" if transfer.pending else "transport_quarantined"
         found.add(name, peer=transfer.route.peer.description.name)
