@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--members", "--peers", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=0, help="0: as the crowd likes it")
     parser.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES))
+    parser.add_argument("--folder", help="for what stores write, which etcd waits for; /dev/shm, if this disk is slow")
     parser.add_argument("--ttl", type=float, default=10.0)
     parser.add_argument("--patience", type=float, default=120.0)
     parser.add_argument("--rest", type=float, default=10.0)
@@ -132,7 +133,7 @@ def main() -> None:
         if not there():
             print(f"{name} is left out: it needs {needs}", file=sys.stderr)
             continue
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             reports.append(
                 Crowd(make(Path(folder)), given.members, given.processes, given.ttl, given.patience).run(given.rest)
             )

@@ -78,8 +78,10 @@ def status(out: Output, address: str, prefix: str, secret_file: str, deadline: f
     with Rendezvous(store) as rendezvous:
         said = store.status(prefix, deadline)
         records = rendezvous.list(prefix, deadline)
-    rows = [_row(record, said) for record in records]
+    sizes = {record.key: len(record.value) for record in records}
+    rows = [_row(record, said, sizes) for record in records]
     found = [row for row in rows if row is not None]
+    described = [members.description_key(row["group"], row["name"]) for row in found]
     fields = {
         "address": address,
         "incarnation": said.incarnation,
@@ -93,7 +95,7 @@ def status(out: Output, address: str, prefix: str, secret_file: str, deadline: f
         "changes": said.changes,
         "frames": said.changes_frames,
         "members": found,
-        "others": len(rows) - len(found),
+        "others": len(rows) - len(found) - sum(key in sizes for key in described),
     }
     out.json("tensorway.rendezvous-status/1", fields)
     _show(out, fields)
@@ -131,22 +133,23 @@ def _told_to_end() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _row(record: Record, said: Status) -> dict[str, Any] | None:
-    """One member; None if the record is none."""
+def _row(record: Record, said: Status, sizes: dict[str, int]) -> dict[str, Any] | None:
+    """One member, with what it is described with; None if the record is none."""
     try:
         member = members.decode(record.key, record.value)
     except DescriptionInvalid:
         return None
     transport = member.facts.get("transport")
     left = said.leases.get(record.lease)
+    group = record.key.removesuffix(f"/{member.name}")
     return {
-        "group": record.key.rpartition("/")[0],
+        "group": group,
         "name": member.name,
         "state": member.state,
         "transport": str(transport.value) if transport else "",
         "incarnation": member.incarnation,
         "lease_seconds": None if left is None else round(left, 1),
-        "bytes": len(record.value),
+        "bytes": len(record.value) + sizes.get(members.description_key(group, member.name), 0),
     }
 
 

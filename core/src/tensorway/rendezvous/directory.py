@@ -32,13 +32,22 @@ _log = logger("rendezvous")
 _PARALLEL: Final = 16
 #: Between two tries: from the first to the longest, each as long again as the one before.
 _BACK_OFF: Final = (0.02, 1.0)
-#: How long the thread that follows the group waits at a time, and how often it reads a store without watches.
+#: How long the thread that follows the group waits for its watch at a time: long enough to begin one anew.
+_LISTEN: Final = 1.0
+#: How often it reads a store without watches.
 _LOOK: Final = 0.5
 #: And so much longer for each record that the group reads then: each member reads those of all.
 _LOOK_EACH: Final = 5e-5
-#: Seconds for each member for which a watch is left alone once it has told something: all of a group are told of each
-#: who joins, and to wake a thousand for each of a thousand takes minutes.
-_GATHER_EACH: Final = 5e-4
+#: How long that may take: longer each time that it was in vain, because a busy store does the work all the same.
+_PATIENCE: Final = (5.0, 40.0)
+#: Seconds for which a watch is left alone once it has told something: for each thing that it told and each member of
+#: the group, and the longest, for each member. All are told of each who joins, and to tell a thousand of each
+#: of a thousand one by one takes minutes.
+_GATHER: Final = 1e-3
+_GATHER_LONGEST: Final = 5e-3
+#: How long writing this member may take: a store with a thousand that join is busy, and who gives up and begins again
+#: gives it more to do. A store that is away is noticed before, when the watch begins.
+_WRITE: Final = 30.0
 #: Seconds per member of the group within which one that must write itself again does so: all may have to at once.
 _SPREAD: Final = 2e-3
 _CLOSED: Final = "it was closed"
@@ -60,7 +69,7 @@ class _Other:
     """What is known of another member."""
 
     member: Member
-    #: Connections, by the description that each was made with: a member describes itself anew when it registers more.
+    #: Connections, by the digest of what each was made with: a member describes itself anew when it registers more.
     peers: dict[bytes, Peer] = attrs.field(factory=dict)
     #: When it counts as lost unless it is seen before: after a reset everybody is given the time to come back.
     missed: float | None = None
@@ -81,6 +90,7 @@ class Directory:
         self.name = name
         self._prefix = check_key(f"{group}/", "group")
         self._key = check_key(self._prefix + name)
+        self._described = check_key(members.description_key(self._prefix, name))
         self._rendezvous = rendezvous
         self._endpoint = endpoint
         self._facts: dict[str, Fact] = {"transport": Fact(endpoint.name), **(facts or {})}
@@ -95,6 +105,9 @@ class Directory:
         self._again: float | None = None
         #: Whether the group is to be read as a whole: with many members that begin at once, a try may be in vain.
         self._unread = True
+        self._patience = _PATIENCE[0]
+        #: Until then the watch is not asked.
+        self._quiet = 0.0
         self._ended = ""
         self._watch: Watch | None = rendezvous.watch(self._prefix) if "watch" in rendezvous.abilities else None
         self._publish()
@@ -107,11 +120,11 @@ class Directory:
 
     # -- this member
 
-    def live(self, deadline: float = 5.0) -> None:
+    def live(self, deadline: float = _WRITE) -> None:
         """Tell the others to connect: everything they need is registered. Call it again after registering more."""
         self._enter("live", deadline)
 
-    def drain(self, deadline: float = 5.0) -> None:
+    def drain(self, deadline: float = _WRITE) -> None:
         """Tell the others to begin nothing new with this member."""
         self._enter("draining", deadline)
 
@@ -130,7 +143,8 @@ class Directory:
             if not replaced:
                 # A store may tell a deletion and an expiry alike; the goodbye is told before.
                 self._publish("gone", max(0.0, until - time.monotonic()))
-                self._rendezvous.delete(self._key, deadline=max(0.0, until - time.monotonic()))
+                for key in (self._key, self._described):
+                    self._rendezvous.delete(key, deadline=max(0.0, until - time.monotonic()))
             if self._lease is not None:
                 self._rendezvous.end(self._lease, max(0.0, until - time.monotonic()))
         except TensorwayError as error:
@@ -214,19 +228,29 @@ class Directory:
         agree(member.name, self._facts, member.facts)
         with self._lock:
             other = self._others.get(member.name)
-            peer = other.peers.get(member.description) if other is not None else None
+            peer = other.peers.get(member.described) if other is not None else None
         if peer is not None:
             if not peer.lost:
                 return peer
             self._endpoint.disconnect(peer)  # it is made anew, of what the member says of itself now
-        peer = self._endpoint.connect(member.description, seconds)
+        until = time.monotonic() + seconds
+        described = self._description(member, seconds)
+        peer = self._endpoint.connect(described, max(0.0, until - time.monotonic()))
         with self._lock:
             other = self._others.get(member.name)
             if other is not None and other.member.incarnation == member.incarnation:
-                other.peers[member.description] = peer
+                other.peers[member.described] = peer
                 return peer
         self._endpoint.disconnect(peer)
         raise PeerLost.because(f"Member {member.name} was to be connected to.", "it went away meanwhile")
+
+    def _description(self, member: Member, seconds: float) -> bytes:
+        """What the member describes itself with; raises `PeerLost` while that is of another moment than the member."""
+        record = self._rendezvous.get(members.description_key(self._prefix, member.name), seconds)
+        if record is not None and members.digest(record.value) == member.described:
+            return record.value
+        why = "what it described itself with is replaced" if record else "it describes itself with nothing"
+        raise PeerLost.because(f"Member {member.name} was to be connected to.", why)
 
     def _state_of(self, name: str) -> str:
         with self._lock:
@@ -242,14 +266,11 @@ class Directory:
                         self._seen.wait(_LOOK + _LOOK_EACH * len(self._others) ** 2)
                     self._look()
                 elif self._unread:
-                    self._look()
+                    self._patience = min(2 * self._patience, _PATIENCE[1])
+                    self._look(self._patience)
+                    self._patience = _PATIENCE[0]
                 else:
-                    wait = _LOOK if self._again is None else self._again - time.monotonic()
-                    if told := self._watch.next(max(0.0, min(wait, _LOOK))):
-                        for event in told:
-                            self._saw(event)
-                        with self._seen:  # what else there is comes together, and costs one turn
-                            self._seen.wait(min(_GATHER_EACH * len(self._others), _LOOK))
+                    self._hear()
                 if self._lease is not None and self._lease.lost:
                     self._vanished()
                 if self._again is not None and self._again <= time.monotonic() and not self._ended:
@@ -264,6 +285,20 @@ class Directory:
                 with self._seen:
                     self._seen.wait(_BACK_OFF[1])
 
+    def _hear(self) -> None:
+        """What the watch tells, or nothing for a while: what else there is then comes together, and costs one turn."""
+        assert self._watch is not None
+        now = time.monotonic()
+        wait = _LISTEN if self._again is None else min(_LISTEN, max(0.0, self._again - now))
+        if now < self._quiet:
+            with self._seen:
+                self._seen.wait(min(wait, self._quiet - now))
+        elif told := self._watch.next(wait):
+            for event in told:
+                self._saw(event)
+            pause = min(_GATHER * len(told), _GATHER_LONGEST) * len(self._others)
+            self._quiet = time.monotonic() + pause * random.uniform(0.5, 1.0)
+
     def _saw(self, event: Event) -> None:
         if event.kind == "reset":
             self._unread = True
@@ -275,9 +310,9 @@ class Directory:
             why = _EXPIRED if event.kind == "expired" else _LEFT
             self._lose(event.key.removeprefix(self._prefix), why)
 
-    def _look(self) -> None:
+    def _look(self, deadline: float = _PATIENCE[0]) -> None:
         """Read the whole group; who is not there any more is missed, after the time of a lease."""
-        records = self._rendezvous.list(self._prefix)
+        records = self._rendezvous.list(self._prefix, deadline)
         for record in records:
             self._heard(record)
         there = {record.key for record in records}
@@ -341,19 +376,29 @@ class Directory:
         self._state = state
         self._publish(deadline=deadline)
 
-    def _publish(self, state: MemberState | None = None, deadline: float = 5.0) -> None:
+    def _publish(self, state: MemberState | None = None, deadline: float = _WRITE) -> None:
+        until, state = time.monotonic() + deadline, state or self._state
         with self._writing:
-            if "lease" in self._rendezvous.abilities and (self._lease is None or self._lease.lost):
-                self._lease = self._rendezvous.lease(self._ttl, deadline)
-            description = self._endpoint.describe()
-            value = members.encode(
-                self.name, self._endpoint.incarnation, state or self._state, self._facts, description
-            )
+            self._hold(until)
             try:
-                self._rendezvous.put(self._key, value, lease=self._lease, deadline=deadline)
+                self._write(state, until)
             except LeaseLost:  # the store was restarted, and who keeps the lease has not noticed yet
-                self._lease = self._rendezvous.lease(self._ttl, deadline)
-                self._rendezvous.put(self._key, value, lease=self._lease, deadline=deadline)
+                self._lease = None
+                self._hold(until)
+                self._write(state, until)
+
+    def _hold(self, until: float) -> None:
+        if "lease" in self._rendezvous.abilities and (self._lease is None or self._lease.lost):
+            self._lease = self._rendezvous.lease(self._ttl, max(0.0, until - time.monotonic()))
+
+    def _write(self, state: MemberState, until: float) -> None:
+        """The description first, where anybody may connect: whoever hears of the member finds it."""
+        description = self._endpoint.describe()
+        facts, described = self._facts, members.digest(description)
+        value = members.encode(self.name, self._endpoint.incarnation, state, facts, described)
+        rows = {self._key: value} if state in ("joining", "gone") else {self._described: description, self._key: value}
+        for key, each in rows.items():
+            self._rendezvous.put(key, each, lease=self._lease, deadline=max(0.0, until - time.monotonic()))
 
     def _end(self, why: str) -> None:
         with self._seen:

@@ -2,10 +2,14 @@
 
 Room `rendezvous`; may import the ground and its own room. What others wrote is checked before anything in it is
 believed: it comes from who knows the secret, and that may still be another version, or damaged.
+
+A member is two records. All of a group are told of the first, so it is small; what a transport connects with has a
+digest there and a record of its own, which is read by who connects.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final, Literal
 
 import msgspec
@@ -16,7 +20,7 @@ from tensorway.rendezvous.negotiation import Fact
 
 #: joining: it is there, and not ready. live: connect to it. draining: begin nothing new. gone: it said goodbye.
 MemberState = Literal["joining", "live", "draining", "gone"]
-_SCHEMA: Final = 1
+_SCHEMA: Final = 2
 _MAX_FACTS: Final = 1024
 
 
@@ -29,16 +33,26 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     incarnation: str
     state: MemberState
     facts: dict[str, Fact]
-    #: What a transport of the same name connects with.
-    description: bytes
+    #: Of what a transport of the same name connects with, see `digest`.
+    described: bytes
 
 
 _DECODE_MEMBER: Final = msgspec.msgpack.Decoder(Member).decode
 
 
-def encode(name: str, incarnation: str, state: MemberState, facts: dict[str, Fact], description: bytes) -> bytes:
+def digest(description: bytes) -> bytes:
+    """By which a member says which description is its own."""
+    return hashlib.blake2b(description, digest_size=16).digest()
+
+
+def description_key(prefix: str, name: str) -> str:
+    """Where the description of a member is: beside the prefix that its group watches, and not below it."""
+    return f"{prefix.removesuffix('/')}~/{name}"
+
+
+def encode(name: str, incarnation: str, state: MemberState, facts: dict[str, Fact], described: bytes) -> bytes:
     """A member as a value of a record."""
-    return msgspec.msgpack.encode(Member(_SCHEMA, name, incarnation, state, facts, description))
+    return msgspec.msgpack.encode(Member(_SCHEMA, name, incarnation, state, facts, described))
 
 
 def decode(key: str, value: bytes) -> Member:

@@ -276,7 +276,9 @@ class Group:
         for member in self._members:
             member.live()
         facts = {"transport": Fact("local"), "block": Fact(4096, "divide")}
-        self._true = members.encode("odd", "0" * 32, "live", facts, self._ends[0].describe())
+        described = self._ends[0].describe()
+        self._true = members.encode("odd", "0" * 32, "live", facts, members.digest(described))
+        self._service.put(members.description_key("/default/", "odd"), described)
         self.look()
 
     def write(self, rng: random.Random) -> None:

@@ -104,9 +104,9 @@ def test_status_says_who_is_there_in_which_state_and_for_how_long():
         states = {name: (row["group"], row["state"], row["transport"]) for name, row in rows.items()}
         assert states == {"prefill-0": ("/prod/kv", "live", "local"), "decode-0": ("/prod/kv", "joining", "local")}
         assert all(30 < row["lease_seconds"] <= 60 for row in rows.values())
-        assert (found["others"], found["records"], found["leases"], found["watches"]) == (1, 4, 2, 2)
+        assert (found["others"], found["records"], found["leases"], found["watches"]) == (1, 5, 2, 2)
         assert found["memory_bytes"] > 1 << 20
-        assert found["calls"]["put"] == 5 and found["calls"]["status"] == 1
+        assert found["calls"]["put"] == 6 and found["calls"]["status"] == 1
         text = status(said["address"]).stdout
         assert "prefill-0            live      local" in text
         assert "2 records are no members." in text

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -162,6 +163,42 @@ def test_the_older_of_two_of_one_name_gives_way_and_is_told(join):
     assert second.members()
 
 
+def test_a_group_is_told_little_of_a_member_and_who_connects_reads_the_rest(join, service):
+    """Else all of a thousand are told what one of them connects with."""
+    one = join("one")
+    with service.watch("/default/") as watch:
+        two = join("two")
+        two.many = bytearray(1 << 20)
+        for at in range(0, 1 << 20, 1 << 12):
+            two.endpoint.register(memoryview(two.many)[at : at + 100])
+        two.live()
+        eventually(lambda: one.members()["two"].described == members.digest(two.endpoint.describe()))
+        told = watch.next(1)
+    described = two.endpoint.describe()
+    assert told and len(described) > 2000
+    assert max(len(event.record.value) for event in told) < 400
+    assert described == service.get("/default~/two").value
+    assert read(one, one.connect("two", 5)) == b"two"
+    two.close()
+    assert [] == service.list("/default~/two")
+
+
+def test_a_description_that_is_of_another_moment_than_the_member_is_read_again(join, service):
+    one, _ = join("one"), join("two")
+    eventually(lambda: "two" in one.members())
+    described = service.get("/default~/two").value
+    service.put("/default~/two", described + b"?")
+    with pytest.raises(DeadlineExceeded, match="what it described itself with is replaced"):
+        one.connect("two", 0.3)
+    service.delete("/default~/two")
+    with pytest.raises(DeadlineExceeded, match="it describes itself with nothing"):
+        one.connect("two", 0.3)
+    healing = threading.Timer(0.3, service.put, ("/default~/two", described))
+    healing.start()
+    assert read(one, one.connect("two", 5)) == b"two"
+    healing.join()
+
+
 def test_what_is_no_member_is_passed_over(join, service):
     one = join("one")
     service.put("/default/garbage", b"\xff" * 100)
@@ -221,7 +258,7 @@ def test_what_a_large_group_is_told_one_by_one_is_taken_together(join, service, 
         return events
 
     one = join("one")
-    described = one.endpoint.describe()
+    described = members.digest(one.endpoint.describe())
     prefix = one._prefix
 
     def more(begin, count):
