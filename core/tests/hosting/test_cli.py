@@ -364,109 +364,11 @@ def test_probe_of_a_transport_that_cannot_be_used_is_an_error(site, name, code):
     assert code == answer(site, "probe", "--transport", name)[1]
 
 
-# -- demo, errors, form
-
-
-def test_demo_says_what_it_does_while_it_does_it(site):
-    site.good("alpha", "rendezvous")
-    done = tensorway(site, "demo")
-    steps = [line for line in done.stdout.splitlines() if line[1:3] == "/6"]
-    names = ["1/6 discover", "2/6 probe", "3/6 select", "4/6 move", "5/6 hand over"]
-    assert names == [line.partition(":")[0] for line in steps]
-    assert "rendezvous: alpha from alpha-dist" in done.stdout
-    assert "every byte is right" in done.stdout
-
-
-def test_demo_moves_bytes_between_two_processes(site):
-    data, _ = answer(site, "demo")
-    assert ("cpu", "local") == (data["chosen"]["platform"], data["chosen"]["transport"])
-    assert ("local", "cma", True) == tuple(data["moved"][key] for key in ("transport", "lane", "verified"))
-
-
-def test_demo_without_a_transport_moves_nothing_and_says_no_more(site):
-    data, code = answer(site, "demo", TENSORWAY_PLUGINS="-local")
-    assert (exits.OK, None, None) == (code, data["moved"], data["handed_over"])
-
-
-#: A part of the demo; what it says of its hand-over a test puts in.
-SHOWS = """
-from tensorway.cli.demonstration import HandedOver
-from tensorway.errors import Unsupported
-def shows(out, transport):
-    out.progress(f"    over {{transport}}")
-    {body}
-"""
-
-
-def shows(site, body):
-    site.dist("acme-kv", {"tensorway.demo": {"handover": "acme_kv:shows"}})
-    site.module("acme_kv", SHOWS.format(body=body))
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_demo_shows_a_hand_over_if_a_dist_does(site, same):
-    shows(site, f"return HandedOver('handover', 512, 32, 1 << 20, {same}, 0.01, 0.2)")
-    data, code = answer(site, "demo")
-    assert (exits.OK if same else exits.BROKEN) == code
-    seen = data["handed_over"]
-    assert ("handover", "local", 512, 32, 1 << 20, same) == tuple(seen.values())[:6]
-    assert (0.05, True) == (seen["recompute_ratio"], seen["memmove_ratio"] > 0)
-    text = tensorway(site, "demo").stdout
-    assert "    over local\n    512 tokens of a prompt in 32 blocks, 1.00 MiB" in text
-    assert same is ("NOT THE" not in text)
-
-
-def test_demo_says_how_to_get_a_hand_over(site):
-    text = tensorway(site, "demo").stdout
-    assert '5/6 hand over: nothing here does it. Install what does: pip install "tensorway[kv]"\n' in text
-    shows(site, "raise AssertionError")
-    text = tensorway(site, "demo", TENSORWAY_PLUGINS="-handover").stdout
-    assert "5/6 hand over: nothing here does it. Change TENSORWAY_PLUGINS to use it.\n" in text
-
-
-def test_demo_of_a_transport_that_cannot_says_so(site):
-    shows(site, "raise Unsupported('It was asked.', 'It cannot notify.', 'Take another.')")
-    data, code = answer(site, "demo")
-    assert (exits.OK, None) == (code, data["handed_over"])
-    assert "It was asked. It cannot notify." in tensorway(site, "demo").stdout
-
-
-@pytest.mark.parametrize(
-    ("body", "words"), [("return 1", "returned no HandedOver"), ("raise OSError('no such file')", "raised OSError")]
-)
-def test_a_part_of_the_demo_that_is_broken_is_the_dist_s_defect(site, body, words):
-    shows(site, body)
-    data, code = answer(site, "demo")
-    assert (exits.BROKEN, "PluginDefect") == (code, data["error"])
-    assert "acme-kv" in data["true"] and words in data["true"]
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_demo_shows_offloading_if_a_dist_does(site, same):
-    site.good("acme", "offloading")
-    site.dist("acme-shows", {"tensorway.demo": {"offload": "acme_shows:shows"}})
-    result = f"Offloaded('acme', ('fs',), 8, 1 << 20, {same}, 0.02, 0.04)"
-    site.module(
-        "acme_shows", f"from tensorway.cli.demonstration import Offloaded\ndef shows(out):\n    return {result}\n"
-    )
-    data, code = answer(site, "demo")
-    assert (exits.OK if same else exits.BROKEN) == code
-    seen = data["offloaded"]
-    assert ("acme", ["fs"], 8, 1 << 20, same) == tuple(seen.values())[:5]
-    assert seen["load_ratio"] > 0 and seen["store_ratio"] > 0
-    text = tensorway(site, "demo").stdout
-    assert "6/6 offload: " in text and "8 blocks, 1 MiB" in text
-    assert same is ("IS NOT" not in text)
-
-
-def test_demo_says_how_to_get_offloading(site):
-    site.good("acme", "offloading")
-    said = '6/6 offload: nothing here does it. Install what does: pip install "tensorway[cpu]"\n'
-    assert said in tensorway(site, "demo").stdout
+# -- errors, form
 
 
 def test_parts_of_the_demo_are_no_backends(site):
-    shows(site, "raise AssertionError")
+    site.dist("acme-kv", {"tensorway.demo": {"handover": "acme_kv:show"}})
     found = site.scan()
     assert ((), (), ()) == (found.declarations, found.complaints, found.commands)
     assert [("demo", "handover", "acme-kv")] == [(row.kind, row.name, row.dist) for row in found.demos]
@@ -501,7 +403,7 @@ def test_version_and_help_are_there(site):
 
     assert f"tensorway {importlib.metadata.version('tensorway')}\n" == tensorway(site, "--version").stdout
     text = tensorway(site, "--help", COLUMNS="80").stdout
-    assert all(command in text for command in ("demo", "doctor", "plugins", "why", "new-plugin", "check", "probe"))
+    assert all(command in text for command in ("doctor", "plugins", "why", "new-plugin", "check", "probe"))
 
 
 @pytest.mark.parametrize(
@@ -510,7 +412,6 @@ def test_version_and_help_are_there(site):
         ("doctor",),
         ("plugins", "list"),
         ("why", "transport"),
-        ("demo",),
         ("plugins", "show", "alpha"),
         ("probe", "--transport", "local"),
         ("check", "cpu", "--hook", "platform", "--output", "FILE"),

@@ -1,69 +1,37 @@
-"""Processes that live beside a test, and end with it."""
+"""Fixtures of the tests of the demo, and what lies beside them (`demo_runs`, `browser`) is found.
+
+pytest imports test modules by path, and a module beside them is not found then.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-LIVES = Path(__file__).with_name("lives.py")
-PATIENCE = 60
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-class Life:
-    """A process of `lives.py`, which has begun."""
-
-    def __init__(self, folder, *words):
-        environment = {**os.environ, "TENSORWAY_METRICS": str(folder)}
-        self.process = subprocess.Popen(
-            [sys.executable, str(LIVES), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
-        self.pid = self.process.pid
-        line = self.process.stdout.readline()
-        assert line, f"{words} ended with {self.process.wait(PATIENCE)}"
-        self.said = json.loads(line)
-
-    def signal(self, number):
-        self.process.send_signal(number)
-        if number == signal.SIGKILL:
-            self.process.wait(PATIENCE)
-
-    def end(self):
-        """Let it end as it wants to; what it says last."""
-        self.process.stdin.close()
-        said = self.process.stdout.read().splitlines()
-        assert 0 == self.process.wait(PATIENCE)
-        return json.loads(said[-1]) if said else {}
-
-    def close(self):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(PATIENCE)
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+from demo_runs import QUICK, Folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where the processes of a test have their sockets."""
-    return tmp_path / "seen"
+    """An empty folder."""
+    found = Folder(tmp_path)
+    yield found
+    found.close()
 
 
-@pytest.fixture
-def live(folder):
-    """Starts processes."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*words):
-            made = Life(folder, *words)
-            stack.callback(made.close)
-            return made
-
-        yield start
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """One run with everything that shows something: its JSON, and the text of its report."""
+    folder = Folder(tmp_path_factory.mktemp("shown"))
+    data, code = folder.answer(*QUICK)
+    states = {row["movement"]: row["state"] for row in data["movements"]}
+    missing = [row["error"] for row in data["movements"] if row["state"] == "missing"]
+    if missing and "TENSORWAY_TEST_LIBRARY" not in os.environ:
+        pytest.skip(f"a part of the demo is not installed: {missing[0]['to_do']}")
+    assert (0, {"rebalance": "right", "handover": "right", "offload": "right"}) == (code, states)
+    return data, folder.path / "tensorway-demo.html"

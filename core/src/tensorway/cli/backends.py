@@ -1,4 +1,4 @@
-"""How one backend and one decision look to a person; shared by `plugins`, `doctor`, `why` and `demo`.
+"""How one backend and one decision look to a person; shared by `plugins`, `doctor` and `why`.
 
 Room `cli`.
 """

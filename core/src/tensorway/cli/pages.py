@@ -177,7 +177,9 @@ class _Picture:
                 parts.append(f'<polyline class="line {color}" points="{line}"/>')
             for at, (x, y) in enumerate(points):
                 said = text(f"{series.name}, {chart.along} {chart.place(at)}: {number(series.values[at])}")
-                parts.append(f'<circle class="{color}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{said}</title></circle>')
+                parts.append(
+                    f'<circle class="{color}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{said}</title></circle>'
+                )
             ends.append((points[-1][1], series.name, color))
         return "".join([*parts, *(self._names(ends) if self.labels else []), "</svg>"])
 
@@ -192,7 +194,9 @@ class _Picture:
         widest = max(len(chart.place(at)) for at in range(self.count)) * _LETTER + 8
         step = max(1, math.ceil(self.count * widest / (self.right - self.left)))
         for at in range(0, self.count, step):
-            yield _text(self.x(at), self.height - _BOTTOM + 17, chart.place(at), "middle")
+            half = len(chart.place(at)) * _LETTER / 2  # a long one at the end would be cut off
+            middle = min(max(self.x(at), half), self.width - half)
+            yield _text(middle, self.height - _BOTTOM + 17, chart.place(at), "middle")
         yield _text((self.left + self.right) / 2, self.height - 6, chart.along, "middle")
 
     def _names(self, ends: Iterable[tuple[float, str, str]]) -> Iterable[str]:

@@ -270,8 +270,11 @@ def main() -> None:
         except BaseException as error:  # it goes to the test, which shows it
             answer = (False, (traceback.format_exc(), error if isinstance(error, TensorwayError) else None))
         data = pickle.dumps(answer)
-        answers.write(_LENGTH.pack(len(data)) + data)
-        answers.flush()
+        try:
+            answers.write(_LENGTH.pack(len(data)) + data)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(1)  # who asked is gone
 
 
 if __name__ == "__main__":

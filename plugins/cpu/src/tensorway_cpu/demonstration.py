@@ -37,7 +37,7 @@ _TOKENS: Final = 16
 _WIDTH: Final = 2048
 _NBYTES: Final = _BLOCKS * 2 * _TOKENS * _WIDTH
 #: Of the trace that policies are compared with, and of what.
-_REQUESTS: Final = 1600
+_REQUESTS: Final = 1000
 _CAPACITIES: Final = ("1%", "2%", "5%", "10%", "20%", "40%")
 
 

@@ -38,7 +38,7 @@ def show(stage: Stage) -> Shown:
     stage.say(0.1, f"starting {_RANKS} ranks, {model.experts} experts in each of {model.layers} layers")
     with stage.processes(), Ranks(_RANKS) as ranks:
         ranks.enter(range(_RANKS), engine.join, "demo", 0, model, start, seconds=stage.left())
-        rounds = 1 if stage.quick else 3
+        rounds = 1 if stage.quick else 2
         seconds, wrong = [], 0
         for number in range(2 * rounds):  # there and back, so that each round moves the same
             stage.say(0.3 + 0.35 * number / rounds, f"every rank moves, round {number + 1} of {2 * rounds}")

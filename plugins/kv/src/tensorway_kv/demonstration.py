@@ -25,7 +25,7 @@ _QUICK: Final = (64, 512)
 _PAGE: Final = 16
 #: Tokens that both continuations of a prompt have.
 _FOLLOW: Final = 8
-_ROUNDS: Final = 3
+_ROUNDS: Final = 2
 #: Ranks of both engines, and their schedulers.
 _PROCESSES: Final = 5
 
@@ -59,7 +59,8 @@ def show(stage: Stage) -> Shown:
         for number, tokens in enumerate(lengths):
             stage.say(0.2 + 0.8 * number / len(lengths), f"prompts of {tokens} tokens: handed over, and computed again")
             rounds = [
-                _round(stage, prefill, decode, _prompt(rng, shape, tokens)) for _ in range(1 if stage.quick else _ROUNDS)
+                _round(stage, prefill, decode, _prompt(rng, shape, tokens))
+                for _ in range(1 if stage.quick else _ROUNDS)
             ]
             same, handing, computing = zip(*rounds, strict=True)
             nbytes = tokens * shape.token_bytes
@@ -102,7 +103,9 @@ def _shown(transport: str, found: Sequence[_Length]) -> Shown:
         for name, what in (("computing the prompt", "computing"), (f"over {transport}", "handing_over"))
     ]
     sizes = tuple(_size(length.nbytes) for length in found)
-    chart = Chart("Time of a hand-over", "keys and values of the prompt", tuple(lines), sizes, up="milliseconds", log=True)
+    chart = Chart(
+        "Time of a hand-over", "keys and values of the prompt", tuple(lines), sizes, up="milliseconds", log=True
+    )
     what = f"handing over {longest.tokens} tokens"
     ratios = (
         Ratio(what, "computing the prompt", longest.handing_over, longest.computing),

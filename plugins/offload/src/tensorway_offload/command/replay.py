@@ -83,9 +83,7 @@ def run(given: argparse.Namespace, out: Output) -> int:
     return 0
 
 
-def compared(
-    requests: list[Request], names: Sequence[str], capacities: Sequence[str], step: Step
-) -> dict[str, Any]:
+def compared(requests: list[Request], names: Sequence[str], capacities: Sequence[str], step: Step) -> dict[str, Any]:
     """Hit ratios of these policies, beside the best that could be: what is printed and drawn."""
     asked, unique = blocks(requests)
     rooms = [max(1, _blocks(text, unique)) for text in capacities]

@@ -6,6 +6,7 @@ May import the core's pages, and this package. It says what `--json` says, and d
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -81,7 +82,7 @@ def _said(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
         for ratio in row["ratios"]
     )
     texts = dict.fromkeys(row["text"] for row in rows if row["text"])
-    yield "".join(f"<p>{html.escape(text)}</p>" for text in texts)
+    yield "".join(f"<p>{_typeset(text)}</p>" for text in texts)
     yield f"<ul>{ratios}</ul>" if ratios else ""
 
 
@@ -110,5 +111,6 @@ def _title(movement: str) -> str:
     return NAMES[movement].capitalize()
 
 
-def _typeset(value: str) -> str:
-    return html.escape(value.replace("->", "→").replace(" x", " ×"))
+def _typeset(text: str) -> str:
+    """What is for a terminal as a page has it."""
+    return html.escape(re.sub(r"(?<=\d) x\b", " ×", text.replace("->", "→")))

@@ -19,7 +19,14 @@ from tensorway.cli import brought
 from tensorway.cli.demonstration import MOVEMENTS, Shown, Stage
 from tensorway.cli.output import Output
 from tensorway.cli.probe import usable
-from tensorway.errors import BackendNotFound, BackendUnavailable, OptionsInvalid, PluginDefect, TensorwayError, Unsupported
+from tensorway.errors import (
+    BackendNotFound,
+    BackendUnavailable,
+    OptionsInvalid,
+    PluginDefect,
+    TensorwayError,
+    Unsupported,
+)
 from tensorway.plugins import host, report
 from tensorway_tools.demo.facts import facts
 from tensorway_tools.demo.seen import NAMES, Seen, code_of, row
@@ -57,7 +64,7 @@ def run(given: argparse.Namespace, arguments: Sequence[str], out: Output) -> int
 
 
 def _selected(out: Output) -> list[dict[str, Any]]:
-    """Discover, probe and select; the decisions of `auto`."""
+    """Discover and select; the decisions of `auto`, which probes as little as it needs."""
     the_host = host()
     slots = the_host.slots()
     dists = sorted({slot.declaration.dist for slot in slots})
@@ -65,7 +72,7 @@ def _selected(out: Output) -> list[dict[str, Any]]:
     out.progress(f"2/{_STEPS} select: what `auto` takes, and what it does not")
     rows = []
     for kind in (kind for kind in hookspecs.HOOKS if the_host.slots(kind)):
-        rows.append(report.decision_row(the_host.decide(kind, probe_all=True)))
+        rows.append(report.decision_row(the_host.decide(kind)))
         winner, losers = rows[-1]["winner"], [loser["name"] for loser in rows[-1]["losers"]]
         name = winner["name"] if winner else "nothing"
         out.text(f"{kind}: {name}{', not ' + ', '.join(losers) if losers else ''}", indent=4, hang=4)
@@ -91,26 +98,26 @@ def _shown(out: Output, step: str, name: str, over: str, given: argparse.Namespa
     title, _, extra = MOVEMENTS[name]
     head = f"{step} {NAMES[name]}"
     stage = Stage(out, title, over, time.monotonic() + given.deadline, given.quick)
+    dist, excused = "", (BackendNotFound, BackendUnavailable)
     try:
         part = brought.declared(host().demos, name, stage.asked, extra=extra)
         if MOVEMENTS[name][1] and not over:
             raise BackendUnavailable(stage.asked, "No transport can be used here.", "Ask tensorway why transport.")
-    except (BackendNotFound, BackendUnavailable) as error:
-        out.progress(f"{head}: nothing here shows it. {error.to_do}")
-        return Seen(name, over, error=error, excused=True)
-    out.progress(f"{head}: {'over ' + over + ', ' if over else ''}as {part.dist} {part.version} shows it")
-    dist = f"{part.dist} {part.version}"
-    try:
+        dist, excused = f"{part.dist} {part.version}", (Unsupported,)
+        out.progress(f"{head}: {'over ' + over + ', ' if over else ''}as {dist} shows it")
         shown = brought.called(part, stage.asked, out, stage)
         if not isinstance(shown, Shown):
             true = f"{dist} brings it, and it returned no Shown."
             raise PluginDefect(stage.asked, true, "Report this to the plugin's author.")
     except TensorwayError as error:
         out.live()
-        out.text(f"{type(error).__name__}: {error.asked}", indent=4, hang=2)
-        for line in (error.true, error.to_do):
-            out.text(line, indent=6)
-        return Seen(name, over, dist, error=error, excused=isinstance(error, Unsupported))
+        if not dist:
+            out.progress(f"{head}: nothing here shows it. {error.to_do}")
+        else:
+            out.text(f"{type(error).__name__}: {error.asked}", indent=4, hang=2)
+            for line in (error.true, error.to_do):
+                out.text(line, indent=6)
+        return Seen(name, over, dist, error=error, excused=isinstance(error, excused))
     finally:
         out.live()
     out.text(shown.text, indent=4)

@@ -43,6 +43,8 @@ def command(arguments: list[str], out: Output) -> int:
             if before or not seen:
                 picture = Picture(folder, before, seen)
                 _show(picture, out, redraw=not once and out.stream.isatty())
+                if not once and not out.stream.isatty():
+                    out.line()
                 if once:
                     return exits.OK if not picture.there or picture.answering else exits.UNAVAILABLE
             before = {look.source: look for look in seen}
@@ -136,7 +138,7 @@ def _show(picture: Picture, out: Output, *, redraw: bool) -> None:
         return
     lines = _lines(picture, out)
     if not redraw:
-        for line in (*lines, ""):
+        for line in lines:
             out.line(line)
         return
     width, height = shutil.get_terminal_size()
