@@ -202,6 +202,15 @@ def test_a_forked_child_is_seen_as_itself_or_not_at_all(live, folder):
     assert [] == list(folder.glob(f"{parent.pid}-*"))
 
 
+def test_the_socket_of_a_parent_that_was_killed_is_swept_although_its_children_live(live, folder):
+    parent = live("forks")
+    (own,) = folder.glob(f"{parent.pid}-*")
+    parent.signal(signal.SIGKILL)
+    live("moves")
+    assert all(Path(f"/proc/{child}").exists() for child in parent.said["children"])
+    assert not own.exists()
+
+
 HOSTILE = {
     "escapes": "answers",
     "drips": "silent",
