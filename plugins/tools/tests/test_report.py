@@ -20,7 +20,8 @@ from tensorway_tools.demo.seen import Seen, row
 LOOK = """(() => {
   const shown = (node) => { const box = node.getBoundingClientRect(); return box.width > 0 && box.height > 0; };
   const parse = (text) => { const m = text.match(/[\\d.]+/g).map(Number); return [m[0], m[1], m[2], m[3] ?? 1]; };
-  const light = (c) => { const [r, g, b] = c.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const light = (c) => { const [r, g, b] = c.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 :
+      ((v + 0.055) / 1.055) ** 2.4);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
   const under = (node) => { for (let at = node; at; at = at.parentElement) {
     const c = parse(getComputedStyle(at).backgroundColor); if (c[3] > 0) return c; } return [255, 255, 255, 1]; };
@@ -52,8 +53,9 @@ LOOK = """(() => {
       [n.tagName === 'circle' ? 'fill' : 'stroke'])).map((c) => light(c.slice(0, 3)));
     const paper = light(under(svg.parentElement).slice(0, 3));
     const faint = Math.min(...lines.map((l) => (Math.max(l, paper) + 0.05) / (Math.min(l, paper) + 0.05)));
-    return { width: all.width, height: all.height, area: area.width * area.height, dots: svg.querySelectorAll('circle').length,
-      outside, cut, clash, said, faint, size: Math.min(...boxes.map(([, b]) => b.height)) };
+    return { width: all.width, height: all.height, area: area.width * area.height,
+      dots: svg.querySelectorAll('circle').length, outside, cut, clash, said, faint,
+      size: Math.min(...boxes.map(([, b]) => b.height)) };
   });
   return { worst, texts, over, scroll: document.documentElement.scrollWidth, width: innerWidth, plots,
     paper: light(under(document.body).slice(0, 3)), tables: document.querySelectorAll('figure table').length };

@@ -53,7 +53,7 @@ class Stage:
 
     @contextlib.contextmanager
     def processes(self) -> Iterator[None]:
-        """What processes of `tensorway.testing.ranks` do: one that ends, raises or is late is an error of three lines."""
+        """In here a process of `tensorway.testing.ranks` that ends, raises or is late is an error of three lines."""
         from tensorway.testing.ranks import RankFailed
 
         try:

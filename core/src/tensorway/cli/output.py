@@ -16,7 +16,7 @@ import attrs
 from tensorway import settings
 
 WIDTH: Final = 80
-_BAR: Final = 20
+_BAR: Final = 16
 _COLORS: Final = {"good": "32", "bad": "31", "dim": "2", "strong": "1"}
 
 

@@ -31,11 +31,13 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .4rem; } h2 { font-size: 1
 h3 { font-size: 1rem; margin: 1.8rem 0 .5rem; } p { margin: .3rem 0; } .soft { color: var(--soft); }
 figure { margin: 0; } svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12px; }
 svg .soft { fill: var(--soft); } .grid { stroke: var(--faint); } .line { fill: none; stroke-width: 2; }
-.dashed { stroke-dasharray: 6 4; stroke-width: 1.5; } .dotted { stroke-dasharray: 2 3; stroke-width: 1.5; } .narrow, .legend { display: none; }
+.dashed { stroke-dasharray: 6 4; stroke-width: 1.5; } .dotted { stroke-dasharray: 2 3; stroke-width: 1.5; }
+.narrow, .legend { display: none; }
 .legend span { display: inline-block; margin-right: 1.2em; } .legend i { display: inline-block; width: 1.1em;
        border-top: 3px solid; margin-right: .4em; vertical-align: middle; }
 .legend .dashed i { border-top-style: dashed; } .legend .dotted i { border-top-style: dotted; }
-@media (max-width: 640px) { body { margin: 1.5rem auto; } .wide { display: none; } .narrow, .legend { display: block; } }
+@media (max-width: 640px) { body { margin: 1.5rem auto; } .wide { display: none; }
+       .narrow, .legend { display: block; } }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid var(--faint); font-weight: normal; }
 th { color: var(--soft); } td:first-child, th:first-child { text-align: left; }
@@ -45,13 +47,11 @@ summary { cursor: pointer; color: var(--soft); font-size: .875rem; } details > d
 
 def page(title: str, parts: Iterable[str], style: str = "") -> str:
     """A page of these parts of HTML; only the title is text, and escaped here."""
-    light, dark = (
-        f":root {{ color-scheme: light dark; {ink}; {' '.join(f'--c{at}: {color};' for at, color in enumerate(colors))} }}"
-        for ink, colors in _PAPERS.values()
-    )
+    lines = {name: " ".join(f"--c{at}: {color};" for at, color in enumerate(row)) for name, (_, row) in _PAPERS.items()}
+    light, dark = (f":root {{ color-scheme: light dark; {ink}; {lines[name]} }}" for name, (ink, _) in _PAPERS.items())
     classes = "".join(
-        f".c{at} {{ color: var(--{name}); stroke: var(--{name}); }} svg text.c{at}, circle.c{at} {{ fill: var(--{name}); "
-        "stroke: none; } "
+        f".c{at} {{ color: var(--{name}); stroke: var(--{name}); }} "
+        f"svg text.c{at}, circle.c{at} {{ fill: var(--{name}); stroke: none; }} "
         for at, name in enumerate([*(f"c{at}" for at in range(len(_LIGHT))), "soft"])
     )
     return "\n".join(

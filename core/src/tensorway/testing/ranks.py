@@ -36,6 +36,8 @@ from tensorway.testing.stops import inner, send
 PATIENCE: Final = 100.0
 SECRET: Final = "a secret of the tests"
 _LENGTH: Final = struct.Struct("!Q")
+#: Seconds in which an answer that is there is taken, although the time is over.
+_MOMENT: Final = 0.1
 #: Seconds that a rank has to come to its end when nobody waits for it any more.
 _ORPHANED: Final = 2.0
 
@@ -139,6 +141,12 @@ class RankProcess:
         return data
 
 
+def _results(processes: Sequence[RankProcess], seconds: float) -> list[Any]:
+    """What all of them return, in so many seconds altogether."""
+    until = time.monotonic() + seconds
+    return [process.result(max(_MOMENT, until - time.monotonic())) for process in processes]
+
+
 class Ranks:
     """So many processes, and the rendezvous where they meet. An index here is of a process, not a rank of a group."""
 
@@ -169,7 +177,7 @@ class Ranks:
         chosen = [self._processes[index] for index in indices]
         for process in chosen:
             process.start(function, *arguments)
-        return [process.result(seconds) for process in chosen]
+        return _results(chosen, seconds)
 
     def enter(
         self,
@@ -184,7 +192,7 @@ class Ranks:
         members = tuple(f"p{index}" for index in indices)
         for me, index in enumerate(indices):
             self._processes[index].start(function, Place(path, members, me, epoch), *given)
-        return [self._processes[index].result(seconds) for index in indices]
+        return _results([self._processes[index] for index in indices], seconds)
 
     def close(self) -> None:
         """End them all."""

@@ -45,3 +45,24 @@ def test_without_json_no_json_is_written():
     stream = io.StringIO()
     Output(stream=stream).json("tensorway.test/1", {})
     assert "" == stream.getvalue()
+
+
+def test_what_is_done_right_now_is_one_line_of_a_terminal_and_each_time_a_line_elsewhere(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        out = Output(stream=stream)
+        out.live("half of it " + "x" * 100, 0.5)
+        out.live("nobody knows")
+        out.live()
+    long = ("[########........] half of it " + "x" * 100)[:39]
+    assert f"\r{long}\x1b[K\rnobody knows\x1b[K\r\x1b[K" == terminal.getvalue()
+    assert f"    half of it {'x' * 100}\n    nobody knows\n" == file.getvalue()
+
+
+def test_what_is_done_right_now_is_beside_json():
+    stream, notes = io.StringIO(), io.StringIO()
+    Output(as_json=True, stream=stream, notes=notes).live("half of it", 0.5)
+    assert ("", "    half of it\n") == (stream.getvalue(), notes.getvalue())

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tensorway.testing.ranks import RankFailed, RankProcess, Ranks
+from tensorway.testing.ranks import RankFailed, RankProcess, Ranks, _results
 
 # -- what a rank calls
 
@@ -227,3 +227,50 @@ def test_closing_again_does_nothing_and_leaves_no_file_and_no_thread_behind():
         if turn == 1:  # the first made what stays
             files, threads = held(), threading.active_count()
     assert (files, threads) == (held(), threading.active_count())
+
+
+def start_napping(rank, seconds):
+    """Let a rank of a rank be in the middle of something, and say which process it is."""
+    rank.notes["below"] = RankProcess("")
+    rank.notes["below"].start(nap, seconds)
+    return rank.notes["below"].pid
+
+
+def test_a_rank_in_the_middle_of_a_call_ends_when_who_started_it_is_killed():
+    process = RankProcess("")
+    try:
+        below = process.call(start_napping, 600)
+        process.signal(signal.SIGKILL)
+        until = time.monotonic() + 60
+        while b"tensorway.testing.ranks" in _command(below):
+            assert time.monotonic() < until, "it goes on for nobody"
+            time.sleep(0.05)
+    finally:
+        process.close()
+
+
+def _command(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def test_ctrl_c_is_for_who_started_a_rank():
+    process = RankProcess("")
+    try:
+        assert "x" == process.call(echo, "x")
+        process.signal(signal.SIGINT)
+        assert "y" == process.call(echo, "y")
+    finally:
+        process.close()
+
+
+def test_so_many_seconds_are_for_all_of_them_together():
+    with Ranks(2) as ranks:
+        ranks.each(range(2), echo, "x")
+        ranks[0].start(nap, 3.0)
+        ranks[1].start(nap, 6.0)
+        with pytest.raises(RankFailed, match="did not answer in time"):
+            _results([ranks[0], ranks[1]], 4.5)

@@ -106,10 +106,10 @@ def _shown(transport: str, found: Sequence[_Length]) -> Shown:
     chart = Chart(
         "Time of a hand-over", "keys and values of the prompt", tuple(lines), sizes, up="milliseconds", log=True
     )
-    what = f"handing over {longest.tokens} tokens"
+    moving = f"handing over {longest.tokens} tokens"
     ratios = (
-        Ratio(what, "computing the prompt", longest.handing_over, longest.computing),
-        Ratio(what, "a memmove", longest.handing_over, longest.copying),
+        Ratio(moving, "computing the prompt", longest.handing_over, longest.computing),
+        Ratio(moving, "a memmove", longest.handing_over, longest.copying),
     )
     moved, headline = sum(length.nbytes for length in found), (ratios[0].text, ratios[0].beside)
     return Shown(transport, _PROCESSES, moved, right, headline, text, ratios, (chart,))

@@ -38,8 +38,8 @@ def page_of(fields: dict[str, Any], seen: Sequence[Seen]) -> str:
     rows: list[dict[str, Any]] = fields["movements"]
     right = sum(row["state"] == "right" for row in rows)
     lede = (
-        "Rebalance, hand over, offload: three movements of the state of LLM inference, shown between real processes "
-        f"of one machine. {'All' if right == len(rows) else f'{right} of'} {len(rows)} were shown with every byte right."
+        "Rebalance, hand over, offload: three movements of the state of LLM inference, between real processes of one "
+        f"machine. {'All' if right == len(rows) else f'{right} of'} {len(rows)} were shown with every byte right."
     )
     parts = [f'<p class="soft">{html.escape(lede)}</p>', '<div class="cards">', *map(_card, rows), "</div>"]
     number = 0
@@ -75,7 +75,7 @@ def _said(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
             lines = "<br>".join(html.escape(row["error"][line]) for line in ("asked", "true", "to_do"))
             yield f'<p class="bad">{html.escape(row["error"]["error"])}</p><p>{lines}</p>'
     ratios = "".join(
-        f"<li>{html.escape(ratio['what'] + by)}: <b>{ratio['ratio']:g} ×</b> the time of "
+        f"<li>{html.escape(ratio['what'] + by)}: <b>{ratio['ratio']:g} &times;</b> the time of "
         f"{html.escape(ratio['beside'])}</li>"
         for row in rows
         for by in [f", over {row['over']}" if len(rows) > 1 else ""]
@@ -113,4 +113,4 @@ def _title(movement: str) -> str:
 
 def _typeset(text: str) -> str:
     """What is for a terminal as a page has it."""
-    return html.escape(re.sub(r"(?<=\d) x\b", " ×", text.replace("->", "→")))
+    return re.sub(r"(?<=\d) x\b", " &times;", html.escape(text).replace("-&gt;", "&rarr;"))

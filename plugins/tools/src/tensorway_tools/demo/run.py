@@ -98,7 +98,8 @@ def _shown(out: Output, step: str, name: str, over: str, given: argparse.Namespa
     title, _, extra = MOVEMENTS[name]
     head = f"{step} {NAMES[name]}"
     stage = Stage(out, title, over, time.monotonic() + given.deadline, given.quick)
-    dist, excused = "", (BackendNotFound, BackendUnavailable)
+    dist = ""
+    excused: tuple[type[TensorwayError], ...] = (BackendNotFound, BackendUnavailable)
     try:
         part = brought.declared(host().demos, name, stage.asked, extra=extra)
         if MOVEMENTS[name][1] and not over:
