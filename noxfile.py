@@ -281,7 +281,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(requires=["build"])
 def bench(session: nox.Session) -> None:
-    """The scripts of tests/bench, in short; `nox -s bench -- import_cost` runs the named ones in full."""
+    """`tensorway bench` and the scripts of tests/bench, in short; `nox -s bench -- eplb` runs named scripts in full."""
     install(session, list(DISTS))
     scripts = sorted((ROOT / "tests" / "bench").glob("*.py"))
     wanted = {word for word in session.posargs if not word.startswith("-")}
@@ -295,6 +295,8 @@ def bench(session: nox.Session) -> None:
         session.install(*CONSTRAINTS, *LIBRARIES["ray"], "nixl==1.5.1")
     options = [word for word in session.posargs if word.startswith("-")] if session.posargs else ["--short"]
     session.chdir(session.create_tmp())
+    if not wanted:
+        session.run("tensorway", "bench", "run", "--short")
     for script in scripts:
         if not wanted or script.stem in wanted:
             session.run("python", str(script), *options)

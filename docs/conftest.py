@@ -44,9 +44,11 @@ ACCELERATORS = ("cuda", "rocm", "xpu")
 SCHEMAS = {
     name: schema
     for package in (
-        "tensorway_tools.demo",
         "tensorway_eplb.command",
         "tensorway_offload.command",
+        "tensorway_tools.bench",
+        "tensorway_tools.demo",
+        "tensorway_tools.top",
         "tensorway_vllm",
         "tensorway.cli",
     )

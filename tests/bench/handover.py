@@ -1,12 +1,10 @@
-"""What a hand-over of KV blocks costs: pieces that are posted, planning, and bytes beside the transport's own read.
+"""What a hand-over of KV blocks costs beside its bytes: pieces that are posted, planning, pushes, staging memory.
 
     python tests/bench/handover.py [--short]
 
-Two engines over `local`, the producer's rank in a process of its own. Pieces are counted from the plan's tables, as the
-transport is given them. A hand-over is timed from `reserve` to the step that says `received`, on an engine that is
-connected; the read beside it is of the same ids over the same tables, without planning, words or steps. Both read in
-turns, and what is printed are medians of ratios within a turn: the machine is shared, and seconds of one turn say
-little about those of another.
+What a hand-over takes beside the transport's own read is `tensorway bench run handover`; this goes on from its code.
+Pieces are counted from the plan's tables, as the transport is given them. All ways take turns, and what is printed are
+medians of ratios within a turn: the machine is shared, and seconds of one turn say little about those of another.
 """
 
 from __future__ import annotations
@@ -19,45 +17,23 @@ import time
 from array import array
 from typing import Any
 
-import attrs
 import numpy as np
 
-from tensorway import memory
-from tensorway.kv import KVContext, RequestView
-from tensorway.memory import Region
 from tensorway.testing.ranks import Rank, Ranks
-from tensorway_kv.layouts import Cache, Parallel, attention, rank_geometry
-from tensorway_kv.offers import construct_handover
-from tensorway_kv.options import HandoverOptions
+from tensorway_kv.bench import (
+    PAGE,
+    Size,
+    close_producer,
+    handed_over,
+    hold,
+    keep,
+    open_producer,
+    settle,
+    side,
+    turn,
+)
 from tensorway_kv.reads import Batch, Held, Reads
 from tensorway_kv.topology import EngineTransferInfo, TransferTopology
-
-PAGE, HEADS, WIDTH = 16, 8, 128
-BLOCK = PAGE * HEADS * WIDTH * 2
-OPTIONS = {"transport": "local", "secret": "a secret of the benchmark", "path": "/bench/kv"}
-
-
-@attrs.frozen
-class Size:
-    """Of a cache."""
-
-    layers: int
-    blocks: int
-
-    @property
-    def nbytes(self) -> int:
-        """Of all its blocks."""
-        return self.layers * self.blocks * BLOCK
-
-    def geometry(self, start: int, page: int = PAGE, tp: int = 1) -> list[Any]:
-        """Of all ranks, each with a plane for each layer, from an address on."""
-        caches = [Cache(range(self.layers), attention(HEADS, WIDTH), page, order="HND")]
-        made = []
-        for rank in range(tp):
-            at = iter(range(start, start + 2 * self.nbytes, self.blocks * BLOCK * page // PAGE // tp))
-            made.append(rank_geometry(caches, Parallel(tp), rank, blocks=self.blocks, base=lambda *_, at=at: next(at)))
-        return made
-
 
 # -- what is posted
 
@@ -107,103 +83,12 @@ def pieces(reads: Reads, plan: dict[int, list[Batch]]) -> int:
     for rank, batches in plan.items():
         for batch in batches:
             tables = reads.routes(rank)[batch.route]
-            for side, (table, ids) in enumerate(zip(tables, (batch.local, batch.remote), strict=True)):
-                sides[side] += len(table.vector(array("q", ids.astype("q").tobytes()))) // 2
+            for at, (table, ids) in enumerate(zip(tables, (batch.local, batch.remote), strict=True)):
+                sides[at] += len(table.vector(array("q", ids.astype("q").tobytes()))) // 2
     return max(sides)
 
 
 # -- bytes
-
-
-def hold(size: Size, shared: bool) -> tuple[Any, Any]:
-    """Memory of one rank, which is all there, and its geometry."""
-    buffer = memory.shared(size.nbytes) if shared else bytearray(size.nbytes)
-    np.frombuffer(buffer, np.uint8)[:] = 1  # what was never written to is one page of zeros for the kernel
-    return buffer, size.geometry(Region.of(buffer).address)[0]
-
-
-def side(role: str, engine: str, rendezvous: Any, geometry: Any, options: dict[str, Any]) -> Any:
-    """A planner, or a mover."""
-    context = KVContext(engine, rendezvous, role, 1, 0, geometry, {"model": "bench"})
-    return construct_handover(HandoverOptions(**{**OPTIONS, **options}), context)
-
-
-def open_producer(rank: Rank, size: Size, shared: bool, options: dict[str, Any]) -> None:
-    """The engine that is read from, in its process."""
-    rank.notes["buffer"], geometry = hold(size, shared)
-    rank.notes["sides"] = [side(role, "prefill", rank.rendezvous(), geometry, options) for role in ("planner", "mover")]
-
-
-def keep(rank: Rank, request: str, ids: list[int]) -> object:
-    """Fill a request's blocks, keep them, and write the words beside them; the ticket."""
-    planner, mover = rank.notes["sides"]
-    np.frombuffer(rank.notes["buffer"], np.uint8)[:] = hash(request) % 199 + 2
-    kept = planner.finish(RequestView(request, len(ids) * PAGE, hand_over=True), [ids], len(ids) * PAGE)
-    turn(planner, mover)
-    return kept.ticket
-
-
-def settle(rank: Rank) -> None:
-    """Step until what was kept is let go of."""
-    planner, mover = rank.notes["sides"]
-    while planner.busy():
-        turn(planner, mover)
-        time.sleep(1e-4)
-
-
-def close_producer(rank: Rank) -> None:
-    """End it."""
-    for each in reversed(rank.notes.pop("sides")):
-        each.close()
-    del rank.notes["buffer"]
-
-
-def turn(planner: Any, mover: Any) -> Any:
-    """One step of an engine of one rank."""
-    step = planner.plan_step()
-    mover.submit(step.plan)
-    planner.on_results(0, mover.poll())
-    return step
-
-
-def throughput(ranks: Ranks, size: Size, shared: bool, pairs: int) -> None:
-    """Hand-overs and plain reads in turns."""
-    ranks[0].call(open_producer, size, shared, {})
-    rendezvous = Rank(ranks.rendezvous.address).rendezvous()
-    buffer, geometry = hold(size, shared)
-    planner, mover = (side(role, "decode", rendezvous, geometry, {}) for role in ("planner", "mover"))
-    lane = "shm" if shared else "cma"
-    try:
-        contiguous = list(range(size.blocks))
-        for order, ids in (
-            ("contiguous", contiguous),
-            ("in random order", random.Random(1).sample(contiguous, len(contiguous))),
-        ):
-            ratios, rates = [], []
-            for number in range(pairs + 1):
-                request = f"{order}-{number}"
-                ticket = ranks[0].call(keep, request, ids)
-                took = handed_over(planner, mover, f"{request}-here", ticket, ids)
-                expected = np.frombuffer(buffer, np.uint8)
-                assert expected.min() == expected.max() > 1, "other bytes arrived than were sent"
-                beside = read(mover, ids)
-                while planner.busy():
-                    turn(planner, mover)
-                ranks[0].call(settle)
-                if number:  # the first connects
-                    ratios.append(beside / took)
-                    rates.append(size.nbytes / took / 1e9)
-            ratios.sort()
-            print(
-                f"local {lane}, {size.nbytes >> 20} MiB in {size.layers} layers x {size.blocks} blocks, {order}: "
-                f"{statistics.median(ratios):.2f} of the transport's own read ({ratios[0]:.2f} to {ratios[-1]:.2f}, "
-                f"{pairs} pairs), {statistics.median(rates):.1f} GB/s"
-            )
-    finally:
-        mover.close()
-        planner.close()
-        rendezvous.close()
-        ranks[0].call(close_producer)
 
 
 def staging(ranks: Ranks, size: Size, pairs: int) -> None:
@@ -300,40 +185,6 @@ def steps(rank: Rank, count: int) -> None:
         turn(*rank.notes["sides"])
 
 
-def handed_over(planner: Any, mover: Any, request: str, ticket: object, ids: list[int], pause: float = 0.0) -> float:
-    """Seconds from `reserve` to `received`; `pause` between steps, in which threads of ours get their turn."""
-    tokens = len(ids) * PAGE
-    view = RequestView(request, tokens, ticket)
-    assert planner.lookup(view, 0).tokens == tokens
-    started = time.perf_counter()
-    planner.reserve(view, [ids], 0, tokens)
-    while True:
-        step = turn(planner, mover)
-        assert not step.failed, step
-        if step.received:
-            return time.perf_counter() - started
-        if pause:
-            time.sleep(pause)
-
-
-def read(mover: Any, ids: list[int]) -> float:
-    """Seconds of the same bytes, by the transport alone."""
-    (link,) = mover._links
-    bound, held = link.bound, Held([ids])
-    posts = [
-        (
-            bound.routes[rank][batch.route],
-            *(array("q", one.astype("q").tobytes()) for one in (batch.local, batch.remote)),
-        )
-        for rank, batches in bound.reads.plan(held, held, 0, len(ids) * PAGE).items()
-        for batch in batches
-    ]
-    started = time.perf_counter()
-    for transfer in [mover.endpoint.read(*post) for post in posts]:
-        transfer.wait()
-    return time.perf_counter() - started
-
-
 def main() -> None:
     """Print all rows."""
     short = "--short" in sys.argv
@@ -341,8 +192,6 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
     posting(Size(32, 2048), 5 if short else 25)
     with Ranks(2) as ranks:
-        for shared in (False, True):
-            throughput(ranks, Size(16, 128) if short else Size(32, 512), shared, 5 if short else 15)
         pushes(ranks, Size(16, 128) if short else Size(32, 256), 5 if short else 15)
         staging(ranks, Size(16, 128) if short else Size(32, 256), 5 if short else 15)
 

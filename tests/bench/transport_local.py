@@ -1,10 +1,11 @@
-"""What a byte over `local` costs against a memmove of as many in the same run, and what a transfer costs beside them.
+"""What a byte over `local` costs beside what else moves the same bytes between two processes, and an idle endpoint.
 
     python tests/bench/transport_local.py [--short]
 
-Two processes; blocks in random order; over each lane: `cma`, where the kernel copies, and `shm`, where the memory of
-both is of `tensorway.memory.shared`. CPU seconds of the reading process (the peer's process does nothing for a read),
-as paired ratios: the machine is shared, and each pair is measured within the same tenth of a second.
+What blocks of several lengths and small transfers cost is `tensorway bench run transport`. Here they are of 64 KiB in
+random order, over each lane: `cma`, where the kernel copies, and `shm`, where the memory of both is of
+`tensorway.memory.shared`; beside the kernel's call itself, memmove, and NIXL. CPU seconds of the reading process (the
+peer's process does nothing for a read), as ratios within a turn: the machine is shared.
 """
 
 from __future__ import annotations
@@ -23,10 +24,7 @@ from typing import Any
 import tensorway
 from tensorway.memory import Region, shared
 from tensorway.testing import PeerProcess
-from tensorway.testing.peer import allocated
 from tensorway.transport import BlockTable, Peer
-
-SIZES = ((4 << 10, 4096), (16 << 10, 2048), (64 << 10, 1024), (1 << 20, 64))
 
 
 def cpu(call: Callable[[], object]) -> float:
@@ -34,37 +32,6 @@ def cpu(call: Callable[[], object]) -> float:
     started = time.process_time()
     call()
     return time.process_time() - started
-
-
-def ratio(ours: Callable[[], object], theirs: Callable[[], object], pairs: int) -> str:
-    """The median of paired ratios, with the smallest and the largest."""
-    found = sorted(cpu(ours) / cpu(theirs) for _ in range(pairs))
-    return f"{statistics.median(found):5.2f} x memmove   ({found[0]:.2f} to {found[-1]:.2f})"
-
-
-def bytes_cost(peer: PeerProcess, shared_memory: bool, pairs: int) -> None:
-    """CPU per byte, for several block sizes."""
-    for number, (block, count) in enumerate(SIZES):
-        nbytes = block * count
-        peer.register(nbytes, seed=number)
-        # All pages are there: what was never written to is one page of zeros for the kernel, and copies like cache.
-        mine, source, target = (bytearray(b"\1" * nbytes) for _ in range(3))
-        mine = allocated(mine, shared_memory=shared_memory)
-        with tensorway.create("transport", "local") as transport:
-            other = transport.connect(peer.describe())
-            here = transport.register(mine).regions[0]
-            tables = BlockTable.over(here, block), BlockTable.over(other.regions[number], block)
-            route, ids = transport.prepare(other, *tables), random.Random(1).sample(range(count), count)
-
-            def read(route: object = route, ids: list[int] = ids, transport: object = transport) -> None:
-                transport.read(route, ids, ids).wait()  # type: ignore[attr-defined]
-
-            def copy(target: bytearray = target, source: bytearray = source) -> None:
-                memoryview(target)[:] = source
-
-            read()
-            copy()
-            print(f"{other.lane}: read of {count:>5} blocks of {block >> 10:>4} KiB: {ratio(read, copy, pairs)}")
 
 
 def at_length(peer: PeerProcess, sharing: PeerProcess, pairs: int) -> None:
@@ -133,22 +100,11 @@ def by_nixl(
     return reader(transport, other, here, other.regions[0], block, orders)
 
 
-def transfer_cost(peer: PeerProcess, rounds: int) -> None:
-    """Wall time of the smallest transfer, and CPU of an idle second."""
-    number = peer.register(1 << 20)
+def idle() -> None:
+    """CPU of an endpoint that has nothing to do, for a second."""
     with tensorway.create("transport", "local") as transport:
-        other, here = transport.connect(peer.describe()), transport.register(bytearray(1 << 20)).regions[0]
-        block = 4 << 10
-        route = transport.prepare(other, BlockTable.over(here, block), BlockTable.over(other.regions[number], block))
-        started = time.perf_counter()
-        for _ in range(rounds):
-            transport.read(route, [0], [1]).wait()
-        print(
-            f"{other.lane}: one 4 KiB block: {(time.perf_counter() - started) / rounds * 1e6:.1f} us each, "
-            "from the call to the end"
-        )
-        idle = cpu(lambda: time.sleep(1))
-        print(f"an idle endpoint: {idle:.2%} of a core")
+        transport.register(bytearray(1 << 20))
+        print(f"an idle endpoint: {cpu(lambda: time.sleep(1)):.2%} of a core")
 
 
 def main() -> None:
@@ -156,11 +112,8 @@ def main() -> None:
     short = "--short" in sys.argv
     peer, sharing = PeerProcess("local"), PeerProcess("local", shared_memory=True)
     try:
-        for each in (peer, sharing):
-            bytes_cost(each, each is sharing, 7 if short else 51)
         at_length(peer, sharing, 5 if short else 21)
-        for each in (peer, sharing):
-            transfer_cost(each, 500 if short else 20_000)
+        idle()
     finally:
         peer.close()
         sharing.close()

@@ -42,6 +42,8 @@ SCHEMAS = {
     "rebalance-planning.md": "tensorway_eplb.command",
     "offload-replay.md": "tensorway_offload.command",
     "vllm.md": "tensorway_vllm",
+    "benchmarks.md": "tensorway_tools.bench",
+    "operations.md": "tensorway_tools.top",
 }
 
 
@@ -151,7 +153,13 @@ def test_a_page_of_a_backend_says_how_to_get_it_and_lists_its_options(name, page
         for requirement in requirements:
             assert f"`{requirement}`" in text, "the requirement of its extra"
     for group, entries in table["entry-points"].items():
-        if group not in {"tensorway.api", "tensorway.command", "tensorway.demo", "tensorway.offload_command"}:
+        if group not in {
+            "tensorway.api",
+            "tensorway.command",
+            "tensorway.demo",
+            "tensorway.offload_command",
+            "tensorway.bench",
+        }:
             if name not in entries:  # a movement's dist has several pages, and policies are on the page of their hook
                 continue
             assert f"../hooks/{group.removeprefix('tensorway.')}.md" in text

@@ -22,8 +22,8 @@ OTHER_EXTRAS = {"testing"}
 MOVEMENTS = {"eplb", "kv", "offload"}
 #: Groups of an engine, which asks for names of its own.
 ENGINES = {"vllm.general_plugins"}
-#: Groups whose names are words of a command, or movements.
-WORDS = {"tensorway.command", "tensorway.demo", "tensorway.offload_command"}
+#: Groups whose names are words of a command, movements, or what is measured.
+WORDS = {"tensorway.bench", "tensorway.command", "tensorway.demo", "tensorway.offload_command"}
 #: What the mathematics of a dist needs: small, and on every index.
 MATHEMATICS = {
     "cpu": {"numpy"},

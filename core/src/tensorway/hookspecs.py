@@ -31,6 +31,8 @@ COMMAND: Final = "command"
 DEMO: Final = "demo"
 #: The same for the words after `tensorway offload`, which the dist `tensorway-offload` runs.
 OFFLOAD_COMMAND: Final = "offload_command"
+#: The same for what a dist measures of itself, which `tensorway bench` of the dist `tensorway-tools` runs.
+BENCH: Final = "bench"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -53,7 +53,10 @@ class MetricsServer:
     """Answers Prometheus on a thread of its own. Threads may share it."""
 
     def __init__(self, metrics: Mapping[str, Metric], host: str = "127.0.0.1", port: int = 0) -> None:
-        """`metrics`: all vocabularies, as one; `port`: 0 for any that is free, see `address`."""
+        """`metrics`: all vocabularies, as one; `port`: 0 for any that is free, see `address`.
+
+        A `host` that begins with a slash is the path of a socket of this machine, which has no port.
+        """
         self._metrics = {**metrics, _UP.name: _UP}
         self._sources: dict[str, Source] = {}
         self._failed: set[str] = set()
@@ -75,18 +78,19 @@ class MetricsServer:
         host, port, *_ = self._server.socket.getsockname()
         return str(host), int(port)
 
-    def add(self, name: str, source: Source) -> None:
-        """Answer with these values, too; who is called the same is replaced."""
-        self._sources = {**self._sources, name: source}
+    def add(self, name: str, source: Source, metrics: Mapping[str, Metric] | None = None) -> None:
+        """Answer with these values, too, perhaps of a further vocabulary; who is called the same is replaced."""
+        self._metrics.update(metrics or {})
+        self._sources[name] = source
 
     def remove(self, name: str) -> None:
         """Answer without them."""
-        self._sources = {each: source for each, source in self._sources.items() if each != name}
+        self._sources.pop(name, None)
 
     def text(self) -> str:
         """What it answers."""
         samples: list[Sample] = []
-        for name, source in self._sources.items():
+        for name, source in list(self._sources.items()):
             try:
                 samples += source()
                 up = 1
@@ -109,6 +113,10 @@ class MetricsServer:
             raise DeadlineExceeded(
                 "The server of metrics was to be closed.", true, "Look at what its sources wait for."
             )
+
+    def abandon(self) -> None:
+        """Close what a process has of its parent's server: the thread that answers is not here."""
+        self._server.socket.close()
 
     def __enter__(self) -> MetricsServer:
         return self
@@ -134,7 +142,10 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.owner, self._slots = owner, threading.BoundedSemaphore(MOST)
         if ":" in host:
             self.address_family = socket.AF_INET6
-        super().__init__((host, port), _Handler)
+        if host.startswith("/"):
+            self.address_family = socket.AF_UNIX
+        address: Any = host if host.startswith("/") else (host, port)
+        super().__init__(address, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._slots.acquire(blocking=False):

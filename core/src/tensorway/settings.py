@@ -25,6 +25,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "TENSORWAY_SECRET": "What all members of a deployment know; whoever knows it reaches their memory.",
     "TENSORWAY_SECRET_FILE": "A file with that secret, where TENSORWAY_SECRET is not set.",
     "TENSORWAY_HOST": "The host policy of every option `host` that is left blank: `cidr:10.0.0.0/8`, never an address.",
+    "TENSORWAY_METRICS": "A folder in which each process has a socket that `tensorway top` asks. Unset: there is none.",
     "TENSORWAY_REQUIRE_MULTIHOST": "`1` fails tests that need several hosts where there can be none. Else they skip.",
     "TENSORWAY_LOCAL_RANK": "This process's rank on its host; only rank 0 logs what every rank would log.",
     "TENSORWAY_ENVIRONMENT_POLICY": "`off` lets all but secrets travel; `NAME=SCOPE` says where values are true.",

@@ -9,6 +9,8 @@ import pytest
 
 from tensorway.cli import commands, exits
 from tensorway.plugins import scan
+from tensorway.plugins.host import Host
+from tensorway.settings import Settings
 
 #: A command that says what it was given.
 ECHO = """
@@ -165,6 +167,16 @@ def test_the_list_of_our_commands_is_that_of_the_parser():
 def test_a_line_without_a_command_in_front_is_usage(site, arguments):
     done = run(site, *arguments)
     assert (exits.USAGE, True) == (done.returncode, "usage: tensorway" in done.stderr)
+
+
+def test_benchmarks_are_no_backends_and_no_commands(site):
+    site.dist("acme-bench", {"tensorway.bench": {"copies": "acme_bench:COPIES"}})
+    found = site.scan()
+    assert ((), (), ()) == (found.declarations, found.complaints, found.commands)
+    assert [("bench", "copies", "acme-bench")] == [(row.kind, row.name, row.dist) for row in found.benches]
+    assert ("TENSORWAY_PLUGINS leaves it out (denied)", "") == tuple(
+        Host(found, Settings(deny=deny)).left_out(found.benches[0]) for deny in (("bench:copies",), ())
+    )
 
 
 def test_commands_below_offload_are_no_backends_and_no_commands(site):

@@ -24,11 +24,12 @@ def test_every_variable_is_read():
         "TENSORWAY_LOCAL_RANK": "3",
     }
     # Secrets are read when somebody asks for them, and kept nowhere; policies are those of the environment they are in;
-    # and what is for tests is read by tests.
+    # what is for tests is read by tests; and where metrics are shown is asked by whoever has some.
     elsewhere = {
         "TENSORWAY_SECRET",
         "TENSORWAY_SECRET_FILE",
         "TENSORWAY_HOST",
+        "TENSORWAY_METRICS",
         "TENSORWAY_ENVIRONMENT_POLICY",
         "TENSORWAY_ENVIRONMENT_OF",
         "TENSORWAY_REQUIRE_MULTIHOST",

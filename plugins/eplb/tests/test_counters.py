@@ -11,6 +11,7 @@ import time
 import attrs
 import pytest
 
+from tensorway.metrics import total
 from tensorway.testing.ranks import Ranks
 from tensorway_eplb.cycle import Cause
 from tensorway_eplb.placement import Placement
@@ -96,6 +97,32 @@ def test_what_was_moved_is_counted_and_what_is_there_already_is_skipped(world):
         phases = [counts[f"{phase}_seconds"] for phase in ("begin", "move", "commit", "end")]
         assert all(seconds >= 0 for seconds in phases) and counts["move_seconds"] > 0
         assert bool(counts["stalls"]) == bool(counts["stalled_seconds"])
+
+
+def shown(rank):
+    return rank.notes["rebalancer"].samples()
+
+
+def test_what_is_exported_is_what_was_counted(world):
+    start = entered(world, "/exported/experts", NO_COPIES)
+    world[0].call(spoil, 2, 1)
+    world.each([0, 1], engine.rebalance, swapped(start, 1, 6), 10.0)
+    for counts, samples in zip(world.each([0, 1], counted), world.each([0, 1], shown), strict=True):
+        labels = {dict(sample.labels)["group"] for sample in samples}
+        assert {"/exported/experts"} == labels
+        assert counts["layers_aborted"] == total(samples, "eplb_layers_aborted_total") == 1
+        assert counts["layers_committed"] == total(samples, "eplb_layers_committed_total") == 2
+        assert counts["fetched_rows"] == total(samples, "eplb_rows_total", what="fetched")
+        assert counts["mismatched_rows"] == total(samples, "eplb_rows_total", what="mismatched")
+        assert counts["fetched_bytes"] == total(samples, "eplb_fetched_bytes_total")
+        assert counts["move_seconds"] == total(samples, "eplb_seconds_total", phase="move")
+        told = {"stalls", "rebalances", "rebalances_skipped", "members_lost", "failed_fetches"}
+        assert {name: counts[name] for name in told} == {name: total(samples, f"eplb_{name}_total") for name in told}
+        assert (2, 0) == tuple(total(samples, "eplb_members", state=state) for state in ("there", "lost"))
+        told_rows = {dict(sample.labels)["what"] for sample in samples if sample.metric == "eplb_rows_total"}
+        assert {
+            name.removesuffix("_rows") for name in counts if name.endswith("_rows") and "aborted" not in name
+        } == told_rows
 
 
 def test_a_row_that_cannot_be_had_is_its_rank_s_cause_and_for_the_others_elsewhere(world):

@@ -36,7 +36,7 @@ def declared(rows: Sequence[Declaration], name: str, asked: str, extra: str) -> 
 
 def called(row: Declaration, asked: str, out: Output, *given: object) -> object:
     """Import it and call it; what goes wrong is the plugin's defect, unless it says what cannot be done."""
-    function, brings = _loaded(row, asked), f"{row.dist} {row.version} brings it"
+    function, brings = _function(row, asked), f"{row.dist} {row.version} brings it"
     try:
         return function(*given)
     except (TensorwayError, BrokenPipeError):
@@ -48,7 +48,8 @@ def called(row: Declaration, asked: str, out: Output, *given: object) -> object:
         raise PluginDefect(asked, f"{brings}, and it raised {describe(error)}", to_do) from error
 
 
-def _loaded(row: Declaration, asked: str) -> Callable[..., Any]:
+def loaded(row: Declaration, asked: str) -> Any:
+    """Import it; what goes wrong is the plugin's defect."""
     brings = f"{row.dist} {row.version} brings it"
     # A slot knows how to tell a plugin of another generation, whose code must not be imported.
     slot = Slot(row, on_record=lambda record: None, load_lock=threading.RLock())
@@ -56,12 +57,16 @@ def _loaded(row: Declaration, asked: str) -> Callable[..., Any]:
     if slot.record is not None:
         raise PluginDefect(asked, f"{brings}, but {slot.record.reason}.", slot.record.remedy)
     try:
-        found = resolve(row.value)
+        return resolve(row.value)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit from a plugin is no exit code of ours
         _, remedy = import_problem(row, error)
         raise PluginDefect(asked, f"{brings}, but importing {row.value} raised {describe(error)}", remedy) from error
+
+
+def _function(row: Declaration, asked: str) -> Callable[..., Any]:
+    brings, found = f"{row.dist} {row.version} brings it", loaded(row, asked)
     if not callable(found):
         true = f"{brings}, but {row.value} is of type {type(found).__name__}, not a function."
         raise PluginDefect(asked, true, "Report this to the plugin's author.")

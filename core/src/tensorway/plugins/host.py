@@ -55,6 +55,7 @@ class Host:
         self.commands: tuple[Declaration, ...] = found.commands
         self.demos: tuple[Declaration, ...] = found.demos
         self.offload_commands: tuple[Declaration, ...] = found.offload_commands
+        self.benches: tuple[Declaration, ...] = found.benches
         self.context = HookContext(api=hookspecs.API, core_version=tensorway.__version__)
         self._slots: dict[tuple[str, str], Slot] = {}
         self._lock = threading.RLock()
@@ -244,7 +245,7 @@ class Host:
         return ""
 
     def _apply_lists(self) -> None:
-        for_people = (*self.commands, *self.demos, *self.offload_commands)
+        for_people = (*self.commands, *self.demos, *self.offload_commands, *self.benches)
         rows = [*(slot.declaration for slot in self._slots.values()), *for_people]
         for item in self.settings.allow:
             if not any(_selects(item, row) for row in rows):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from tensorway.hookspecs import API_GROUP, COMMAND, DEMO, GROUP_PREFIX, HOOKS, OFFLOAD_COMMAND
+from tensorway.hookspecs import API_GROUP, BENCH, COMMAND, DEMO, GROUP_PREFIX, HOOKS, OFFLOAD_COMMAND
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _REFERENCE: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 #: What is no backend, in the order of `Scan`.
-_FOR_PEOPLE: Final = (COMMAND, DEMO, OFFLOAD_COMMAND)
+_FOR_PEOPLE: Final = (COMMAND, DEMO, OFFLOAD_COMMAND, BENCH)
 #: More backends than this from one dist is a mistake or an attack; the rest is counted, not kept.
 MAX_PER_DIST: Final = 256
 #: An `entry_points.txt` above this is not parsed.
@@ -73,6 +73,8 @@ class Scan:
     demos: tuple[Declaration, ...] = ()
     #: What follows `tensorway offload`; `kind` is `OFFLOAD_COMMAND`.
     offload_commands: tuple[Declaration, ...] = ()
+    #: Benchmarks; `kind` is `BENCH`.
+    benches: tuple[Declaration, ...] = ()
 
 
 def scan(distributions: Callable[[], Iterable[Distribution]] | None = None) -> Scan:

@@ -15,7 +15,16 @@ from typing import Final
 
 from tensorway._logging import logger
 from tensorway.errors import TensorwayError
+from tensorway.exports import export
+from tensorway.metrics import Counters, Metric, Sample, vocabulary
 from tensorway.rendezvous.contract import Store
+
+#: `store` is the rendezvous' name.
+METRICS: Final = vocabulary(
+    Metric("rendezvous_held_leases", "gauge", ("store",), "Leases that this process keeps."),
+    Metric("rendezvous_lease_seconds", "gauge", ("store",), "What is left of the one of them that ends first."),
+    Metric("rendezvous_lost_leases_total", "counter", ("store",), "Leases that were lost."),
+)
 
 _log = logger("rendezvous")
 #: A lease is kept this many times within its life, so that two may fail.
@@ -50,6 +59,19 @@ class Keeper:
         self._busy: set[Store] = set()
         self._threads = 0
         self._changed = threading.Condition()
+        self._counts = Counters(METRICS)
+        export("leases", self.samples, METRICS)
+
+    def samples(self) -> list[Sample]:
+        """What is held now, as values of `METRICS`."""
+        with self._changed:
+            held, now = list(self._leases.items()), time.monotonic()
+        found = Counters(METRICS)
+        left = sorted(((lease._kept + lease.ttl - now, store.name) for lease, store in held), reverse=True)
+        for seconds, name in left:  # the one that ends first is the last of its store
+            found.add("rendezvous_held_leases", store=name)
+            found.set("rendezvous_lease_seconds", round(seconds, 3), store=name)
+        return [*found.samples(), *self._counts.samples()]
 
     def hold(self, lease: Lease, store: Store) -> None:
         """Keep it from now on."""
@@ -117,6 +139,8 @@ class Keeper:
             if kept:
                 lease._kept = started
         if not kept and lost and self.let_go(lease, lost):
+            with self._changed:
+                self._counts.add("rendezvous_lost_leases_total", store=store.name)
             _log.warning("A lease of the rendezvous %s is lost: %s.", store.name, lost)
 
 

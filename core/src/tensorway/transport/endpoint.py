@@ -18,7 +18,10 @@ from typing import Any, Final
 import attrs
 
 from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, MemoryInvalid, PeerLost, Unsupported
+from tensorway.exports import export
 from tensorway.memory import Region
+from tensorway.metrics import Sample
+from tensorway.transport import counts
 from tensorway.transport import description as envelope
 from tensorway.transport.blocks import BlockTable, block_ids, covered, touches
 from tensorway.transport.contract import (
@@ -32,7 +35,6 @@ from tensorway.transport.contract import (
     Registration,
     Route,
 )
-from tensorway.transport.counts import Counts
 from tensorway.transport.transfer import Transfer
 
 #: Endpoints that were closed while their fabric could still write: their memory lives as long as the process.
@@ -88,10 +90,11 @@ class Endpoint:
         self._peers: list[Peer] = []
         #: In the order in which they were started; a dict, because most are its only row, and for a moment.
         self._transfers: dict[Transfer, None] = {}
-        self._counts = Counts()
+        self._counts = counts.Counts()
         self._pump: threading.Thread | None = None
         self._idle = False
         fabric.open(self.endpoint_name, self._incarnation)
+        export("endpoint", self.samples, counts.METRICS)
 
     @property
     def name(self) -> str:
@@ -279,6 +282,13 @@ class Endpoint:
         self.poll()
         with self._lock:
             return self._counts.rows()
+
+    def samples(self) -> list[Sample]:
+        """The same, and what is true now, as values of `counts.METRICS`; moves nothing on, so anybody may look."""
+        with self._lock:
+            rows, transfers, peers = self._counts.rows(), list(self._transfers), list(self._peers)
+            gone = self._closed and not transfers
+        return [] if gone else counts.samples(rows, transfers, peers, transport=self.name, endpoint=self.endpoint_name)
 
     def close(self, deadline: float = 5.0) -> None:
         """End everything: transfers are cancelled, and their memory stays alive until the fabric has let go of it."""

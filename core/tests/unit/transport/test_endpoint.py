@@ -26,6 +26,7 @@ from tensorway.errors import (
     Unsupported,
 )
 from tensorway.memory import Region
+from tensorway.metrics import total
 from tensorway.testing.faults import Faults, FaultyFabric
 from tensorway.transport import BlockTable, Endpoint, State, endpoint
 from tensorway.transport.local import LocalFabric
@@ -470,6 +471,43 @@ def test_peers_that_are_connected_keep_their_rows_however_many(rig, describe_pee
         route = rig.endpoint.prepare(peer, rig.table(), BlockTable((1 << 40,), 16, 16, 8))
         rig.endpoint.read(route, [0], [0]).wait()
     assert {f"guest-{number}" for number in range(8)} == set(rig.endpoint.statistics())
+
+
+def test_samples_are_the_statistics_and_what_is_true_now(rig, describe_peer):
+    rig.fabric.synchronous = True
+    other = rig.endpoint.connect(describe_peer("another"))
+    rig.endpoint.read(rig.route, range(3), range(3)).wait()
+    rig.fabric.synchronous = False
+    rig.endpoint.read(rig.route, [0], [0]).cancel()
+    rig.finish()
+    rig.endpoint.poll()
+    pending = rig.endpoint.read(rig.route, [1], [1])
+    given_up = rig.endpoint.read(rig.route, [2], [2])
+    given_up.cancel()
+    other.lost = "it is gone"
+    samples = rig.endpoint.samples()
+    assert pending.pending and not given_up.released
+    owner = {("transport", rig.endpoint.name), ("endpoint", rig.endpoint.endpoint_name)}
+    assert all(owner <= set(sample.labels) for sample in samples)
+    row = rig.endpoint._counts.rows()["other"]
+    for metric, key in (
+        ("transport_pieces_total", "pieces"),
+        ("transport_seconds_total", "seconds"),
+        ("transport_posting_seconds_total", "posting_seconds"),
+    ):
+        assert row[key] == total(samples, metric, peer="other")
+    assert 48 == total(samples, "transport_bytes_total", peer="other", operation="read")
+    assert 1 == total(samples, "transport_transfers_total", peer="other", cause="none")
+    assert 1 == total(samples, "transport_transfers_total", peer="other", cause="TransferCancelled")
+    assert 1 == total(samples, "transport_pending", peer="other")
+    assert 1 == total(samples, "transport_quarantined", peer="other")
+    assert (1, 1) == tuple(total(samples, "transport_peers", state=state) for state in ("connected", "lost"))
+    rig.finish()
+
+
+def test_an_endpoint_that_is_closed_says_nothing(rig):
+    rig.endpoint.close()
+    assert [] == rig.endpoint.samples()
 
 
 def test_statistics_are_a_copy(rig):

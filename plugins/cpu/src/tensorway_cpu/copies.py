@@ -1,10 +1,10 @@
 """Copying many pieces between two tables of host memory, each length in the way that is fastest for it.
 
-May import the core, numpy and ctypes. The ways are those that were measured (tests/bench/offload_copies.py): numpy's
-own loops over items as long as a piece, by ids or by slices of equal distances, which cost a few nanoseconds for each;
-and a memmove for each piece, or for neighbors joined, where it is long enough for a call. Other threads run meanwhile,
-and one that is busy in Python gives the interpreter back milliseconds later: so each call may wait that long. Where
-that is seen, the kernel copies what is left, at half the speed, a thousand pieces in a call.
+May import the core, numpy and ctypes. The ways are those that were measured (tensorway bench run offload-copies):
+numpy's own loops over items as long as a piece, by ids or by slices of equal distances, which cost a few nanoseconds
+for each; and a memmove for each piece, or for neighbors joined, where it is long enough for a call. Other threads run
+meanwhile, and one that is busy in Python gives the interpreter back milliseconds later: so each call may wait that
+long. Where that is seen, the kernel copies what is left, at half the speed, a thousand pieces in a call.
 """
 
 from __future__ import annotations

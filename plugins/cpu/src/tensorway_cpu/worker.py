@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 
 from tensorway.errors import Closed, TensorwayError
+from tensorway.exports import export
 from tensorway.metrics import Counters, Sample
 from tensorway.offload import METRICS, LoadStoreSpec, OffloadContext, TransferResult
 from tensorway_cpu.canonical import canonical
@@ -41,6 +42,7 @@ class CPUWorker:
         self._counts = Counters(METRICS, backend=_MEDIUM, engine=context.engine, rank=str(context.rank))
         self._each = max(1, _SLICE // canon.row_bytes)
         self._pid, self._closed = os.getpid(), False
+        export("worker", self.statistics, METRICS)
 
     def store(self, job: int, source: LoadStoreSpec, target: LoadStoreSpec) -> None:
         """Begin to copy pages to rows."""

@@ -17,7 +17,9 @@ import numpy as np
 import tensorway
 from tensorway.eplb import Control, EplbContext, ExpertLayout, Group, Session, Staging
 from tensorway.errors import BackendUnavailable, Closed, Excluded, PeerLost, PlacementInvalid
+from tensorway.exports import export
 from tensorway.memory import Region
+from tensorway.metrics import Counters, Sample
 from tensorway.rendezvous import Rendezvous
 from tensorway_eplb.arrivals import CopySource
 from tensorway_eplb.choice import AUTO, MEASURED, Choice, decided, fastest, fastest_if_apart, installed
@@ -28,6 +30,7 @@ from tensorway_eplb.placement import EMPTY, Map, Placement
 from tensorway_eplb.plan import TransferPlan
 from tensorway_eplb.policy import Topology
 from tensorway_eplb.rows import UNKNOWN, Copy, Digests, Rows
+from tensorway_eplb.vocabulary import METRICS, samples
 
 #: Experts that an error names.
 _NAMED: Final = 5
@@ -37,6 +40,9 @@ _MEASURING: Final = 0.6
 
 class Rebalancer:
     """One rank of a group that moves experts. One thread at a time uses it."""
+
+    _placement: Placement
+    _control: Control
 
     def __init__(
         self,
@@ -71,8 +77,6 @@ class Rebalancer:
         self._held = np.full((len(layout.layers), layout.slots), EMPTY, dtype=np.int32)
         self._lost: dict[str, str] = {}
         self.outcome: Outcome | None = None  # what became of the last rebalance; None before the first
-        self._placement: Placement
-        self._control: Control
         self._counted: dict[str, float] = {}
         #: Held while rows of a layer are read or written as a whole: a commit, a reload.
         self._layers = threading.Lock()
@@ -98,6 +102,7 @@ class Rebalancer:
         except BaseException:
             self.close()
             raise
+        export("rebalancer", self.samples, METRICS)
 
     # -- what is
 
@@ -124,6 +129,16 @@ class Rebalancer:
     def statistics(self) -> Mapping[str, float]:
         """What was moved, what failed, and how long it took, since this rank joined."""
         return dict(self._counted)
+
+    def samples(self) -> list[Sample]:
+        """The same, and what is true now, as values of `vocabulary.METRICS`; any thread may ask."""
+        if self._closed:
+            return []
+        group, now = self.group, Counters(METRICS, group=self.group.path, member=self.group.name)
+        now.set("eplb_members", len(group.members) - len(self._lost), state="there")
+        now.set("eplb_members", len(self._lost), state="lost")
+        now.set("eplb_quarantined_rows", self.staging.quarantined)
+        return samples(self.statistics(), now)
 
     # -- moving
 

@@ -12,6 +12,7 @@ from collections import deque
 
 import tensorway
 from tensorway.errors import Closed, DeadlineExceeded, LayoutInvalid, Unsupported
+from tensorway.exports import export
 from tensorway.kv import METRICS, Capabilities, KVContext, RankGeometry, Result
 from tensorway.metrics import Counters, Sample
 from tensorway.rendezvous import Directory
@@ -74,6 +75,7 @@ class HandoverMover:
         except BaseException:
             self.close()
             raise
+        export("mover", self.statistics, METRICS)
 
     def _open(self, context: KVContext, options: HandoverOptions, until: float) -> None:
         capabilities = self.endpoint.capabilities

@@ -13,6 +13,7 @@ from typing import Any
 
 from tensorway import settings
 from tensorway.errors import LayoutInvalid
+from tensorway.exports import export
 from tensorway.kv import (
     METRICS,
     Blocks,
@@ -63,6 +64,7 @@ class HandoverPlanner:
         key = self._ground.engine_key(context.engine)
         self._ground.tell(key, EngineRecord(VERSION, self.incarnation, context.ranks), context.deadline)
         self._ground.follow()
+        export("planner", self.statistics, METRICS)
 
     # -- the consumer's half
 

@@ -51,7 +51,7 @@ class Blob(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     secret: bytes
 
 
-_DECODE_BLOB: Final = msgspec.msgpack.Decoder(Blob).decode
+DECODE_BLOB: Final = msgspec.msgpack.Decoder(Blob).decode
 
 
 class Note(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -74,7 +74,7 @@ def encode(blob: Blob) -> bytes:
 def decode(description: Description, version: str, asked: str) -> Blob:
     """The fabric's part of a description that this endpoint can connect to; raises what is wrong with it."""
     try:
-        blob = _DECODE_BLOB(description.blob)
+        blob = DECODE_BLOB(description.blob)
         address = ipaddress.IPv4Address(blob.address)
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise DescriptionInvalid(asked, f"Its Mooncake part cannot be read: {error}.", "Give it unchanged.") from None

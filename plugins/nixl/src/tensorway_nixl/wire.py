@@ -62,7 +62,7 @@ class Blob(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     metadata: bytes
 
 
-_DECODE_BLOB: Final = msgspec.msgpack.Decoder(Blob).decode
+DECODE_BLOB: Final = msgspec.msgpack.Decoder(Blob).decode
 
 
 class _Note(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -76,7 +76,7 @@ _DECODE_NOTE: Final = msgspec.msgpack.Decoder(_Note).decode
 def decode(description: Description, ours: Versions, asked: str) -> Blob:
     """The fabric's part of a description, of versions that fit ours; raises `DescriptionInvalid`."""
     try:
-        blob = _DECODE_BLOB(description.blob)
+        blob = DECODE_BLOB(description.blob)
     except UNREADABLE as error:
         raise DescriptionInvalid(asked, f"Its NIXL part cannot be read: {error}.", "Give it unchanged.") from None
     theirs = Versions(blob.nixl, blob.ucx)

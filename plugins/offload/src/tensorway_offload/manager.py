@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from tensorway.errors import Closed, OptionsInvalid
+from tensorway.exports import export
 from tensorway.metrics import Counters, Sample
 from tensorway.offload import (
     METRICS,
@@ -65,6 +66,7 @@ class Manager:
         self._counters = Counters(METRICS, backend=medium, engine=engine)
         self._labels = {"backend": medium, "engine": engine}
         self._blocks = Blocks(medium, capacity, policy, options, lower, self._counters)
+        export("manager", self.statistics, METRICS)
 
     def begins(self, req: ReqContext) -> Literal["new", "all"]:
         """See `OffloadingManager`."""
@@ -148,9 +150,9 @@ class Manager:
             self._blocks.count(gauges)
             ours = [*self._counters.samples(), *gauges.samples()]
             policy = getattr(self._policy, "statistics", None)
-            if policy is not None:
-                ours += [sample.labelled(**self._labels) for sample in policy()]
-            return [*ours, *(self._lower.statistics() if self._lower is not None else ())]
+            others = [*(policy() if policy is not None else ())]
+            others += self._lower.statistics() if self._lower is not None else ()
+            return [*ours, *(sample.labelled(**self._labels) for sample in others)]
 
     def reset(self) -> None:
         """See `OffloadingManager`. Rows under a copy stay out of use until it has ended."""

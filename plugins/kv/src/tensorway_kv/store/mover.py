@@ -15,6 +15,7 @@ from typing import Final
 from tensorway import settings
 from tensorway._logging import logger
 from tensorway.errors import Closed, DeadlineExceeded, Incompatible
+from tensorway.exports import export
 from tensorway.kv import METRICS, Capabilities, KVContext, Result
 from tensorway.metrics import Counters, Sample
 from tensorway_kv.meeting import VERSION, Ground, RankRecord
@@ -67,6 +68,7 @@ class SharedStoreMover:
         except BaseException:
             self.close()
             raise
+        export("mover", self.statistics, METRICS)
 
     # -- what the planner says
 

@@ -15,6 +15,7 @@ from typing import Final
 import attrs
 
 from tensorway import settings
+from tensorway.exports import export
 from tensorway.kv import (
     METRICS,
     Blocks,
@@ -115,6 +116,7 @@ class SharedStorePlanner:
         whose = Whose(context.engine, self.incarnation, context.ranks, dict(context.facts))
         kept = Kept(options.save, options.max_bytes)
         self._keeper = Keeper(whose, kept, self._ground, self._seals, where)
+        export("planner", self.statistics, METRICS)
 
     # -- what is stored
 
