@@ -96,6 +96,8 @@ SCHEMA = json.loads((resources.files("tensorway_tools.top") / "schemas.json").re
 
 
 def seen(folder, *words, code=0):
+    """As JSON; whoever lives has time to answer on a machine that is busy."""
+    words = words if "--deadline" in words else (*words, "--deadline", "20")
     answer = json.loads(top("--json", "--folder", str(folder), *words, code=code)[0])
     jsonschema.validate(answer, SCHEMA[answer["schema"]])
     return answer
@@ -159,11 +161,11 @@ def test_tiers_are_seen(live, folder):
 def test_a_stopped_process_costs_its_own_row_only(live, folder):
     moving, stopped = live("moves"), live("moves")
     stopped.signal(signal.SIGSTOP)
-    text, seconds = top("--once", "--folder", str(folder), "--deadline", "1", "--interval", "0.2")
+    text, seconds = top("--once", "--folder", str(folder), "--deadline", "6", "--interval", "0.2")
     assert re.search(rf"{stopped.pid}  silent .*: it is stopped", text)
     assert re.search(rf"{moving.pid}  answers ", text)
     assert text.index(f"{stopped.pid}  silent") < text.index(f"{moving.pid}  answers")
-    assert seconds < 20, "it waited for the stopped one longer than its deadlines"
+    assert seconds < 50, "it waited for the stopped one longer than its deadlines"
     stopped.signal(signal.SIGCONT)
     assert "answers" == by_pid(seen(folder)["processes"])[stopped.pid]["state"]
 
@@ -226,17 +228,17 @@ def test_hostile_sockets_neither_hang_it_nor_write_to_the_terminal(live, folder)
     lives = {what: live("hostile", str(folder / f"PID-{'0' * 8}.tensorway"), what) for what in HOSTILE}
     (folder / "1-00000000.tensorway").write_text("a file")
     imposter = live("hostile", str(folder / "1-11111111.tensorway"), "lies")
-    answer = seen(folder, "--deadline", "2")
+    answer = seen(folder, "--deadline", "6")
     states = {row["source"]: (row["state"], row["why"]) for row in answer["processes"]}
     found = {what: states[str(folder / f"{life.pid}-{'0' * 8}.tensorway")][0] for what, life in lives.items()}
     assert found == HOSTILE
     assert ("refused", "it is not a socket") == states[str(folder / "1-00000000.tensorway")]
     assert ("refused", f"process {imposter.pid} answers for 1") == states[str(folder / "1-11111111.tensorway")]
     assert "answers" == by_pid(answer["processes"])[moving.pid]["state"]
-    text, seconds = top("--once", "--folder", str(folder), "--deadline", "2", "--interval", "0.2")
+    text, seconds = top("--once", "--folder", str(folder), "--deadline", "6", "--interval", "0.2")
     assert text.isascii() and all(line.isprintable() for line in text.split("\n"))
     assert "owned" in text and "tensorway_x" not in text
-    assert seconds < 30, "somebody made it wait longer than its deadlines"
+    assert seconds < 50, "somebody made it wait longer than its deadlines"
 
 
 def test_prometheus_endpoints_are_looked_at_as_well():
