@@ -38,8 +38,8 @@ _NAME: Final = re.compile(r"[A-Za-z]([A-Za-z0-9_-]{0,62}[A-Za-z0-9])?", re.ASCII
 #: What tensorway's own dists and built-in backends are called, now or by plan. A test holds that every extra is here.
 RESERVED: Final = frozenset(
     {"arc", "cpu", "cuda", "direct", "eplb", "etcd", "fs", "gloo", "handover", "kv", "local", "lru", "mooncake", "nccl"}
-    | {"nixl", "object", "ray", "redis", "rixl", "rocm", "s3fifo", "sieve", "tcpstore", "testing", "vllm", "xpu"}
-    | {"several", "shared-store", "offload", "peer", "tinylfu", "foresight"}
+    | {"nixl", "object", "ray", "redis", "rixl", "rocm", "s3fifo", "sieve", "tcpstore", "testing", "tools"}
+    | {"several", "shared-store", "offload", "peer", "tinylfu", "foresight", "vllm", "xpu"}
 )
 
 

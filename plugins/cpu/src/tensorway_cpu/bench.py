@@ -126,7 +126,7 @@ def _as_jobs(run: Run) -> Iterator[Row]:
             worker = RankPages(canon, ranks, 0, own, pool)
             chosen = np.random.default_rng(2).permutation(pool)[:blocks]
             for order, ids in (("", np.arange(blocks)), (", rows at random", np.flip(chosen))):
-                sides = EngineSpec(np.zeros(blocks, int), chosen[:, None]), CPULoadStoreSpec.of(ids.tolist())
+                sides = EngineSpec([0] * blocks, chosen[:, None].tolist()), CPULoadStoreSpec.of(ids.tolist())
                 for way in ("store", "load"):
                     name = f"{canon.nbytes[0] >> 20} MiB blocks, {what}, a page for each {pages}, {way}{order}"
                     yield _beside(run, name, partial(_job, worker, sides, way), own, places)
