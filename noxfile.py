@@ -83,6 +83,8 @@ nox.options.error_on_missing_interpreters = False  # nox would make it an error 
 # Cheap checks first, then what most changes break, then what takes long.
 nox.options.sessions = ["lint", "types", "versions", "repo", *(f"tests-{version}" for version in EDGES)]
 nox.options.sessions += ["pluggy", "minimums", "backend", "hosts", "everything", "wheels", "docs", "bench"]
+# The demo is followed by `docs`, and the plugin by `everything`.
+nox.options.sessions += ["tasks(vllm)"]
 
 # What a shell left behind must not decide what is tested.
 for variable in list(os.environ):
@@ -277,6 +279,25 @@ def docs(session: nox.Session) -> None:
         "sphinx-build", "-q", "-n", "-W", "--keep-going", "-d", str(built / "doctrees"), "docs", str(built / "html")
     )
     pytest(session, ROOT / "docs", ROOT / "tests" / "docs", f"--ignore={built}", *TWO)
+
+
+#: What a newcomer does: the page that says how, and the heading at which it is done.
+TASKS = {"demo": ("getting-started.md", "What is installed"), "plugin": ("authoring.md", "What the suite checks")}
+TASKS["vllm"] = ("vllm-begin.md", "")
+
+
+@nox.session(default=False)
+@nox.parametrize("task", list(TASKS), ids=list(TASKS))
+def tasks(session: nox.Session, task: str) -> None:
+    """A page, followed to the letter by a script, from a copy of the checkout and an environment without tensorway."""
+    page, until = TASKS[task]
+    if task == "vllm":  # which its reader has; and nothing of ours
+        session.install(*CONSTRAINTS, *LIBRARIES["vllm"])
+    folder = Path(session.create_tmp()).resolve() / "reader"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    command = ["docs/following.py", f"docs/{page}", "--folder", str(folder), "--checkout", str(ROOT)]
+    session.run("python", *command, *(["--until", until] if until else []))
 
 
 @nox.session(requires=["build"])

@@ -34,8 +34,6 @@ ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("following", Path(__file__).with_name("following.py"))
 following = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(following)
-#: What a reader has after cloning, as far as the pages use it.
-CHECKOUT = ("core", "plugins", "constraints.txt", "pyproject.toml", "LICENSE")
 #: The pages show what tensorway says where no library is installed.
 LIBRARIES = ("torch", "mooncake", "nixl_cu12", "nixl_cu13", "nixl_rocm", "redis", "rixl")
 #: And where there is no accelerator. Nobody can take one out, so where there is one, console blocks are skipped.
@@ -76,11 +74,8 @@ class PageShell(following.Shell):
     """A shell that starts in a copy of the checkout, and compares JSON with the schemas that are documented."""
 
     def __init__(self, folder):
-        super().__init__(folder)
-        left_out = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
-        for name in CHECKOUT:
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-            copy(ROOT / name, self.folder / name, **({"ignore": left_out} if (ROOT / name).is_dir() else {}))
+        # Below pytest's own limit, so that the message tells which command it was.
+        super().__init__(folder, ROOT, seconds=110)
 
     def told(self, command, output):
         if re.search(r"^tensorway .*--json", command):
@@ -198,7 +193,7 @@ pytest_collect_file = Sybil(
         FileParser(),
     ],
     patterns=["*.md"],
-    excludes=["_build/*", "examples/*"],
+    excludes=["_build/*", "examples/*", following.WITH_VLLM],
     fixtures=["_shell", "_fresh_host"],
     setup=lambda namespace: namespace.update(__name__="__main__"),
 ).pytest()

@@ -10,13 +10,18 @@ import argparse
 import difflib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-#: Seconds for one command; below pytest's own limit, so that the message tells which command it was.
-DEADLINE = 100
+#: What a reader has after cloning, as far as the pages use it.
+CHECKOUT = ("core", "plugins", "constraints.txt", "pyproject.toml", "LICENSE")
+
+#: The page that needs a vLLM, which the others are tested without: `nox -s tasks` follows it where there is one.
+WITH_VLLM = "vllm-begin.md"
 
 # The shell's own words around each command: where it starts, and what it leaves behind for the next.
 WRAPPER = """\
@@ -32,11 +37,18 @@ exit $__status
 class Shell:
     """What a reader's terminal remembers between two commands."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, checkout=None, seconds=600):
+        """It starts in an empty folder, or in a copy of a checkout; `seconds` is how long one command may take."""
         self.state = folder / "state"
         self.state.mkdir()
+        self.seconds = seconds
         self.folder = folder / "tensorway"
         self.folder.mkdir()
+        left_out = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
+        for name in CHECKOUT if checkout else ():
+            whole = (checkout / name).is_dir()
+            copy = partial(shutil.copytree, ignore=left_out) if whole else shutil.copy2
+            copy(checkout / name, self.folder / name)
         foreign = ("TENSORWAY_", "PYTHON", "PYTEST_", "VIRTUAL_ENV", "COLUMNS", "COV_")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self.environment |= {"TERM": "dumb", "LC_ALL": "C.UTF-8", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -57,11 +69,11 @@ class Shell:
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(timeout=DEADLINE)
+            output, _ = process.communicate(timeout=self.seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
-            return f"{output}\n(killed: no end after {DEADLINE} s)"
+            return f"{output}\n(killed: no end after {self.seconds} s)"
         self.status = process.returncode
         self.folder = Path((self.state / "folder").read_text().rstrip("\n"))
         pairs = (self.state / "environment").read_text().split("\0")
@@ -154,10 +166,11 @@ def main():
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("page", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="where to work: empty")
+    parser.add_argument("--checkout", type=Path, help="begin in a copy of this, and not in a folder that is empty")
     parser.add_argument("--until", default="", metavar="HEADING", help="stop before this heading")
     parser.add_argument("--instead", action="append", default=[], metavar="OLD=NEW", help="what stands for what")
     given = parser.parse_args()
-    shell = Shell(given.folder)
+    shell = Shell(given.folder, given.checkout)
     found = follow(given.page, shell, given.until, [pair.split("=", 1) for pair in given.instead])
     print(found or f"{given.page}: everything came out as it says; it ended in {shell.folder}")
     return 1 if found else 0

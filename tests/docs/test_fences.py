@@ -72,6 +72,12 @@ def test_what_is_listed_as_not_run_is_on_a_page():
     assert set() == set(UNEXECUTED) - {lines[0] for _, _, info, lines in ALL if info == "sh"}
 
 
+def test_the_page_that_needs_a_vllm_is_followed_by_a_session_of_the_gate():
+    (page,) = re.findall(r'^WITH_VLLM = "(.*)"$', (ROOT / "docs" / "following.py").read_text("utf-8"), re.MULTILINE)
+    sessions = (ROOT / "noxfile.py").read_text("utf-8")
+    assert f'TASKS["vllm"] = ("{page}", "")' in sessions and 'nox.options.sessions += ["tasks(vllm)"]' in sessions
+
+
 def test_the_compared_pages_have_blocks_and_the_tests_that_compare_them():
     for path, test in COMPARED.items():
         assert (ROOT / test).is_file()

@@ -15,7 +15,8 @@ import secrets
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 VARIABLE: Final = "TENSORWAY_METRICS"
 #: The end of the name of a socket that answers; the name begins with the number of its process.
 SUFFIX: Final = ".tensorway"
+#: Bytes of a name that the system takes for a socket.
+_LONGEST: Final = 107
 #: So often a source is asked once more, beside a thread that counts and makes its tables larger.
 _TRIES: Final = 3
 
@@ -60,6 +63,19 @@ def export(what: str, source: Callable[[], Iterable[Sample]], metrics: Mapping[s
         server.add(name, partial(_asked, method), metrics)
 
 
+@contextmanager
+def short(path: Path) -> Iterator[str]:
+    """The same place by a name that a socket takes: one has 107 bytes at most, and folders of users are longer."""
+    if len(os.fsencode(path)) <= _LONGEST:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
 def _asked(method: WeakMethod[Callable[[], Iterable[Sample]]]) -> Iterable[Sample]:
     for _ in range(_TRIES):
         try:
@@ -79,7 +95,9 @@ def _opened(folder: str) -> tuple[MetricsServer, Path] | None:
                 old.unlink(missing_ok=True)
         fresh = place / f"{os.getpid()}-{secrets.token_hex(4)}"
         # By its name only when it listens: one that is bound and refuses looks as if it were left over.
-        return MetricsServer({}, host=str(fresh)), fresh.rename(fresh.with_suffix(SUFFIX))
+        with short(fresh) as name:
+            server = MetricsServer({}, host=name)
+        return server, fresh.rename(fresh.with_suffix(SUFFIX))
     except Exception as error:
         _log.warning("Nobody sees the metrics of this process: %s", " ".join(str(error).split()))
         return None
@@ -98,9 +116,9 @@ def _private(folder: Path) -> Path:
 
 def _left_over(path: Path) -> bool:
     """Whether whoever listened there is gone: who is merely stopped does not refuse."""
-    with socket.socket(socket.AF_UNIX) as probe:
+    with socket.socket(socket.AF_UNIX) as probe, short(path) as name:
         probe.setblocking(False)
-        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+        return probe.connect_ex(name) == errno.ECONNREFUSED
 
 
 @atexit.register

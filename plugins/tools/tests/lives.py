@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 SECRET = "a secret of the tests"
 
@@ -150,9 +151,12 @@ def hostile(path, what):
     """A socket that answers what nobody should."""
     import socket
 
+    from tensorway.exports import short
+
     server = socket.socket(socket.AF_UNIX)
     name = path.replace("PID", str(os.getpid()))
-    server.bind(name)
+    with short(Path(name)) as bound:
+        server.bind(bound)
     server.listen(64)
     ready()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from tensorway.exports import short
 from tensorway.metrics import Counters, Metric, vocabulary
 from tensorway.metrics_server import MetricsServer
 
@@ -349,13 +350,15 @@ def test_a_socket_whose_queue_is_full_is_silent(folder):
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.socket(socket.AF_UNIX))
         path = folder / f"{os.getpid()}-00000000.tensorway"
-        server.bind(str(path))
+        with short(path) as name:
+            server.bind(name)
         server.listen(0)
         while True:
             waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
             waiting.setblocking(False)
             try:
-                waiting.connect(str(path))
+                with short(path) as name:
+                    waiting.connect(name)
             except BlockingIOError:
                 break
         (row,) = seen(folder, code=3)["processes"]

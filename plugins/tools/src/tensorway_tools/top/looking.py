@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import attrs
 
 from tensorway.errors import OptionsInvalid, TensorwayError
-from tensorway.exports import SUFFIX
+from tensorway.exports import SUFFIX, short
 from tensorway.plugins.scan import printable
 from tensorway_tools.top.values import Values, read
 
@@ -128,7 +128,8 @@ def _process(path: Path, until: float) -> Look:
         return Look(str(path), "refused", "it is not a socket")
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_left(until))
-        connection.connect(str(path))
+        with short(path) as name:
+            connection.connect(name)
         # Who called `listen`, as the kernel knows it.
         pid, user, _ = struct.unpack("iii", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if user not in (os.geteuid(), seen.st_uid) or (os.geteuid() and user != os.geteuid()):

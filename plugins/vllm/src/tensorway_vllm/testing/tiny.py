@@ -1,11 +1,13 @@
 """A model with random weights, of a few hundred thousand numbers: a folder that vLLM loads, made in a second.
 
-May import torch and safetensors. Weights are scaled so that attention is peaked, and what is said depends on the KV.
+`python -m tensorway_vllm.testing.tiny FOLDER` makes one with words. May import torch and safetensors. Weights are
+scaled so that attention is peaked, and what is said depends on the KV.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -113,3 +115,6 @@ _OF_KIND: Final[dict[str, dict[str, Any]]] = {
         "tie_word_embeddings": True,
     },
 }
+
+if __name__ == "__main__":
+    add_words(make(Path(sys.argv[1])))
