@@ -62,8 +62,14 @@ def mover(here):
 
 def mover_of(pid):
     """The one child of a process."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return next(int(child) for task in tasks for child in (task / "children").read_text().split())
+    children = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            children += (task / "children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread that has ended meanwhile
+    (child,) = children
+    return int(child)
 
 
 def connect(here, description, region):

@@ -120,7 +120,10 @@ from pathlib import Path
 processes = ["self"]
 for process in processes:
     for task in Path("/proc", process, "task").iterdir():
-        processes += (task / "children").read_text().split()
+        try:
+            processes += (task / "children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread that has ended meanwhile
 inodes = set()
 for process in processes:
     for fd in Path("/proc", process, "fd").iterdir():
