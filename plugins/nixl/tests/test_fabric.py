@@ -6,6 +6,7 @@ import base64
 import gc
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -201,6 +202,34 @@ def test_what_a_peer_registers_later_is_reached_by_its_next_description(pair):
 
 
 # -- the canary
+
+
+def test_a_region_is_found_whatever_was_registered_before_where_it_lies_and_a_part_of_it_may_not_be(start):
+    """NIXL keeps what a description said, also of memory that has gone since; so does everybody who connects again."""
+    here, there = start("here"), start("there")
+    memory, mine = bytearray(b"x" * (1 << 20)), bytearray(1 << 20)
+    base, target = Region.of(memory), here.register(mine).regions[0]
+
+    def read(start_at, nbytes):
+        peer = here.connect(there.describe(), 10)
+        tables = (BlockTable((address,), nbytes, nbytes, 1) for address in (target.address, base.address + start_at))
+        here.read(here.prepare(peer, *tables), [0], [0], deadline=10).wait()
+        here.disconnect(peer)
+
+    rng = random.Random(7)
+    for _ in range(40):
+        start_at, nbytes = rng.randrange(1 << 19), rng.randrange(1, 1 << 19)
+        mine[:nbytes] = bytes(nbytes)
+        with there.register(Region(base.address + start_at, nbytes, owner=memory)):
+            read(start_at, nbytes)
+        assert mine[:nbytes] == memory[:nbytes]
+
+    def read_all_of_it():
+        for start_at in range(1, 1 << 20, 1 << 12):
+            read(start_at, 1000)
+
+    with there.register(memory), pytest.raises(TransferFailed, match="a region that has gone since began inside of it"):
+        read_all_of_it()
 
 
 def test_a_canary_that_is_not_registered_fails_and_leaves_nothing(pair):

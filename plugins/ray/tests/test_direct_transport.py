@@ -117,7 +117,7 @@ def test_when_the_last_reference_goes_nothing_stays_registered(ray, torch, label
     references = [pair[0].make.options(tensor_transport=label).remote(seed, [4000]) for seed in range(3)]
     for seed, reference in enumerate(references):
         assert ray.get(pair[1].digest.remote(reference), timeout=60) == summed(expected(torch, seed, [4000]))
-    # Of each object the storage that its views share, and the one of the numbers.
+    # Of each object the numbers, and the tensors.
     assert ray.get(pair[0].held.remote(label), timeout=30) >= 6
     del references, reference
     eventually(lambda: ray.get(pair[0].held.remote(label), timeout=30) == 0, 60)

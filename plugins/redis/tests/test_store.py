@@ -51,7 +51,9 @@ def test_the_address_tells_no_password(client):
 
 
 @pytest.mark.parametrize(
-    "answer", [b"*1\r\n" * 5000, b"HTTP/1.1 200 OK\r\n\r\n", bytes(4096)], ids=["deep", "http", "zeros"]
+    "answer",
+    [b"*1\r\n" * 5000, b"HTTP/1.1 200 OK\r\n\r\n", bytes(4096), b"*one\r\n"],
+    ids=["deep", "http", "zeros", "word"],
 )
 def test_what_is_no_redis_is_said_in_time(client, answer):
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -7,6 +7,7 @@ from the actor, so who may enter the cluster may enter the rendezvous, and who m
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _HEAD: Final = "node:__internal_head__"
 #: Between two looks for an actor whose name Ray has not given free yet.
 _PAUSE: Final = 0.1
+#: How long an actor that was ended is given until its name is free.
+_GONE: Final = 10.0
 #: How long an actor that was found is given to say where it listens before Ray is asked about it again.
 _ANSWERS: Final = 5.0
 #: An actor that is not detached ends with the last handle of who made it: it is to live as long as the process does.
@@ -105,6 +108,10 @@ def end(name: str = "tensorway", namespace: str = "tensorway") -> bool:
         return False
     _kept.pop(actor, None)
     ray.kill(actor)
+    until = time.monotonic() + _GONE
+    with contextlib.suppress(ValueError):  # it has no such name any more
+        while time.monotonic() < until and ray.get_actor(name, namespace) == actor:
+            time.sleep(_PAUSE)
     return True
 
 

@@ -122,7 +122,7 @@ class Tensors(TensorTransportManager):
     # -- where the tensors are
 
     def extract_tensor_transport_metadata(self, obj_id: str, rdt_object: list[Any]) -> Described:
-        """Register what the tensors lie in, and say where they are."""
+        """Register the tensors, and say where they are."""
         if not rdt_object:
             return Described(tensor_meta=[], tensor_device=None)
         device = _one_device(rdt_object)
@@ -131,11 +131,11 @@ class Tensors(TensorTransportManager):
 
             for index in {tensor.device for tensor in rdt_object}:
                 torch.cuda.synchronize(index)  # what fetches them knows no stream of this process
-        regions = [(tensor, Region.of(tensor)) for tensor in rdt_object if tensor.numel()]
-        # All that the storage has, so that views of one tensor are one registration.
-        storages = {(storage.address, storage.nbytes): storage for storage in (_storage(*pair) for pair in regions)}
-        described, number = self._held.hold(obj_id, self.endpoint(), storages.values())
-        places = tuple((region.address, region.nbytes, region.device) for _, region in regions)
+        regions = [Region.of(tensor) for tensor in rdt_object if tensor.numel()]
+        # Each as it is fetched, and no storage as a whole: who has read from here before knows memory that has gone
+        # since, and NIXL does not find a part of a region in which an earlier one began.
+        described, number = self._held.hold(obj_id, self.endpoint(), regions)
+        places = tuple((region.address, region.nbytes, region.device) for region in regions)
         meta = [(tensor.shape, tensor.dtype) for tensor in rdt_object]
         return Described(tensor_meta=meta, tensor_device=device, description=described, number=number, places=places)
 
@@ -231,11 +231,6 @@ def _one_device(tensors: Sequence[Any]) -> str:
             "Pass those of each kind in an object of their own.",
         )
     return kinds[0]
-
-
-def _storage(tensor: Any, region: Region) -> Region:
-    storage = tensor.untyped_storage()
-    return Region(int(storage.data_ptr()), int(storage.nbytes()), region.device, owner=storage)
 
 
 def _room(described: Any, targets: list[Any] | None, landing: Landing) -> list[Any]:

@@ -51,8 +51,8 @@ class Connections:
                 'pip install "tensorway[redis]"',
             ) from error
         self._redis = redis
-        #: What its client raises.
-        self.trouble: type[Exception] = redis.RedisError
+        #: What its client raises; its parser in Python counts levels by calls, and takes any word for a number.
+        self.trouble: tuple[type[Exception], ...] = (redis.RedisError, RecursionError, ValueError)
         parts = urlsplit(options.url)
         #: Where it is, without what nobody else is to know.
         self.address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -83,7 +83,7 @@ class Connections:
                 if not str(error).startswith(_LATER):
                     raise _refused(call, name, error) from error
                 trouble = str(error)
-            except self._redis.RedisError as error:  # it speaks something else: this is no Redis
+            except self.trouble as error:  # it speaks something else: this is no Redis
                 trouble = str(error)
             if (sent and not again) or until - time.monotonic() <= _PAUSE:
                 break
@@ -110,7 +110,7 @@ class Connections:
                 connection.read_response()
                 connection._sock.settimeout(5.0)  # of the rest of a message that has begun
                 return connection
-            except (self._redis.RedisError, OSError) as error:
+            except (*self.trouble, OSError) as error:
                 if connection is not None:
                     connection.disconnect()
                 self._stranger("watch", error)
@@ -155,7 +155,7 @@ class Connections:
                 # An idle connection has nothing to say, unless that it has ended.
                 if not connection.can_read(timeout=0):
                     return connection
-            except (self._redis.RedisError, OSError):
+            except (*self.trouble, OSError):
                 pass
             connection.disconnect()
 
