@@ -282,7 +282,7 @@ def test_a_byte_that_is_spoilt_on_the_way_is_noticed(folder, movement):
     others = ",".join(f"-{name}" for name in SPOILS if name != movement)
     data, code = folder.answer(*QUICK, TENSORWAY_PLUGINS=others)
     states = {row["movement"]: row["state"] for row in data["movements"]}
-    assert (exits.BROKEN, "wrong") == (code, states[movement])
+    assert (exits.BROKEN, "wrong") == (code, states[movement]), data
 
 
 @pytest.mark.parametrize(
@@ -299,6 +299,15 @@ def test_a_part_that_is_broken_is_its_dist_s_defect_and_others_are_shown(folder,
     assert ("PluginDefect", True) == (error["error"], "acme-demo" in error["true"] and words in error["true"])
 
 
+SLOW = """
+    import time
+    from tensorway_cpu import engine
+    before = engine.Offloading.store
+    def store(self, *given):
+        time.sleep(10)
+        return before(self, *given)
+    engine.Offloading.store = store
+"""
 #: What a line of the demo says when processes of a movement are at work, and what brings it.
 AT_WORK = {
     "rebalance": ("every rank moves", "tensorway_eplb"),
@@ -319,6 +328,8 @@ def at_work(folder, movement, *more):
     """A run that shows nothing else, and the processes that are at work for it."""
     there(movement)
     line = AT_WORK[movement][0]
+    if movement == "offload":  # which is over before a test has seen it
+        (folder.path / "sitecustomize.py").write_text(textwrap.dedent(SLOW))
     others = ",".join(f"-{name}" for name in AT_WORK if name != movement)
     # Not quick, so that it goes on for longer than a test needs to see it.
     process = folder.start("demo", "--backend", "local", *more, TENSORWAY_PLUGINS=others)

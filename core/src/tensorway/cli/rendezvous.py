@@ -50,7 +50,7 @@ def serve(
     secret = _secret(secret_file)
     raise_limit_of_files()  # each client has a connection
     with ExitStack() as stack:
-        ended = stack.enter_context(_told_to_end())
+        ended = stack.enter_context(told_to_end())
         service = stack.enter_context(closing(Service(choice, port, secret)))
         metrics = ""
         if metrics_port is not None:
@@ -122,7 +122,7 @@ def _secret(file: str) -> str:
 
 
 @contextmanager
-def _told_to_end() -> Iterator[threading.Event]:
+def told_to_end() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set."""
     ended = threading.Event()
     before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGTERM, signal.SIGINT)}

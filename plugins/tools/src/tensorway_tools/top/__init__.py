@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import time
 from typing import Any, Final
 
 import attrs
@@ -16,6 +15,7 @@ import attrs
 from tensorway import settings
 from tensorway.cli import exits
 from tensorway.cli.output import Output
+from tensorway.cli.rendezvous import told_to_end
 from tensorway.exports import VARIABLE
 from tensorway_tools.top import looking
 from tensorway_tools.top.looking import Look
@@ -37,7 +37,8 @@ def command(arguments: list[str], out: Output) -> int:
         looking.target(url)  # what is wrong with it is said now
     once = given.once or out.as_json
     before: dict[str, Look] = {}
-    try:
+    # By a handler and not by KeyboardInterrupt, which Python loses where it comes in the midst of a thread's start.
+    with told_to_end() as ended:
         while True:
             seen = _look(folder, given)
             if before or not seen:
@@ -48,9 +49,8 @@ def command(arguments: list[str], out: Output) -> int:
                 if once:
                     return exits.OK if not picture.there or picture.answering else exits.UNAVAILABLE
             before = {look.source: look for look in seen}
-            time.sleep(given.interval)
-    except KeyboardInterrupt:  # which is how it ends
-        return exits.OK
+            if ended.wait(given.interval):
+                return exits.OK
 
 
 def _parser() -> argparse.ArgumentParser:
