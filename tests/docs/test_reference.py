@@ -110,17 +110,21 @@ def test_every_schema_has_an_example_that_is_run(where, page):
         assert re.match(r"\$ tensorway .* --json\n", block) and f'"schema": "{name}"' in block
 
 
+#: The pages of single backends.
+PAGES_OF_BACKENDS = sorted({path.stem for path in (ROOT / "docs/backends").glob("*.md")} - {"index", "compatibility"})
+
+
 def test_every_plugin_has_a_page_and_every_page_a_plugin():
     core = tomllib.loads((ROOT / "core/pyproject.toml").read_text("utf-8"))["project"]["entry-points"]
     expected = set(BACKENDS) | set(core["tensorway.transport"]) | set(core["tensorway.rendezvous"])
-    assert expected == {path.stem for path in (ROOT / "docs/backends").glob("*.md")} - {"index", "compatibility"}
+    assert expected == set(PAGES_OF_BACKENDS)
 
 
 #: What a reader looks for on the page of any backend, beside its first lines, which say what it gives.
 PARTS = ["What it needs", "How it fails", "How fast", "How it is tested", "Options"]
 
 
-@pytest.mark.parametrize("name", sorted({path.stem for path in (ROOT / "docs/backends").glob("*.md")} - {"index"}))
+@pytest.mark.parametrize("name", PAGES_OF_BACKENDS)
 def test_every_page_of_a_backend_has_the_same_parts(name, page):
     found = page(f"backends/{name}.md")
     sections = found.sections(2)

@@ -51,8 +51,9 @@ class Connections:
                 'pip install "tensorway[redis]"',
             ) from error
         self._redis = redis
-        #: What its client raises; its parser in Python counts levels by calls, and takes any word for a number.
-        self.trouble: tuple[type[Exception], ...] = (redis.RedisError, RecursionError, ValueError)
+        #: What its client raises, and the system; its parser in Python counts levels by calls, and takes any word for a
+        #: number.
+        self.trouble: tuple[type[Exception], ...] = (redis.RedisError, RecursionError, ValueError, OSError)
         parts = urlsplit(options.url)
         #: Where it is, without what nobody else is to know.
         self.address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -110,7 +111,7 @@ class Connections:
                 connection.read_response()
                 connection._sock.settimeout(5.0)  # of the rest of a message that has begun
                 return connection
-            except (*self.trouble, OSError) as error:
+            except self.trouble as error:
                 if connection is not None:
                     connection.disconnect()
                 self._stranger("watch", error)
@@ -155,7 +156,7 @@ class Connections:
                 # An idle connection has nothing to say, unless that it has ended.
                 if not connection.can_read(timeout=0):
                     return connection
-            except (*self.trouble, OSError):
+            except self.trouble:
                 pass
             connection.disconnect()
 

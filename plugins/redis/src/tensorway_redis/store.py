@@ -137,7 +137,7 @@ class RedisChanges(Reopening[Any]):
         try:
             while connection.can_read(timeout=0 if events else seconds):
                 events += self._event(connection.read_response())
-        except (*self._connections.trouble, OSError):
+        except self._connections.trouble:
             self._cut()
         return events
 
