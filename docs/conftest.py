@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("following", Path(__file__).with_name("following.py"))
 following = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(following)
+#: Seconds for one command; below pytest's own limit, so that the message tells which command it was.
+DEADLINE = 110
 #: The pages show what tensorway says where no library is installed.
 LIBRARIES = ("torch", "mooncake", "nixl_cu12", "nixl_cu13", "nixl_rocm", "redis", "rixl")
 #: And where there is no accelerator. Nobody can take one out, so where there is one, console blocks are skipped.
@@ -74,8 +76,7 @@ class PageShell(following.Shell):
     """A shell that starts in a copy of the checkout, and compares JSON with the schemas that are documented."""
 
     def __init__(self, folder):
-        # Below pytest's own limit, so that the message tells which command it was.
-        super().__init__(folder, ROOT, seconds=110)
+        super().__init__(folder, ROOT, DEADLINE)
 
     def told(self, command, output):
         if re.search(r"^tensorway .*--json", command):

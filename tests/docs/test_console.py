@@ -70,9 +70,9 @@ def test_other_output_is_a_failure_that_shows_both(run):
     assert "+there" in text
 
 
-def test_a_command_that_does_not_end_is_stopped(run, monkeypatch):
-    monkeypatch.setattr(runner.following, "DEADLINE", 0.5)
-    assert "no end after 0.5 s" in run("$ sleep 30 & sleep 30")
+def test_a_command_that_does_not_end_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "DEADLINE", 0.5)
+    assert "no end after 0.5 s" in runner.PageShell(tmp_path).run("sleep 30 & sleep 30")
 
 
 def test_nothing_of_the_caller_reaches_the_commands(tmp_path, monkeypatch):
