@@ -278,7 +278,8 @@ def docs(session: nox.Session) -> None:
     )
     # The examples are dists with tests of their own, which `everything` runs where they are installed.
     apart = [f"--ignore={each}" for each in (built, ROOT / "docs" / "examples")]
-    pytest(session, ROOT / "docs", ROOT / "tests" / "docs", *apart, *TWO)
+    # The first command of all installs every dist, and shows the demo.
+    pytest(session, ROOT / "docs", ROOT / "tests" / "docs", *apart, *TWO, "--timeout", "300")
 
 
 #: What a newcomer does: the page that says how, and the heading at which it is done.

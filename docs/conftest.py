@@ -35,7 +35,7 @@ _spec = importlib.util.spec_from_file_location("following", Path(__file__).with_
 following = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(following)
 #: Seconds for one command; below pytest's own limit, so that the message tells which command it was.
-DEADLINE = 110
+DEADLINE = 280
 #: The pages show what tensorway says where no library is installed.
 LIBRARIES = ("torch", "mooncake", "nixl_cu12", "nixl_cu13", "nixl_rocm", "redis", "rixl")
 #: And where there is no accelerator. Nobody can take one out, so where there is one, console blocks are skipped.
