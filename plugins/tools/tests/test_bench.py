@@ -337,5 +337,6 @@ def test_ours_is_over_the_reference_whoever_begins(clock):
         while tick() < until:
             pass
 
-    row = Run(False, None, None).measured("a", lambda: spin(0.02), lambda: spin(0.01), to="b", rounds=5, clock=clock)
-    assert 1.3 < statistics.median(ours / its for ours, its in zip(row.ours, row.reference, strict=True)) < 3
+    row = Run(False, None, None).measured("a", lambda: spin(0.2), lambda: spin(0.01), to="b", rounds=5, clock=clock)
+    # Twenty; less where somebody else has the processor for a while, and never the other way round.
+    assert 2 < statistics.median(ours / its for ours, its in zip(row.ours, row.reference, strict=True))
