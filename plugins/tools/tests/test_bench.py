@@ -17,8 +17,9 @@ import pytest
 from tensorway.errors import OptionsInvalid
 from tensorway_tools import bench
 from tensorway_tools.bench import comparing, plotting, results
-from tensorway_tools.bench.results import SCHEMA, BenchResult, Machine, Options, Results, Sample, row_result
+from tensorway_tools.bench.results import SCHEMA, BenchResult, Options, Results, Sample, row_result
 from tensorway_tools.benchmark import Row, Run
+from tensorway_tools.machine import Machine
 
 SCHEMAS = json.loads((results.Path(bench.__file__).parent / "schemas.json").read_text("utf-8"))["$defs"]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import tensorway
 from tensorway.cli import exits
+from tensorway.cli.arguments import seconds
 from tensorway.cli.output import Output
 from tensorway.errors import TensorwayError
 from tensorway.types import KINDS
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: The core's own commands; a plugin's command of one of these names is never reached.
 COMMANDS: Final = ("doctor", "plugins", "why", "new-plugin", "check", "probe", "rendezvous", "environment")
+#: What a command waits for at most.
+_DAY: Final = seconds(86_400)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,7 +176,7 @@ def _parser(others: Iterable[Declaration] = ()) -> argparse.ArgumentParser:
 
     doctor = command("doctor", "Say what is installed, what works here, and what to do about the rest.")
     doctor.add_argument("--backend", metavar="NAME", help="examine only this one: name, name@dist or kind:name")
-    doctor.add_argument("--probe-timeout", type=_seconds, metavar="SECONDS", help="how long one probe may take")
+    doctor.add_argument("--probe-timeout", type=_DAY, metavar="SECONDS", help="how long one probe may take")
     text = "List the installed backends, or show one."
     _add_plugins(commands.add_parser("plugins", help=text, description=text), common)
     why = command("why", "Say which backend would be chosen, and why not the others.")
@@ -190,7 +193,7 @@ def _parser(others: Iterable[Declaration] = ()) -> argparse.ArgumentParser:
     check.add_argument("--hook", metavar="KIND", help="of this kind, where several have one of that name")
     check.add_argument("--output", type=Path, default=Path("conformance.json"), metavar="FILE", help="the report")
     check.add_argument("--badge", type=Path, action="append", default=[], metavar="FILE", help="a badge: .svg, .json")
-    check.add_argument("--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="how long one test may take")
+    check.add_argument("--deadline", type=_DAY, default=120.0, metavar="SECONDS", help="how long one test may take")
     check.add_argument("--options", type=_mapping, default={}, metavar="JSON", help="what the backend is made with")
     _add_probe(command("probe", "Measure what a transport really does: with a peer, or here with a second process."))
     _add_rendezvous(command("rendezvous", "Run the service of the rendezvous direct; or say who is in one that runs."))
@@ -205,11 +208,11 @@ def _parser(others: Iterable[Declaration] = ()) -> argparse.ArgumentParser:
 def _add_probe(probe: argparse.ArgumentParser) -> None:
     probe.add_argument("peer", metavar="PEER", nargs="?", default="", help="host:port of a machine that serves")
     probe.add_argument("--transport", metavar="NAME", help="only this one: name or name@dist")
-    probe.add_argument("--deadline", type=_seconds, default=60.0, metavar="SECONDS", help="how long to wait for PEER")
+    probe.add_argument("--deadline", type=_DAY, default=60.0, metavar="SECONDS", help="how long to wait for PEER")
     probe.add_argument("--serve", action="store_true", help="be the PEER of others; needs TENSORWAY_SECRET, as they do")
     probe.add_argument("--host", default="", metavar="POLICY", help="by which address: auto, iface:NAME, cidr:NET")
     probe.add_argument("--port", type=int, default=0, help="where to listen (default: a free one)")
-    probe.add_argument("--seconds", type=_seconds, default=600.0, metavar="SECONDS", help="how long to serve")
+    probe.add_argument("--seconds", type=_DAY, default=600.0, metavar="SECONDS", help="how long to serve")
 
 
 def _add_rendezvous(rendezvous: argparse.ArgumentParser) -> None:
@@ -220,10 +223,10 @@ def _add_rendezvous(rendezvous: argparse.ArgumentParser) -> None:
     rendezvous.add_argument("--port", type=int, default=0, help="where to listen (default: a free one)")
     rendezvous.add_argument("--secret-file", default="", metavar="FILE", help="instead of TENSORWAY_SECRET")
     rendezvous.add_argument("--metrics-port", type=int, metavar="PORT", help="serve GET /metrics there; 0: any")
-    rendezvous.add_argument("--seconds", type=_seconds, metavar="SECONDS", help="how long to serve (default: for ever)")
+    rendezvous.add_argument("--seconds", type=_DAY, metavar="SECONDS", help="how long to serve (default: for ever)")
     rendezvous.add_argument("--status", metavar="ADDRESS", help="ask the one at host:port how it is, and who is there")
     rendezvous.add_argument("--prefix", default="/", metavar="KEY", help="show only what is below this (default: all)")
-    rendezvous.add_argument("--deadline", type=_seconds, default=5.0, metavar="SECONDS", help="how long to ask")
+    rendezvous.add_argument("--deadline", type=_DAY, default=5.0, metavar="SECONDS", help="how long to ask")
 
 
 def _add_plugins(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
@@ -243,10 +246,3 @@ def _mapping(text: str) -> dict[str, object]:
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError('a JSON object, such as {"folder": "{folder}"}')
     return found
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds <= 86_400:
-        raise argparse.ArgumentTypeError("a number of seconds above 0 and up to 86400")
-    return seconds

@@ -9,19 +9,24 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from tensorway.cli import brought, exits
+from tensorway.cli.arguments import seconds
 from tensorway.errors import BackendNotFound, TensorwayError
 from tensorway.plugins import host
 from tensorway_tools.bench import results
 from tensorway_tools.bench.results import BenchResult, Results
+from tensorway_tools.machine import this_machine
 
 if TYPE_CHECKING:
     from tensorway.cli.output import Output
     from tensorway.plugins.scan import Declaration
+
+#: How long one benchmark may take.
+_DEADLINE: Final = seconds(86_400, least=1)
 
 
 def command(arguments: list[str], out: Output) -> int:
@@ -50,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("names", nargs="*", metavar="NAME", help="these only (default: all that are installed)")
     run.add_argument("--short", action="store_true", help="few rounds of little: to see that it works")
     run.add_argument("--processes", type=_count, metavar="N", help="of each benchmark (default: 3, or 1 with --short)")
-    run.add_argument("--deadline", type=_seconds, default=900.0, metavar="SECONDS", help="for each benchmark (900)")
+    run.add_argument("--deadline", type=_DEADLINE, default=900.0, metavar="SECONDS", help="for each benchmark (900)")
     run.add_argument("--output", type=Path, default=Path("bench.json"), metavar="FILE", help="results (bench.json)")
     compare = action("compare", "Say what has changed from one file of results to another, beyond noise.")
     compare.add_argument("before", type=Path, metavar="BEFORE")
@@ -65,12 +70,6 @@ def _count(text: str) -> int:
     if not 1 <= int(text) <= 100:
         raise argparse.ArgumentTypeError("from 1 to 100")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    if not 1 <= float(text) <= 86_400:
-        raise argparse.ArgumentTypeError("from 1 to 86400")
-    return float(text)
 
 
 def _installed() -> list[Declaration]:
@@ -142,7 +141,7 @@ def _run(given: argparse.Namespace, out: Output) -> int:
             )
         _show(found[-1], out)
     answer = Results(
-        results.SCHEMA, results.machine(), results.versions(row.dist for row in rows),
+        results.SCHEMA, this_machine(), results.versions(row.dist for row in rows),
         results.Options(given.short, processes), (round(load, 2), round(os.getloadavg()[0], 2)), found,
     )  # fmt: skip
     results.write(given.output, answer)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from tensorway.errors import OptionsInvalid
 from tensorway.plugins import scan
 from tensorway.plugins.scan import printable
 from tensorway_tools.benchmark import Clock
+from tensorway_tools.machine import Machine
 
 SCHEMA: Final = "tensorway.bench/1"
 #: `cannot`: something is missing here; `failed`: it raised, hung or died, perhaps after some rows.
@@ -84,15 +84,6 @@ class BenchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: list[RowResult]
 
 
-class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What figures of two runs must share to be compared."""
-
-    processor: str
-    cores: int
-    memory_bytes: int
-    system: str
-
-
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How it was run."""
 
@@ -119,17 +110,6 @@ def row_result(name: str, to: str, clock: Clock, nbytes: int, samples: Sequence[
     """With its figures for readers."""
     ratios = sorted(sample.ratio for sample in samples)
     return RowResult(name, to, clock, nbytes, list(samples), statistics.median(ratios), ratios[0], ratios[-1])
-
-
-def machine() -> Machine:
-    """This one."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8", "replace"))
-    return Machine(
-        printable(cpu[1]) if cpu else platform.machine(),
-        len(os.sched_getaffinity(0)),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        f"{platform.system()} {platform.release()} {platform.machine()}",
-    )
 
 
 def versions(dists: Iterable[str]) -> dict[str, str]:

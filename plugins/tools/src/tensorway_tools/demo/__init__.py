@@ -10,10 +10,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from tensorway.cli.arguments import seconds
+
 if TYPE_CHECKING:
     from tensorway.cli.output import Output
 
 _REPORT: Final = Path("tensorway-demo.html")
+#: How long one movement may take.
+_DEADLINE: Final = seconds(3600)
 
 
 def command(arguments: list[str], out: Output) -> int:
@@ -36,13 +40,10 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
     top.add_argument(
-        "--deadline", type=_seconds, default=60.0, metavar="SECONDS", help="how long one movement may take (default 60)"
+        "--deadline",
+        type=_DEADLINE,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long one movement may take (default 60)",
     )
     return top
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError("a number of seconds above 0 and up to 3600")
-    return seconds

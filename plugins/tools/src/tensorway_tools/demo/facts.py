@@ -6,7 +6,6 @@ May import the core's host. Nothing here names the machine, its user or its addr
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import shlex
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import tensorway
 from tensorway.plugins import host
+from tensorway_tools.machine import this_machine
 
 
 def facts(rows: list[dict[str, Any]], arguments: Sequence[str]) -> dict[str, Any]:
@@ -21,16 +21,17 @@ def facts(rows: list[dict[str, Any]], arguments: Sequence[str]) -> dict[str, Any
     the_host = host()
     brought = [slot.declaration for slot in the_host.slots()] + [*the_host.demos, *the_host.commands]
     winners = {each["request"]["kind"]: each["winner"] for each in rows if each["winner"]}
+    here = this_machine()
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "date": now.isoformat(timespec="seconds"),
         "command": shlex.join(["tensorway", "demo", *arguments]),
         "tensorway": tensorway.__version__,
         "machine": {
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "system": here.system,
             "devices": winners["platform"]["reason"] if "platform" in winners else "",
-            "cores": len(os.sched_getaffinity(0)),
-            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "cores": here.cores,
+            "memory": here.memory_bytes,
             "python": platform.python_version(),
         },
         "dists": {row.dist: row.version for row in sorted(brought, key=lambda row: row.dist)},

@@ -14,12 +14,16 @@ import attrs
 
 from tensorway import settings
 from tensorway.cli import exits
+from tensorway.cli.arguments import seconds
 from tensorway.cli.output import Output
 from tensorway.cli.rendezvous import told_to_end
 from tensorway.exports import VARIABLE
 from tensorway_tools.top import looking
 from tensorway_tools.top.looking import Look
 from tensorway_tools.top.tables import TABLES, Column, Row, Table, rows
+
+#: Between two looks, and for all to answer.
+_INTERVAL: Final = seconds(3600, least=0.05)
 
 #: What a terminal is sent before each picture: to the upper left corner; after it: nothing below.
 _HOME: Final = "\x1b[H"
@@ -58,21 +62,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="tensorway top", description="Show what the processes of this host move now, what hurts first."
     )
     parser.add_argument("--once", action="store_true", help="look twice, show it, and end; --json does so, too")
-    parser.add_argument("--interval", type=_seconds, default=1.0, metavar="SECONDS", help="between two looks (1)")
-    parser.add_argument("--deadline", type=_seconds, default=1.0, metavar="SECONDS", help="for all to answer (1)")
+    parser.add_argument("--interval", type=_INTERVAL, default=1.0, metavar="SECONDS", help="between two looks (1)")
+    parser.add_argument("--deadline", type=_INTERVAL, default=1.0, metavar="SECONDS", help="for all to answer (1)")
     parser.add_argument("--folder", default="", metavar="FOLDER", help=f"where their sockets are ({VARIABLE})")
     parser.add_argument(
         "--pid", type=int, action="append", default=[], help="only this process; several times for more"
     )
     parser.add_argument("--url", action="append", default=[], help="a Prometheus endpoint; several times for more")
     return parser
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0.05 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError("from 0.05 to 3600")
-    return seconds
 
 
 def _look(folder: str, given: argparse.Namespace) -> list[Look]:
