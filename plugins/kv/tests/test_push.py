@@ -232,6 +232,22 @@ def test_a_producer_that_is_killed_fails_the_request_and_nothing_stays_taken(dep
     consumer.each(verify, OURS, 0, 0, 1)
 
 
+def test_of_a_producer_that_dies_rank_by_rank_each_is_seen_to_be_gone(deployment):
+    """The connection is of no use when the first is dead; what the others were to write to is not held for ever."""
+    producer, consumer = deployment.engine("prefill", Shape(2)), deployment.engine("decode", Shape())
+    ticket = producer.finish("one", THEIRS, TOKENS)
+    begun(producer, consumer, ticket)
+    producer.movers[0].signal(signal.SIGKILL)
+    failed_with(consumer, "lost", "handshake", "deadline")
+    until_later = time.monotonic() + 2.0  # others connect anew, to whom the dead one does not answer
+    while time.monotonic() < until_later:
+        consumer.step()
+    assert 5 == staged(consumer, "held"), "the other may write"
+    producer.movers[1].signal(signal.SIGKILL)
+    cleared(consumer)
+    consumer.each(verify, OURS, 0, 0, 1)
+
+
 def test_what_a_stopped_producer_may_write_to_is_held_back_until_it_goes_on(deployment):
     producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape())
     ticket = producer.finish("one", THEIRS, TOKENS)

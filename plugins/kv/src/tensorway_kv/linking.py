@@ -42,7 +42,7 @@ class Links(Generic[BoundT]):
 
     def replaced(self, engine: str, incarnation: str) -> None:
         """An engine lives this life now; those before it are over."""
-        for link in self:
+        for link in (*self, *self._over):
             if link.engine == engine and link.incarnation != incarnation:
                 link.lose("lost", f"it was replaced by its incarnation {incarnation[:12]}")
 
@@ -52,9 +52,12 @@ class Links(Generic[BoundT]):
             if link.hopeless is not None and link not in used:
                 self._retire(link)
                 del self._links[key]
-        for link in [link for link in self._over if link.ended]:
-            self._over.remove(link)
-            self._told.update(link.counts)
+        for link in list(self._over):
+            if link.ended:
+                self._over.remove(link)
+                self._told.update(link.counts)
+            elif not link.watching:
+                link.stop()
 
     def told(self) -> Counter[str]:
         """What became of all messages so far."""
@@ -76,5 +79,8 @@ class Links(Generic[BoundT]):
             link.close(max(0.0, until - time.monotonic()))
 
     def _retire(self, link: Link[BoundT]) -> None:
-        link.stop()
+        # Where some ranks are lost and others were asked to write, these are still looked after: a connection that is
+        # let go of here cannot tell that a process has ended, and memory would be held back as from one that may go on.
+        if not link.watching:
+            link.stop()
         self._over.append(link)

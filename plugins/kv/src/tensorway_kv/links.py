@@ -244,6 +244,11 @@ class Link(Generic[BoundT]):
         return not self._held and not self._outbox and time.monotonic() >= self._needed_until
 
     @property
+    def watching(self) -> bool:
+        """Whether ranks are told something again and again: of each it is to be found out when it is gone."""
+        return bool(self._watched)
+
+    @property
     def ended(self) -> bool:
         """Whether its thread has ended."""
         return not self._thread.is_alive()

@@ -130,6 +130,7 @@ def told(error: Exception, remote: Remote, asked: str) -> TensorwayError:
         return PeerLost.because(asked, remote.lost)
     true = f"NIXL could not do it ({type(error).__name__}: {error})."
     if type(error).__name__ == "nixlNotFoundError":  # what a peer deregisters, NIXL here remembers
-        true = f"NIXL does not find that memory ({error}): a region that has gone since began inside of it."
-        return TransferFailed(asked, true, "Register each piece that is read as a region of its own.")
+        why = "it is not registered, or a region that has gone since began inside of it"
+        to_do = "Register each piece that is read as a region of its own, and keep it registered."
+        return TransferFailed(asked, f"NIXL does not find that memory ({error}): {why}.", to_do)
     return TransferFailed(asked, true, "NIXL's reason is on stderr; NIXL_LOG_LEVEL=INFO shows more.")
