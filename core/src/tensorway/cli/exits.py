@@ -20,9 +20,11 @@ INTERRUPTED: Final = 130
 #: Code -> one line for people.
 MEANING: Final = {
     OK: "It worked; for `doctor`: nothing is broken (what merely cannot be used here is not broken).",
-    BROKEN: "A plugin is broken, two dists claim one name, or a test of `check` failed.",
+    BROKEN: "A plugin is broken; a test of `check` failed; for `doctor`, two dists claim one name; "
+    "or what a command of a plugin looked at is not right (`bench compare`: slower).",
     USAGE: "The command line, an option or an environment variable cannot be meant.",
-    UNAVAILABLE: "The backend that was asked for cannot be used here, or the peer cannot be reached.",
+    UNAVAILABLE: "The backend that was asked for cannot be used here, two dists claim its name, "
+    "or the peer cannot be reached.",
     NOT_FOUND: "No installed plugin offers what was asked for.",
     INTERNAL: "A defect of tensorway itself; `--debug` shows the traceback.",
     INTERRUPTED: "Interrupted from the keyboard.",

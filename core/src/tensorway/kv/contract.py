@@ -232,7 +232,7 @@ class Mover(Protocol):
         ...
 
     def flush(self, deadline: float) -> None:
-        """Wait until nothing reads pages that the engine is about to overwrite."""
+        """Wait until nothing touches pages of requests that failed or were given up; raises `DeadlineExceeded`."""
         ...
 
     def cancel(self, request: str) -> None:
