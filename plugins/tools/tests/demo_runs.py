@@ -92,7 +92,7 @@ class Folder:
 
 
 def ranks_below(process):
-    """Processes that a run of the demo has started, and those that they have started."""
+    """Ranks that a run of the demo has started. What these start is none, though it has their words at first."""
     below, found = [process.pid], []
     while below:
         for children in Path(f"/proc/{below.pop()}/task").glob("*/children"):
@@ -100,9 +100,10 @@ def ranks_below(process):
                 new = [int(word) for word in children.read_text().split()]
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            below += new
-            found += new
-    return [pid for pid in found if b"tensorway.testing.ranks" in command_of(pid)]
+            ranks = [pid for pid in new if b"tensorway.testing.ranks" in command_of(pid)]
+            found += ranks
+            below += [pid for pid in new if pid not in ranks]
+    return found
 
 
 def command_of(pid):
