@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tensorway.errors import TensorwayError, TicketInvalid, Unauthenticated
 from tensorway_kv import tickets
-from tensorway_kv.tickets import Limits, Seen, Ticket, issue, tenant_of, within
+from tensorway_kv.tickets import Limits, Seen, Ticket, issue, tenant_of
 
 SECRET = "known to all engines of the deployment"
 NOW = 1_800_000_000.0
@@ -286,15 +286,6 @@ def test_a_tenants_salt_is_recognised_and_not_told():
     assert tenant_of("salt", SECRET) != tenant_of("", SECRET)
     assert "salt" not in json.dumps(issue(TICKET, SECRET))
     assert tenant_of("\ud800", SECRET), "a client wrote it"
-
-
-def test_blocks_that_the_producer_has_not_are_foreign():
-    within(TICKET, (10, 8), "abc")
-    within(TICKET, (10, 8))
-    for blocks, geometry in (((9, 8), ""), ((10, 7), ""), ((10,), ""), ((10, 8, 1), ""), ((10, 8), "abd")):
-        with pytest.raises(TicketInvalid) as caught:
-            within(TICKET, blocks, geometry)
-        assert "foreign" == caught.value.cause
 
 
 # -- replayed

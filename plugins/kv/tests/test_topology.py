@@ -283,53 +283,13 @@ def test_what_is_no_engine_is_refused(cut):
             EngineTransferInfo.decode(wrong)
 
 
-# -- for people
+# -- who is only told
 
 
-def test_who_reads_what_is_described():
-    caches = [cache(layers=[0, 1], window=8), Cache([2], STATE, 0)]
-    topology = told(ranks(caches, Parallel(2)), ranks(caches, Parallel(1)))[1]
-    seen = topology.describe("prefill")
-    assert {
-        "engine": "prefill",
-        "incarnation": "1",
-        "rank": 1,
-        "readers": {0: [0], 1: [0]},
-        "tells": [],
-        "sources": [
-            {
-                "rank": 0,
-                "consumers": 2,
-                "components": {
-                    "conv": {"layers": 1, "heads": [(8, 16)]},
-                    "k": {"layers": 2, "heads": [(4, 8)]},
-                    "ssm": {"layers": 1, "heads": [(4, 8)]},
-                    "v": {"layers": 2, "heads": [(4, 8)]},
-                },
-                "groups": [
-                    {"group": 0, "tokens": 4, "bytes": 2 * 2 * 4 * 4 * 4},
-                    {"group": 1, "tokens": 0, "bytes": 8 * 3 + 4 * 5},
-                ],
-            }
-        ],
-    } == seen
-    assert topology.explain("prefill").splitlines() == [
-        "rank 1 reads from engine prefill, incarnation 1",
-        "  rank 0, which 2 of our ranks read",
-        "    conv of 1 layers: heads 8 to 15",
-        "    k of 2 layers: heads 4 to 7",
-        "    ssm of 1 layers: heads 4 to 7",
-        "    v of 2 layers: heads 4 to 7",
-        "    group 0: 256 bytes of each 4 tokens",
-        "    group 1: 44 bytes of a request's state",
-    ]
-
-
-def test_who_is_only_told_is_described():
+def test_who_is_read_by_none_of_us_is_told():
     caches = [cache(components=latent(4))]
     topology = told(ranks(caches), ranks(caches, Parallel(2)))[0]
-    assert [1] == topology.describe("prefill")["tells"]
-    assert "  rank 1 is read by none of us, and only told" == topology.explain("prefill").splitlines()[-1]
+    assert ({0}, (0, 1)) == (set(topology.remote("prefill").sources), topology.handshake_target_ranks("prefill"))
 
 
 def test_ranks_may_be_in_any_order():

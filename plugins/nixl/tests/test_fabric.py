@@ -235,7 +235,7 @@ def test_a_region_is_found_whatever_was_registered_before_where_it_lies_and_a_pa
 def test_a_canary_that_is_not_registered_fails_and_leaves_nothing(pair):
     here, _, description = pair
 
-    with pytest.raises(TransferFailed, match="NIXL_ERR_NOT_FOUND.*not registered"):
+    with pytest.raises(TransferFailed, match=r"NIXL_ERR_NOT_FOUND.*not registered"):
         here.connect(altered(description, canary=blob_of(description).canary - (1 << 30)))
 
     assert {} == here._fabric._remotes

@@ -27,6 +27,7 @@ from tensorway.cli import exits
 from tensorway.cli.output import Output
 from tensorway.errors import NewPluginRefused
 from tensorway.hookspecs import API, HOOKS
+from tensorway.plugins.scan import canonical
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -95,7 +96,7 @@ def run(name: str, kind: str, directory: Path) -> Result:
 
 def dist_name(name: str) -> str:
     """What the dist of a backend is called, in the index's own spelling."""
-    return f"tensorway-{_normal(name)}"
+    return f"tensorway-{canonical(name)}"
 
 
 def plan(name: str, kind: str) -> tuple[GeneratedFile, ...]:
@@ -148,7 +149,7 @@ def _check(name: str, kind: str) -> None:
 
 def _name_problem(name: str) -> tuple[str, str] | None:
     """What is true of a name that cannot be taken, and what to do about it."""
-    normal = _normal(name)
+    normal = canonical(name)
     if not _NAME.fullmatch(name):
         true = "A name is a letter, then letters, digits, '-' or '_', the last one no dash; 64 characters at most."
         return true, _suggest(re.sub(r"[^a-z0-9]+", "-", name[:64].lower()).strip("-0123456789"))
@@ -193,10 +194,6 @@ def _words(name: str, kind: str, root: Traversable) -> dict[str, str]:
         said = json.loads(own.read_text("utf-8")) if own.is_file() else {}
         words |= {word: Template(text).substitute(words) for word, text in said.items()}
     return words
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _camel(text: str) -> str:

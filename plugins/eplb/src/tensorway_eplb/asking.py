@@ -146,9 +146,10 @@ class Asked:
     def hear(self, done: _Done) -> None:
         """The member's answer."""
         self.answered = True
-        if self.state is State.PENDING and not done.why:
+        if done.why:
+            self.fail(TransferFailed(self._what, f"It says: {done.why}.", "See its log."))
+        elif self.state is State.PENDING:
             self.state = State.DONE
-        self.fail(TransferFailed(self._what, f"It says: {done.why}.", "See its log."))
 
     @property
     def _what(self) -> str:

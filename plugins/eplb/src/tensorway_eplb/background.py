@@ -55,11 +55,9 @@ class _Agreed:
 class Background:
     """One rank's rebalances beside its serving loop. The engine's thread calls everything here, `state` excepted."""
 
-    def __init__(
-        self, rebalancer: Rebalancer, engine: Engine, least: Least, on_commit: Callable[[int], None] | None = None
-    ) -> None:
-        """`engine.commit` is called within `step`; `on_commit` after it, with the layer."""
-        self._rebalancer, self._engine, self._least, self._on_commit = rebalancer, engine, least, on_commit
+    def __init__(self, rebalancer: Rebalancer, engine: Engine, least: Least) -> None:
+        """`engine.commit` is called within `step`."""
+        self._rebalancer, self._engine, self._least = rebalancer, engine, least
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -125,8 +123,6 @@ class Background:
                 agreed.done = True
             self._taken += 1
             taken.append(agreed.layer)
-            if self._on_commit is not None:
-                self._on_commit(agreed.layer)
         return tuple(taken)
 
     def cancel(self) -> None:

@@ -1,6 +1,6 @@
 """What has to move between two placements: computed once for all ranks, and the same on each of them.
 
-May import the core's ground, numpy, `placement`, `policy`, `moves` and `rounds`. No row is touched here, and nobody is
+May import the core's ground, numpy, `placement`, `policy` and `moves`. No row is touched here, and nobody is
 asked: the cycle executes what a plan says.
 """
 
@@ -18,7 +18,6 @@ from tensorway.errors import ExpertLost, PlacementInvalid
 from tensorway_eplb.moves import TEMPORARY, Column, Moves, moves
 from tensorway_eplb.placement import Map, Placement
 from tensorway_eplb.policy import Topology
-from tensorway_eplb.rounds import Exchange, rounds_of
 
 __all__ = ["TEMPORARY", "LayerPlan", "PeerRows", "RankPlan", "Rows", "TransferPlan"]
 
@@ -55,8 +54,6 @@ class LayerPlan:
     staging_rows: int
     #: Whether any slot of this rank holds another expert afterwards, or none.
     changed: bool
-    #: Which expert each slot of the group holds afterwards.
-    map_row: NDArray[np.int32]
 
     @property
     def arrivals(self) -> tuple[int, ...]:
@@ -170,19 +167,10 @@ class TransferPlan:
                     tuple((arrival, slot) for arrival, slot in writes.get(layer, ())),
                     staging[layer],
                     changed[layer],
-                    self.new.map[layer],
                 )
                 for layer in self.layers
             ),
         )
-
-    def rounds(self, layer: int, max_rows: int | None = None) -> tuple[tuple[Exchange, ...], ...]:
-        """The fetches of a layer in rounds in which a rank sends to one peer at most, and receives from one at most."""
-        fetches, ranks = self.moves.fetches, self.old.ranks
-        first, last = np.searchsorted(fetches.layer, [layer, layer + 1])
-        links = fetches.source[first:last] * ranks + fetches.target[first:last]
-        pairs, rows = np.unique(links, return_counts=True)
-        return rounds_of(zip((pairs // ranks).tolist(), (pairs % ranks).tolist(), rows.tolist(), strict=True), max_rows)
 
     def bytes_per_link(self, row_bytes: ArrayLike) -> Column:
         """What goes from each rank to each: [ranks, ranks]. `row_bytes` is for all layers, or for each of the model."""

@@ -1,6 +1,6 @@
 """A folder with the segments of one fingerprint, below the folder that an operator named; and all of them together.
 
-May import msgspec, the core's errors and this dist's disk and records. Names in a folder are hostile: what does not
+May import the core's errors and this dist's disk and records. Names in a folder are hostile: what does not
 look like ours is left alone, and nothing is opened through a link.
 
     FOLDER/v1/lock                      held while room is made; there is nothing in it

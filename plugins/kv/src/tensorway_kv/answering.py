@@ -1,6 +1,6 @@
 """What ranks of other engines would read of ours, written to them on a thread, where reading is slow.
 
-May import the core and this package's ears, links, pushes and writing. Over some lanes a read is a message to who is
+May import the core and this package's ears, linking, pushes and writing. Over some lanes a read is a message to who is
 read, whose processor sends the bytes; a write is not, and faster. So who wants to read asks to be written to. It is
 the reader's business when, and whether it was in time: nothing here knows of leases, as nothing does when a peer reads.
 The engine's steps may be long, and a read does not wait for them; so nobody who asks does either.
@@ -146,7 +146,7 @@ class Answering:
             return
         landing = messages.ids(ask.landing)
         where = ask.engine, ask.sender, ask.rank, ask.request, ask.epoch, landing
-        answer = Answer(Target(*where, ask.first, ask.stop, ask.seconds, False), self._links, self._writer, self._board)
+        answer = Answer(Target(*where, ask.first, ask.stop, ask.seconds), self._links, self._writer, self._board)
         answer.add(Send(ask.request, messages.ids(ask.theirs), 0, ask.tokens, (ask.epoch,), ask.epoch))
         self._answers[key] = answer
 

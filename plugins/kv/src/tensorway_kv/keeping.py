@@ -269,7 +269,7 @@ class Keeping:
             cause = "tokens"
         target = Target(
             message.engine, message.sender, message.rank, message.request, message.epoch, message.blocks,
-            message.first, message.stop, message.seconds, isinstance(lease, Lease) and not kept.filled,
+            message.first, message.stop, message.seconds,
         )  # fmt: skip
         if cause:
             self._refuse_one(key, target, cause)

@@ -1,7 +1,7 @@
 """What engines tell each other about hand-overs: typed, versioned, bounded, and read without ever raising.
 
-May import attrs and msgspec only. Messages are the payloads of a transport's notifications, so that their sender is
-known; each also names its sender, and `Reader.checked` refuses one that names another. What a message says about a
+May import the core's ground and msgspec. Messages are the payloads of a transport's notifications, so that their sender
+is known; each also names its sender, and `Reader.checked` refuses one that names another. What a message says about a
 lease is believed only by who granted it (`leases`), because its epoch is known to nobody but the ticket's holder.
 """
 

@@ -1,8 +1,7 @@
 """The mover of `handover`: beside one rank's memory, it writes words, fetches and sends blocks, and says what it hears.
 
-May import the core and this package. It decides nothing: what is kept and until when
-the planner says, and what other engines' ranks tell it goes to the planner as it came, after it was seen that they are
-who they say.
+May import the core and this package. It decides nothing: what is kept and until when the planner says, and what other
+engines' ranks tell it goes to the planner as it came, after it was seen that they are who they say.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from tensorway_kv.writing import Answerer, Writer
 
 
 class HandoverMover:
-    """See `tensorway.kv.contract.Mover`."""
+    """See `tensorway.kv.contract.LayerwiseMover`."""
 
     def __init__(self, options: HandoverOptions, context: KVContext) -> None:
         until = time.monotonic() + context.deadline

@@ -87,8 +87,6 @@ class Target(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     first: int
     stop: int
     seconds: float
-    #: Whether its layers may be sent one by one.
-    layered: bool
 
 
 class Push(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

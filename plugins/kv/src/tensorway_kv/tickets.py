@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 import attrs
@@ -149,17 +149,6 @@ def open(mapping: object, secret: str, now: float, limits: Limits = _USUAL) -> T
     ticket = _read(body)
     _check(ticket, now, limits)
     return ticket
-
-
-def within(ticket: Ticket, blocks: Sequence[int], geometry: str = "") -> None:
-    """Raise `TicketInvalid` unless its blocks are those of an engine that has so many in each group."""
-    if geometry and ticket.geometry and geometry != ticket.geometry:
-        raise _invalid("foreign", "It is for another geometry than the one that its producer told.")
-    if len(ticket.blocks) != len(blocks):
-        raise _invalid("foreign", f"It has blocks of {len(ticket.blocks)} groups, and its producer has {len(blocks)}.")
-    for group, (ids, count) in enumerate(zip(ticket.blocks, blocks, strict=True)):
-        if ids and max(ids) >= count:
-            raise _invalid("foreign", f"It names block {max(ids)} of group {group}, which has {count}.")
 
 
 class Seen:

@@ -7,7 +7,7 @@ registered, with the reason; afterwards every request can be planned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import attrs
 import msgspec
@@ -15,7 +15,6 @@ import msgspec
 from tensorway.decoding import UNREADABLE
 from tensorway.errors import DescriptionInvalid, Incompatible, LayoutInvalid, PeerLost
 from tensorway.kv import RankGeometry
-from tensorway_kv.intersect import Axis, meet
 from tensorway_kv.sources import Engine, Piece, by_pages, pieces
 
 #: More than any engine has; beyond that a number is a mistake or an attack.
@@ -162,63 +161,3 @@ class TransferTopology:
     def consumers(self, engine: str, producer: int) -> int:
         """How many of our ranks tell a rank of the producer when they are done: all that read it, at least one."""
         return max(1, sum(producer in producers for producers in self.remote(engine).readers.values()))
-
-    def describe(self, engine: str) -> dict[str, Any]:
-        """Who reads what from whom, as values."""
-        remote = self.remote(engine)
-        return {
-            "engine": engine,
-            "incarnation": remote.info.incarnation,
-            "rank": self.rank,
-            "readers": {rank: list(producers) for rank, producers in remote.readers.items()},
-            "tells": [rank for rank in self.handshake_target_ranks(engine) if rank not in remote.sources],
-            "sources": [
-                {
-                    "rank": producer,
-                    "consumers": self.consumers(engine, producer),
-                    "components": _components(taken),
-                    "groups": self._amounts(remote.info.ranks[producer], taken),
-                }
-                for producer, taken in remote.sources.items()
-            ],
-        }
-
-    def explain(self, engine: str) -> str:
-        """The same for people."""
-        seen = self.describe(engine)
-        lines = [f"rank {self.rank} reads from engine {engine}, incarnation {seen['incarnation']}"]
-        for source in seen["sources"]:
-            lines.append(f"  rank {source['rank']}, which {source['consumers']} of our ranks read")
-            for name, row in source["components"].items():
-                heads = ", ".join(f"{first} to {stop - 1}" for first, stop in row["heads"])
-                lines.append(f"    {name} of {row['layers']} layers: heads {heads}")
-            for row in source["groups"]:
-                each = f"each {row['tokens']} tokens" if row["tokens"] else "a request's state"
-                lines.append(f"    group {row['group']}: {row['bytes']:,} bytes of {each}")
-        lines += [f"  rank {rank} is read by none of us, and only told" for rank in seen["tells"]]
-        return "\n".join(lines)
-
-    def _amounts(self, theirs: RankGeometry, taken: Sequence[Piece]) -> list[dict[str, int]]:
-        """Bytes of each period of tokens after which blocks of both sides begin together."""
-        amounts: dict[tuple[int, int], int] = {}
-        for piece in taken:
-            own = Axis.of_group(self.ranks[self.rank], piece.own.group)
-            meeting = meet(own, Axis.of_group(theirs, piece.theirs.group))
-            key = piece.own.group, meeting.period if own.tokens else 0
-            nbytes = len(meeting.positions) * (piece.stop - piece.first) * piece.own.part.width
-            amounts[key] = amounts.get(key, 0) + nbytes
-        return [
-            {"group": group, "tokens": tokens, "bytes": nbytes} for (group, tokens), nbytes in sorted(amounts.items())
-        ]
-
-
-def _components(taken: Sequence[Piece]) -> dict[str, dict[str, Any]]:
-    names = sorted({piece.own.part.component for piece in taken})
-    by_name = {name: [piece for piece in taken if piece.own.part.component == name] for name in names}
-    return {
-        name: {
-            "layers": len({piece.own.part.layer for piece in group}),
-            "heads": sorted({(piece.first, piece.stop) for piece in group}),
-        }
-        for name, group in by_name.items()
-    }

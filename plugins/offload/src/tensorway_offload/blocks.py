@@ -304,14 +304,13 @@ class Blocks:
                 bad = [key for key in job.keys if done.outcomes.get(key, "failed") != "done"]
                 good, _ = self._settle(job, bad, for_good=True)
                 self._counters.add("offload_stored_total", len(good), medium=self._medium)
-                self._count_failed(bad, [done.outcomes.get(key, "failed") for key in bad])
+                self._count_failed([done.outcomes.get(key, "failed") for key in bad])
         self._index.release(job.rows)
 
-    def _count_failed(self, keys: Sequence[OffloadKey], outcomes: Sequence[Outcome]) -> None:
+    def _count_failed(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in set(outcomes):
-            cause = outcome if outcome != "done" else "failed"
             self._counters.add(
-                "offload_failures_total", outcomes.count(outcome), medium=self._medium, what="promote", cause=cause
+                "offload_failures_total", outcomes.count(outcome), medium=self._medium, what="promote", cause=outcome
             )
 
     # -- time, and the end

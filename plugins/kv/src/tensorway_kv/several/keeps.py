@@ -1,6 +1,6 @@
 """Requests that have ended and whose blocks children keep: until every one of them has let go.
 
-May import this package's children. A request is released once, after the last of those that said that they keep it.
+May import nothing. A request is released once, after the last of those that said that they keep it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The mover of `several`: gives each child its part of a plan, and says whose every result is.
 
-May import the core and this package's children, plans and loads. One thread uses it, and only `flush`, `close` and
+May import the core and this package's children and plans. One thread uses it, and only `flush`, `close` and
 `before_layer` wait. A child that is out of use is closed on a thread of its own, for that may take long; when it is
 closed, nothing of it touches a page any more, and the planner hears so.
 """

@@ -1,6 +1,6 @@
 """Work on the disk beside the engine: threads that may hang, and requests that end all the same, with their pages safe.
 
-May import the core's errors and this package's pages and files. Every touch of a page is under its job's lock, and none
+May import the core's ground. Every touch of a page is under its job's lock, and none
 follows the job's end: so a job ends when its time is over, however long a file system takes for what its thread asked.
 """
 

@@ -1,6 +1,6 @@
 """What makes a file of the store credible: names that tell nothing, and a seal over what it is and what it holds.
 
-May import the core's errors and attrs. Everything is keyed with the deployment's secret: who does not know it can
+May import the core's errors. Everything is keyed with the deployment's secret: who does not know it can
 neither guess under which name a block is, nor write one that anybody takes for a block.
 """
 

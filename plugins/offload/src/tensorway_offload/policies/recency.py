@@ -1,6 +1,6 @@
 """Keys in the order of their last use, in batches: what most policies here are made of. May import the offload room.
 
-A batch of keys that are used together is one `Span`, which costs a list and a few words for all of them. A key that is
+A batch of keys that are used together is one `Span`, which costs a tuple and a few words for all of them. A key that is
 used again only changes its place; what is left of it in its old span is stale, and is cleaned away a bounded number at
 a time. Nothing is ever rebuilt in one call, however many keys there are: a dict of a million keys takes 50 ms to grow,
 so places are in many small ones.

@@ -1,5 +1,6 @@
-"""The policy `sieve`: one queue, and a hand that spares what was used since it last came by. May import `recency`.
+"""The policy `sieve`: one queue, and a hand that spares what was used since it last came by.
 
+May import the offload room.
 As in Zhang and others, "SIEVE is simpler than LRU" (NSDI 2024): the hand goes from old to new; what was used it spares
 once, and what was not it evicts, and stays there.
 """
