@@ -126,7 +126,7 @@ def _between(before: Look | None, now: Look) -> float | None:
 
 def _failing(look: Look) -> list[str]:
     """Sources of a process that raise when they are asked."""
-    return [dict(labels)["source"] for (name, labels), up in look.values.items() if name == "source_up" and not up]
+    return [dict(labels).get("source", "?") for (name, labels), up in look.values.items() if name == "source_up" and not up]
 
 
 def _show(picture: Picture, out: Output, *, redraw: bool) -> None:
