@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -152,11 +153,31 @@ def test_what_hangs_is_killed_by_its_deadline_with_all_that_it_started(site):
     assert time.monotonic() - started < 60
     assert ("failed", ["first"]) == (hung["state"], [row["name"] for row in hung["rows"]])
     assert "had not ended after" in hung["why"]
-    child = int((site / "child").read_text())
+    has_ended(int((site / "child").read_text()))
+
+
+def has_ended(child):
     until = time.monotonic() + 30
     while results.Path(f"/proc/{child}").exists() and not zombie(child) and time.monotonic() < until:
         time.sleep(0.01)
     assert not results.Path(f"/proc/{child}").exists() or zombie(child)
+
+
+def test_who_is_told_to_end_takes_along_what_is_measured(site):
+    environment = {**os.environ, "PYTHONPATH": str(site), "TENSORWAY_PLUGINS": "", "PYTHONWARNINGS": "ignore"}
+    line = [sys.executable, "-m", "tensorway", "bench", "run", "hangs", "--short"]
+    process = subprocess.Popen(line, cwd=site, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not (site / "child").exists() or not (site / "child").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert 128 + signal.SIGTERM == process.wait(60)
+    finally:
+        process.kill()
+        process.wait(60)
+    has_ended(int((site / "child").read_text()))
 
 
 def zombie(pid):

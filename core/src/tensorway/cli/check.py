@@ -27,6 +27,7 @@ import attrs
 
 import tensorway
 from tensorway.cli import badge, exits
+from tensorway.cli.ending import ended_in_order
 from tensorway.cli.output import Output
 from tensorway.errors import BackendConflict, BackendUnavailable, PluginDefect, TensorwayError
 from tensorway.plugins import host
@@ -111,6 +112,7 @@ class _Run:
         return self.rows[test]
 
 
+@ended_in_order()
 def run(out: Output, asked: Asked) -> int:
     """Check one backend, write the file, say what failed; returns the exit code."""
     slot = _slot(asked.name, asked.kind)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +92,57 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
 )
 def test_how_a_process_ended_has_words(status, said):
     assert said in check._how(status)
+
+
+#: It says which process of pytest has loaded it, and keeps that one for good.
+STAYS = """
+import attrs, os, sys, time
+if "pytest" in sys.modules:
+    with open(os.environ["STAYS"] + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(file.name, os.environ["STAYS"])
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_check_that_is_told_to_end_takes_its_tests_and_its_folder_with_it(site, tmp_path, number):
+    site.good("stays", "platform")
+    module = site.path / "stays_dist.py"
+    module.write_text(module.read_text().replace("import attrs\n", STAYS))
+    said, scratch = tmp_path / "said", tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tensorway", "check", "stays", "--output", str(tmp_path / "report.json")],
+        env={**os.environ, "PYTHONPATH": str(site.path), "STAYS": str(said), "TMPDIR": str(scratch)},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # what runs the tests may have it ignored
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(said.exists)
+        child = int(said.read_text())
+        assert list(scratch.iterdir())
+        process.send_signal(number)
+        assert 128 + number == process.wait(60)
+        wait_for(lambda: gone(child))
+        assert [] == list(scratch.iterdir())
+    finally:
+        process.kill()
+        process.wait(60)
+        if said.exists() and not gone(int(said.read_text())):
+            os.killpg(int(said.read_text()), signal.SIGKILL)
+
+
+def wait_for(happened):
+    until = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def gone(pid):
+    """Whether a process is, or nobody but its parent knows of it any more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True

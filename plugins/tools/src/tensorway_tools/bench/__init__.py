@@ -15,6 +15,7 @@ import msgspec
 
 from tensorway.cli import brought, exits
 from tensorway.cli.arguments import seconds
+from tensorway.cli.ending import ended_in_order
 from tensorway.errors import BackendNotFound, TensorwayError
 from tensorway.plugins import host
 from tensorway_tools.bench import results
@@ -121,6 +122,7 @@ def _list(out: Output) -> int:
     return exits.BROKEN if any(problem for _, _, problem in rows) else exits.OK
 
 
+@ended_in_order()
 def _run(given: argparse.Namespace, out: Output) -> int:
     from tensorway_tools.bench import running
 
