@@ -60,6 +60,23 @@ def rude(run):
     print("{}", flush=True)
     yield Row("\\x1b[2Jevil", "it", (1.0,), (1.0,))
 
+def mute(run):
+    yield Row("first", "it", (1.0,) * 5, (1.0,) * 5)
+    os.close(int(sys.argv[2]))
+    time.sleep(1000)
+
+def floods(run):
+    yield Row("first", "it", (1.0,) * 5, (1.0,) * 5)
+    while True:
+        os.write(int(sys.argv[2]), b" " * 65536)
+
+def deep(run):
+    os.write(int(sys.argv[2]), b"[" * 100_000 + b"\\n")
+    yield Row("first", "it", (1.0,), (1.0,))
+
+def huge(run):
+    yield Row("huge", "it", (10**400,), (1.0,))
+
 def nothing(run):
     return iter(())
 
@@ -74,12 +91,15 @@ def other(run):
     yield "a row"
 
 absent = Benchmark("Needs what is not here.", good, lambda: "acme is not installed: pip install acme")
-GOOD, HALF, HANGS, DIES, RUDE, NOTHING, WRONG, TWICE, OTHER = (
-    Benchmark("A test.", each) for each in (good, half, hangs, dies, rude, nothing, wrong, twice, other)
+GOOD, HALF, HANGS, DIES, RUDE, MUTE, FLOODS, DEEP, HUGE, NOTHING, WRONG, TWICE, OTHER = (
+    Benchmark("A test.", each)
+    for each in (good, half, hangs, dies, rude, mute, floods, deep, huge, nothing, wrong, twice, other)
 )
 NONE = 3
 """
-NAMES = ("good", "half", "hangs", "dies", "rude", "nothing", "wrong", "twice", "other", "none")
+NAMES = (
+    "good", "half", "hangs", "dies", "rude", "mute", "floods", "deep", "huge", "nothing", "wrong", "twice", "other", "none"
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -130,6 +150,10 @@ def test_rows_of_all_processes_are_in_the_file(site):
     [
         ("half", "failed", ["first"], "ValueError: it is broken"),
         ("dies", "failed", [], "its process ended with -9: the library aborts"),
+        ("mute", "failed", ["first"], "it said no more, or too much, and was killed"),
+        ("floods", "failed", ["first"], "it said no more, or too much, and was killed"),
+        ("deep", "failed", [], "what it says cannot be meant"),
+        ("huge", "failed", [], "what it says cannot be meant"),
         ("rude", "measured", ["\\x1b[2Jevil"], ""),
         ("nothing", "failed", [], "it has measured nothing"),
         ("wrong", "failed", [], "no samples, or such as are no times"),
