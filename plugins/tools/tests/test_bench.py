@@ -13,6 +13,7 @@ import sys
 import time
 
 import jsonschema
+import msgspec
 import pytest
 
 from tensorway.errors import OptionsInvalid
@@ -83,6 +84,9 @@ def nothing(run):
 def wrong(run):
     yield Row("nan", "it", (float("nan"),), (1.0,))
 
+def vast(run):
+    yield Row("vast", "it", (1e6,), (1e-320,))
+
 def twice(run):
     yield Row("same", "it", (1.0,), (1.0,))
     yield Row("same", "it", (1.0,), (1.0,))
@@ -91,15 +95,16 @@ def other(run):
     yield "a row"
 
 absent = Benchmark("Needs what is not here.", good, lambda: "acme is not installed: pip install acme")
-GOOD, HALF, HANGS, DIES, RUDE, MUTE, FLOODS, DEEP, HUGE, NOTHING, WRONG, TWICE, OTHER = (
+GOOD, HALF, HANGS, DIES, RUDE, MUTE, FLOODS, DEEP, HUGE, NOTHING, WRONG, VAST, TWICE, OTHER = (
     Benchmark("A test.", each)
-    for each in (good, half, hangs, dies, rude, mute, floods, deep, huge, nothing, wrong, twice, other)
+    for each in (good, half, hangs, dies, rude, mute, floods, deep, huge, nothing, wrong, vast, twice, other)
 )
 NONE = 3
 """
 NAMES = (
-    "good", "half", "hangs", "dies", "rude", "mute", "floods", "deep", "huge", "nothing", "wrong", "twice", "other", "none"
-)  # fmt: skip
+    *("good", "half", "hangs", "dies", "rude", "mute", "floods", "deep", "huge", "nothing", "wrong", "vast", "twice"),
+    *("other", "none"),
+)
 
 
 @pytest.fixture
@@ -123,7 +128,7 @@ def command(site, *words, code=0):
     line = [sys.executable, "-m", "tensorway", "bench", *words, "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=110, cwd=site, env=environment, check=False)
     assert code == done.returncode, done
-    answer = json.loads(done.stdout)
+    answer = json.loads(done.stdout, parse_constant=pytest.fail)  # `Infinity` is no JSON
     if code != 2 and "error" not in answer:
         jsonschema.validate(answer, SCHEMAS[answer["schema"]])
     return answer
@@ -157,6 +162,7 @@ def test_rows_of_all_processes_are_in_the_file(site):
         ("rude", "measured", ["\\x1b[2Jevil"], ""),
         ("nothing", "failed", [], "it has measured nothing"),
         ("wrong", "failed", [], "no samples, or such as are no times"),
+        ("vast", "failed", [], "no samples, or such as are no times"),
         ("twice", "failed", ["same"], "is there twice"),
         ("other", "failed", [], "it yields str, not a Row"),
         ("none", "failed", [], "It is no Benchmark."),
@@ -310,6 +316,33 @@ def test_of_few_rounds_nothing_is_said():
 
 
 @pytest.mark.parametrize(
+    ("before", "now", "factor", "verdict"),
+    [
+        ([1.0] * 5, [1e-300] * 5, 1e-300, "faster"),
+        ([1.0, 1e-300] * 3, [1.0] * 6, 2.0, "same"),  # no noise would explain more
+        ([1.0] * 5, [0.0] * 5, 0.0, "unknown"),
+        ([0.0] * 5, [1.0] * 5, None, "unknown"),
+        ([1e-300] * 5, [1e299] * 5, None, "unknown"),
+    ],
+)
+def test_ratios_of_any_size_are_compared_and_what_is_no_number_is_null(tmp_path, before, now, factor, verdict):
+    for name, ratios in (("before", before), ("now", now)):
+        samples = [Sample(0, ratio * 1e-300, 1e-300) if ratio > 1e6 else Sample(0, ratio, 1.0) for ratio in ratios]
+        whole = made([[1.0]])
+        row = row_result("row", "it", "wall", 0, samples)
+        results.write(tmp_path / name, msgspec.structs.replace(
+            whole, benchmarks=[msgspec.structs.replace(whole.benchmarks[0], rows=[row])]
+        ))  # fmt: skip
+    answer = command(tmp_path, "compare", "before", "now")
+    (found,) = answer["rows"]
+    assert (verdict, factor) == (found["verdict"], pytest.approx(factor))
+    line = [sys.executable, "-m", "tensorway", "bench", "compare", "before", "now"]
+    text = subprocess.run(line, capture_output=True, text=True, timeout=110, cwd=tmp_path, check=True).stdout
+    assert "inf" not in text and ("x ? " in text) == (factor is None)
+    assert max(map(len, text.splitlines())) < 120
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",
@@ -332,7 +365,15 @@ def test_a_file_that_was_tampered_with_is_refused(tmp_path):
     assert made([[1.0] * 5]) == results.read(path)
     whole = json.loads(path.read_text())
     row = whole["benchmarks"][0]["rows"][0]
-    for samples in ([], [[0, 1.0, 0.0]], [[0, -1.0, 1.0]], [[0, "1", 1.0]], [[0, 1e300, 1.0]], [[0, 1.0]]):
+    for samples in (
+        [],
+        [[0, 1.0, 0.0]],
+        [[0, -1.0, 1.0]],
+        [[0, "1", 1.0]],
+        [[0, 1e300, 1.0]],
+        [[0, 1.0, 1e-305]] * 2,
+        [[0, 1.0]],
+    ):
         path.write_text(
             json.dumps({**whole, "benchmarks": [{**whole["benchmarks"][0], "rows": [{**row, "samples": samples}]}]})
         )

@@ -21,11 +21,16 @@ def number(request):
 def test_a_signal_ends_it_through_all_that_is_to_be_closed_and_the_handler_is_back_then(number):
     signal.signal(number, signal.SIG_DFL)
     closed = []
-    with pytest.raises(SystemExit) as raised, ended_in_order():
+
+    @ended_in_order()
+    def command():
         try:
             os.kill(os.getpid(), number)
         finally:
             closed.append(number)
+
+    with pytest.raises(SystemExit) as raised:
+        command()
     assert (128 + number, [number]) == (raised.value.code, closed)
     assert signal.SIG_DFL == signal.getsignal(number)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import select
 import signal
@@ -21,7 +20,7 @@ from typing import IO, Any, Final
 import attrs
 
 from tensorway.plugins.scan import Declaration, printable
-from tensorway_tools.bench.results import BenchResult, RowResult, Sample, State, row_result
+from tensorway_tools.bench.results import MOST_RATIO, BenchResult, RowResult, Sample, State, row_result
 
 _BOOT: Final = (
     "import json, sys; sys.path[:] = json.load(sys.stdin); from tensorway_tools.bench.child import main; "
@@ -96,7 +95,8 @@ def _take(gathered: _Gathered, said: Any, process: int) -> None:
     if said["clock"] not in _CLOCKS or not isinstance(said["nbytes"], int) or said["nbytes"] < 0:
         raise ValueError(f"the row {name} has no clock or no bytes")
     pairs = list(zip(map(float, said["ours"]), map(float, said["reference"]), strict=True))
-    if not name or not pairs or not all(math.isfinite(ours) and ours >= 0 < theirs < 1e6 for ours, theirs in pairs):
+    are_times = all(0 <= ours <= 1e6 >= theirs > 0 and ours / theirs < MOST_RATIO for ours, theirs in pairs)
+    if not name or not pairs or not are_times:
         raise ValueError(f"the row {name} has no samples, or such as are no times")
     known, samples = gathered.rows.setdefault(name, ({**said, "to": printable(str(said["to"]))}, []))
     if any(sample.process == process for sample in samples) or (known["clock"], known["nbytes"]) != (
