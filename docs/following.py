@@ -7,6 +7,7 @@ a folder that is empty: `python docs/following.py docs/authoring.md --until "Wha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -58,7 +59,7 @@ class Shell:
     def run(self, command):
         """Run one command as bash would at a prompt; returns what it printed, both streams together."""
         script = WRAPPER.format(status=self.status, command=command, state=self.state)
-        process = subprocess.Popen(
+        with subprocess.Popen(
             ["bash", "-c", script],
             cwd=self.folder,
             env=self.environment,
@@ -67,13 +68,17 @@ class Shell:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=self.seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            return f"{output}\n(killed: no end after {self.seconds} s)"
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=self.seconds)
+            except BaseException as error:  # Ctrl-C, too: nobody else ends what is in a session of its own
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                output, _ = process.communicate()
+                self.status = 124  # as of `timeout`: a page that shows any output at all would be right otherwise
+                return f"{output}\n(killed: no end after {self.seconds} s)"
         self.status = process.returncode
         self.folder = Path((self.state / "folder").read_text().rstrip("\n"))
         pairs = (self.state / "environment").read_text().split("\0")

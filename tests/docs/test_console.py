@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +19,15 @@ _spec.loader.exec_module(runner)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def shell(tmp_path):
+    """What the blocks of a page are run in."""
+    return runner.PageShell(tmp_path)
+
+
+@pytest.fixture
+def run(shell, monkeypatch):
     """Run one console block; what comes back is the text of the failure, or None."""
     monkeypatch.setattr(runner, "ACCELERATORS", ())
-    shell = runner.PageShell(tmp_path)
     return lambda block: runner.run_console(SimpleNamespace(parsed=block, namespace={"_shell": shell}))
 
 
@@ -73,6 +80,29 @@ def test_other_output_is_a_failure_that_shows_both(run):
 def test_a_command_that_does_not_end_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "DEADLINE", 0.5)
     assert "no end after 0.5 s" in runner.PageShell(tmp_path).run("sleep 30 & sleep 30")
+
+
+def test_a_command_that_is_stopped_has_failed_whatever_the_page_shows(run, shell):
+    assert run("$ true") is None
+    shell.seconds = 0.5
+    assert "ended with 124" in run("$ sleep 30\n...")
+
+
+def test_whatever_interrupts_a_command_ends_what_it_started(tmp_path, monkeypatch):
+    shell, pid = runner.PageShell(tmp_path), tmp_path / "pid"
+
+    def interrupted(*_, **__):
+        while not pid.exists() or not pid.read_text():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shell.run(f"sleep 30 & echo $! > {pid}; wait")
+    stat, until = Path("/proc", pid.read_text().strip(), "stat"), time.monotonic() + 10
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until, "it goes on"
+        time.sleep(0.01)
 
 
 def test_nothing_of_the_caller_reaches_the_commands(tmp_path, monkeypatch):

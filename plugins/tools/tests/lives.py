@@ -177,6 +177,11 @@ def hostile(path, what):
                     connection.sendall(b"tensorway_x 1\n" * 4096)
             elif what == "lies":
                 connection.sendall(head + b'tensorway_transport_bytes_total{peer="a"} nan\n')
+            elif what == "swells":  # each is a number, and their sum is none
+                lines = (f'tensorway_transport_pending{{peer="{peer}"}} 1e308\n' for peer in "ab")
+                connection.sendall(head + "".join(lines).encode())
+            elif what == "nameless":  # a source that fails, and does not say which
+                connection.sendall(head + b"tensorway_source_up 0\n")
             elif what == "swears":
                 connection.sendall(b"\x1b[31mNO\r\n\r\n")
             elif what == "hangs":

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import time
 
 import jsonschema
+import msgspec
 import pytest
 
 from tensorway.errors import OptionsInvalid
@@ -59,11 +61,31 @@ def rude(run):
     print("{}", flush=True)
     yield Row("\\x1b[2Jevil", "it", (1.0,), (1.0,))
 
+def mute(run):
+    yield Row("first", "it", (1.0,) * 5, (1.0,) * 5)
+    os.close(int(sys.argv[2]))
+    time.sleep(1000)
+
+def floods(run):
+    yield Row("first", "it", (1.0,) * 5, (1.0,) * 5)
+    while True:
+        os.write(int(sys.argv[2]), b" " * 65536)
+
+def deep(run):
+    os.write(int(sys.argv[2]), b"[" * 100_000 + b"\\n")
+    yield Row("first", "it", (1.0,), (1.0,))
+
+def huge(run):
+    yield Row("huge", "it", (10**400,), (1.0,))
+
 def nothing(run):
     return iter(())
 
 def wrong(run):
     yield Row("nan", "it", (float("nan"),), (1.0,))
+
+def vast(run):
+    yield Row("vast", "it", (1e6,), (1e-320,))
 
 def twice(run):
     yield Row("same", "it", (1.0,), (1.0,))
@@ -73,12 +95,16 @@ def other(run):
     yield "a row"
 
 absent = Benchmark("Needs what is not here.", good, lambda: "acme is not installed: pip install acme")
-GOOD, HALF, HANGS, DIES, RUDE, NOTHING, WRONG, TWICE, OTHER = (
-    Benchmark("A test.", each) for each in (good, half, hangs, dies, rude, nothing, wrong, twice, other)
+GOOD, HALF, HANGS, DIES, RUDE, MUTE, FLOODS, DEEP, HUGE, NOTHING, WRONG, VAST, TWICE, OTHER = (
+    Benchmark("A test.", each)
+    for each in (good, half, hangs, dies, rude, mute, floods, deep, huge, nothing, wrong, vast, twice, other)
 )
 NONE = 3
 """
-NAMES = ("good", "half", "hangs", "dies", "rude", "nothing", "wrong", "twice", "other", "none")
+NAMES = (
+    *("good", "half", "hangs", "dies", "rude", "mute", "floods", "deep", "huge", "nothing", "wrong", "vast", "twice"),
+    *("other", "none"),
+)
 
 
 @pytest.fixture
@@ -102,7 +128,7 @@ def command(site, *words, code=0):
     line = [sys.executable, "-m", "tensorway", "bench", *words, "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=110, cwd=site, env=environment, check=False)
     assert code == done.returncode, done
-    answer = json.loads(done.stdout)
+    answer = json.loads(done.stdout, parse_constant=pytest.fail)  # `Infinity` is no JSON
     if code != 2 and "error" not in answer:
         jsonschema.validate(answer, SCHEMAS[answer["schema"]])
     return answer
@@ -129,9 +155,14 @@ def test_rows_of_all_processes_are_in_the_file(site):
     [
         ("half", "failed", ["first"], "ValueError: it is broken"),
         ("dies", "failed", [], "its process ended with -9: the library aborts"),
+        ("mute", "failed", ["first"], "it said no more, or too much, and was killed"),
+        ("floods", "failed", ["first"], "it said no more, or too much, and was killed"),
+        ("deep", "failed", [], "what it says cannot be meant"),
+        ("huge", "failed", [], "what it says cannot be meant"),
         ("rude", "measured", ["\\x1b[2Jevil"], ""),
         ("nothing", "failed", [], "it has measured nothing"),
         ("wrong", "failed", [], "no samples, or such as are no times"),
+        ("vast", "failed", [], "no samples, or such as are no times"),
         ("twice", "failed", ["same"], "is there twice"),
         ("other", "failed", [], "it yields str, not a Row"),
         ("none", "failed", [], "It is no Benchmark."),
@@ -152,11 +183,31 @@ def test_what_hangs_is_killed_by_its_deadline_with_all_that_it_started(site):
     assert time.monotonic() - started < 60
     assert ("failed", ["first"]) == (hung["state"], [row["name"] for row in hung["rows"]])
     assert "had not ended after" in hung["why"]
-    child = int((site / "child").read_text())
+    has_ended(int((site / "child").read_text()))
+
+
+def has_ended(child):
     until = time.monotonic() + 30
     while results.Path(f"/proc/{child}").exists() and not zombie(child) and time.monotonic() < until:
         time.sleep(0.01)
     assert not results.Path(f"/proc/{child}").exists() or zombie(child)
+
+
+def test_who_is_told_to_end_takes_along_what_is_measured(site):
+    environment = {**os.environ, "PYTHONPATH": str(site), "TENSORWAY_PLUGINS": "", "PYTHONWARNINGS": "ignore"}
+    line = [sys.executable, "-m", "tensorway", "bench", "run", "hangs", "--short"]
+    process = subprocess.Popen(line, cwd=site, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not (site / "child").exists() or not (site / "child").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert 128 + signal.SIGTERM == process.wait(60)
+    finally:
+        process.kill()
+        process.wait(60)
+    has_ended(int((site / "child").read_text()))
 
 
 def zombie(pid):
@@ -265,6 +316,33 @@ def test_of_few_rounds_nothing_is_said():
 
 
 @pytest.mark.parametrize(
+    ("before", "now", "factor", "verdict"),
+    [
+        ([1.0] * 5, [1e-300] * 5, 1e-300, "faster"),
+        ([1.0, 1e-300] * 3, [1.0] * 6, 2.0, "same"),  # no noise would explain more
+        ([1.0] * 5, [0.0] * 5, 0.0, "unknown"),
+        ([0.0] * 5, [1.0] * 5, None, "unknown"),
+        ([1e-300] * 5, [1e299] * 5, None, "unknown"),
+    ],
+)
+def test_ratios_of_any_size_are_compared_and_what_is_no_number_is_null(tmp_path, before, now, factor, verdict):
+    for name, ratios in (("before", before), ("now", now)):
+        samples = [Sample(0, ratio * 1e-300, 1e-300) if ratio > 1e6 else Sample(0, ratio, 1.0) for ratio in ratios]
+        whole = made([[1.0]])
+        row = row_result("row", "it", "wall", 0, samples)
+        results.write(tmp_path / name, msgspec.structs.replace(
+            whole, benchmarks=[msgspec.structs.replace(whole.benchmarks[0], rows=[row])]
+        ))  # fmt: skip
+    answer = command(tmp_path, "compare", "before", "now")
+    (found,) = answer["rows"]
+    assert (verdict, factor) == (found["verdict"], pytest.approx(factor))
+    line = [sys.executable, "-m", "tensorway", "bench", "compare", "before", "now"]
+    text = subprocess.run(line, capture_output=True, text=True, timeout=110, cwd=tmp_path, check=True).stdout
+    assert "inf" not in text and ("x ? " in text) == (factor is None)
+    assert max(map(len, text.splitlines())) < 120
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",
@@ -287,7 +365,15 @@ def test_a_file_that_was_tampered_with_is_refused(tmp_path):
     assert made([[1.0] * 5]) == results.read(path)
     whole = json.loads(path.read_text())
     row = whole["benchmarks"][0]["rows"][0]
-    for samples in ([], [[0, 1.0, 0.0]], [[0, -1.0, 1.0]], [[0, "1", 1.0]], [[0, 1e300, 1.0]], [[0, 1.0]]):
+    for samples in (
+        [],
+        [[0, 1.0, 0.0]],
+        [[0, -1.0, 1.0]],
+        [[0, "1", 1.0]],
+        [[0, 1e300, 1.0]],
+        [[0, 1.0, 1e-305]] * 2,
+        [[0, 1.0]],
+    ):
         path.write_text(
             json.dumps({**whole, "benchmarks": [{**whole["benchmarks"][0], "rows": [{**row, "samples": samples}]}]})
         )

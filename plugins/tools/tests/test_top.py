@@ -99,7 +99,8 @@ SCHEMA = json.loads((resources.files("tensorway_tools.top") / "schemas.json").re
 def seen(folder, *words, code=0):
     """As JSON; whoever lives has time to answer on a machine that is busy."""
     words = words if "--deadline" in words else (*words, "--deadline", "20")
-    answer = json.loads(top("--json", "--folder", str(folder), *words, code=code)[0])
+    text = top("--json", "--folder", str(folder), *words, code=code)[0]
+    answer = json.loads(text, parse_constant=pytest.fail)  # `Infinity` is no JSON
     jsonschema.validate(answer, SCHEMA[answer["schema"]])
     return answer
 
@@ -219,6 +220,8 @@ HOSTILE = {
     "drips": "silent",
     "floods": "refused",
     "lies": "refused",
+    "swells": "refused",
+    "nameless": "answers",
     "swears": "refused",
     "hangs": "silent",
 }
@@ -236,6 +239,7 @@ def test_hostile_sockets_neither_hang_it_nor_write_to_the_terminal(live, folder)
     assert ("refused", "it is not a socket") == states[str(folder / "1-00000000.tensorway")]
     assert ("refused", f"process {imposter.pid} answers for 1") == states[str(folder / "1-11111111.tensorway")]
     assert "answers" == by_pid(answer["processes"])[moving.pid]["state"]
+    assert ["?"] == by_pid(answer["processes"])[lives["nameless"].pid]["failing"]
     text, seconds = top("--once", "--folder", str(folder), "--deadline", "6", "--interval", "0.2")
     assert text.isascii() and all(line.isprintable() for line in text.split("\n"))
     assert "owned" in text and "tensorway_x" not in text

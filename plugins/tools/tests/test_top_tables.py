@@ -61,6 +61,12 @@ def test_what_began_between_the_looks_has_all_of_it_then_and_what_began_anew_no_
     assert row.values["done_per_second"] is None and row.values["each"] is None
 
 
+def test_a_mean_of_less_than_one_is_none():
+    before = look(0.0, a_done=0, a_seconds=0)
+    (row,) = rows(JOBS, {"source": before}, [look(1.0, a_done=1e-300, a_seconds=1e17)])
+    assert row.values["each"] is None
+
+
 def test_what_gets_worse_comes_first_then_what_went_wrong():
     before = look(0.0, old_failed=90, worse_failed=0, fine_done=0)
     now = look(1.0, old_failed=90, worse_failed=1, fine_done=5)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from tensorway.cli import check
+from tensorway.cli import check, exits, main
 from tensorway.cli.output import Output
+from tensorway.errors import TensorwayError
 
 
 @pytest.fixture
@@ -71,6 +78,40 @@ def test_the_report_is_there_whole_or_not_at_all(tmp_path):
     assert [path] == list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["report.json", "full", "n" * 300])
+def test_what_cannot_be_written_is_three_lines_and_nothing_is_left(tmp_path, name):
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "report.json").write_text("before")
+    there, limits = set(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as a disk that is full in the midst of it
+    try:
+        with pytest.raises(TensorwayError) as raised:
+            check._write(tmp_path / name, "x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"was to be written to {tmp_path / name}." in raised.value.asked and "--output" in raised.value.to_do
+    assert there == set(tmp_path.iterdir()) and "before" == (tmp_path / "report.json").read_text()
+
+
+def test_a_badge_in_the_place_of_the_report_or_of_another_is_refused_before_the_work(site, tmp_path):
+    site.good("alpha", "platform")
+    (tmp_path / "other.json").symlink_to("report.json")
+    host, report, badge = site.host(), tmp_path / "report.json", tmp_path / "badge.svg"
+    (slot,) = host.named("alpha")
+    for badges in ([report], [tmp_path / "other.json"], [badge, badge]):
+        with pytest.raises(TensorwayError, match="the same file") as raised:
+            check._check_places(slot, [report, *badges])
+        assert exits.USAGE == exits.code_for(raised.value)
+    check._check_places(slot, [report, badge])
+
+
+def test_options_that_are_too_deep_are_an_error_of_usage(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["check", "cpu", "--options", "[" * 200_000])
+    assert exits.USAGE == raised.value.code
+    assert "argument --options: no JSON" in capsys.readouterr().err
+
+
 def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
@@ -87,3 +128,57 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
 )
 def test_how_a_process_ended_has_words(status, said):
     assert said in check._how(status)
+
+
+#: It says which process of pytest has loaded it, and keeps that one for good.
+STAYS = """
+import attrs, os, sys, time
+if "pytest" in sys.modules:
+    with open(os.environ["STAYS"] + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(file.name, os.environ["STAYS"])
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_check_that_is_told_to_end_takes_its_tests_and_its_folder_with_it(site, tmp_path, number):
+    site.good("stays", "platform")
+    module = site.path / "stays_dist.py"
+    module.write_text(module.read_text().replace("import attrs\n", STAYS))
+    said, scratch = tmp_path / "said", tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tensorway", "check", "stays", "--output", str(tmp_path / "report.json")],
+        env={**os.environ, "PYTHONPATH": str(site.path), "STAYS": str(said), "TMPDIR": str(scratch)},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # what runs the tests may have it ignored
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(said.exists)
+        child = int(said.read_text())
+        assert list(scratch.iterdir())
+        process.send_signal(number)
+        assert 128 + number == process.wait(60)
+        wait_for(lambda: gone(child))
+        assert [] == list(scratch.iterdir())
+    finally:
+        process.kill()
+        process.wait(60)
+        if said.exists() and not gone(int(said.read_text())):
+            os.killpg(int(said.read_text()), signal.SIGKILL)
+
+
+def wait_for(happened):
+    until = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def gone(pid):
+    """Whether a process is, or nobody but its parent knows of it any more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True

@@ -7,6 +7,7 @@ Of the dist nothing else imports this package; it may import the core. What is m
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,7 @@ import msgspec
 
 from tensorway.cli import brought, exits
 from tensorway.cli.arguments import seconds
+from tensorway.cli.ending import ended_in_order
 from tensorway.errors import BackendNotFound, TensorwayError
 from tensorway.plugins import host
 from tensorway_tools.bench import results
@@ -121,6 +123,7 @@ def _list(out: Output) -> int:
     return exits.BROKEN if any(problem for _, _, problem in rows) else exits.OK
 
 
+@ended_in_order()
 def _run(given: argparse.Namespace, out: Output) -> int:
     from tensorway_tools.bench import running
 
@@ -175,7 +178,8 @@ def _compare(before: Path, now: Path, out: Output) -> int:
     found = comparing.compare(results.read(before), results.read(now))
     fields = [
         {"benchmark": change.benchmark, "row": change.row, "to": change.now.to, "before": change.before.median,
-         "now": change.now.median, "factor": change.factor, "noise": change.noise, "verdict": change.verdict}
+         "now": change.now.median, "factor": change.factor if math.isfinite(change.factor) else None,
+         "noise": change.noise, "verdict": change.verdict}
         for change in found.changes
     ]  # fmt: skip
     code = exits.UNAVAILABLE if found.differs or not found.changes else exits.BROKEN if found.slower else exits.OK
@@ -186,9 +190,9 @@ def _compare(before: Path, now: Path, out: Output) -> int:
     styles = {"slower": "bad", "faster": "good"}
     for change in found.changes:
         text = f"{change.benchmark}: {change.row}"
-        ratios = f"{change.before.median:.3f} -> {change.now.median:.3f} times {change.now.to}"
+        ratios = f"{_factor(change.before.median)} -> {_factor(change.now.median)} times {change.now.to}"
         verdict = out.paint(f"{change.verdict:<8}", styles.get(change.verdict, "dim"))
-        out.line(f"{verdict} x {change.factor:.3f} (noise up to x {change.noise:.3f})  {text}: {ratios}")
+        out.line(f"{verdict} x {_factor(change.factor)} (noise up to x {_factor(change.noise)})  {text}: {ratios}")
     for what, lines in (
         ("Not comparable", found.differs), ("What else differs", found.versions),
         ("Only before", found.only_before), ("Only now", found.only_now),
@@ -198,6 +202,11 @@ def _compare(before: Path, now: Path, out: Output) -> int:
     slower = f"{len(found.slower)} slower than noise explains" if found.changes else "No row is in both"
     out.line(f"{slower}, of {len(found.changes)} rows.")
     return code
+
+
+def _factor(value: float) -> str:
+    """For people; a factor of hundreds of digits tells them no more than its power."""
+    return "?" if math.isinf(value) else f"{value:.3f}" if value < 1e6 else f"{value:.3g}"
 
 
 def _plot(files: list[Path], output: Path, out: Output) -> int:

@@ -40,7 +40,7 @@ class Change:
     row: str
     before: RowResult
     now: RowResult
-    #: By how much the median ratio is larger now: 1.1 is a tenth slower.
+    #: By how much the median ratio is larger now: 1.1 is a tenth slower; infinite where it was next to nothing.
     factor: float
     #: Factors up to this are noise.
     noise: float
@@ -92,7 +92,8 @@ def _differences(what: str, one: msgspec.Struct, other: msgspec.Struct) -> list[
 def _change(benchmark: str, name: str, before: RowResult, now: RowResult, *, comparable: bool) -> Change:
     medians = [statistics.median(row.ratios) for row in (before, now)]
     factor = medians[1] / medians[0] if medians[0] > 0 else math.inf
-    noise = math.exp(SURE * math.hypot(_error(before.samples), _error(now.samples)))
+    # Bounded: beyond it a float has no room for the factor, and no change is more than that.
+    noise = math.exp(min(SURE * math.hypot(_error(before.samples), _error(now.samples)), 700.0))
     verdict: Verdict = "same"
     if not comparable or (before.to, before.clock) != (now.to, now.clock):
         verdict = "other"

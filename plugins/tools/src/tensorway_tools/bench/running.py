@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import select
 import signal
@@ -21,7 +20,7 @@ from typing import IO, Any, Final
 import attrs
 
 from tensorway.plugins.scan import Declaration, printable
-from tensorway_tools.bench.results import BenchResult, RowResult, Sample, State, row_result
+from tensorway_tools.bench.results import MOST_RATIO, BenchResult, RowResult, Sample, State, row_result
 
 _BOOT: Final = (
     "import json, sys; sys.path[:] = json.load(sys.stdin); from tensorway_tools.bench.child import main; "
@@ -65,7 +64,7 @@ def run(
                     _take(gathered, said["row"], process)
                 else:
                     gathered.state, gathered.why = said["state"], printable(said["why"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             gathered.state, gathered.why = "failed", f"what it says cannot be meant: {printable(str(error))}"
         if gathered.state != "measured":
             break
@@ -96,7 +95,8 @@ def _take(gathered: _Gathered, said: Any, process: int) -> None:
     if said["clock"] not in _CLOCKS or not isinstance(said["nbytes"], int) or said["nbytes"] < 0:
         raise ValueError(f"the row {name} has no clock or no bytes")
     pairs = list(zip(map(float, said["ours"]), map(float, said["reference"]), strict=True))
-    if not name or not pairs or not all(math.isfinite(ours) and ours >= 0 < theirs < 1e6 for ours, theirs in pairs):
+    are_times = all(0 <= ours <= 1e6 >= theirs > 0 and ours / theirs < MOST_RATIO for ours, theirs in pairs)
+    if not name or not pairs or not are_times:
         raise ValueError(f"the row {name} has no samples, or such as are no times")
     known, samples = gathered.rows.setdefault(name, ({**said, "to": printable(str(said["to"]))}, []))
     if any(sample.process == process for sample in samples) or (known["clock"], known["nbytes"]) != (
@@ -127,8 +127,7 @@ def _answers(row: Declaration, size: str, seconds: float) -> Iterator[dict[str, 
             if ended == "late":
                 yield {"state": "failed", "why": f"it had not ended after {seconds:.0f} s, and was killed"}
             elif ended:
-                code = process.wait(10)
-                yield {"state": "failed", "why": f"its process ended with {code}: {_tail(output)}"}
+                yield {"state": "failed", "why": _how(process, output)}
         finally:
             os.close(ours)
             with contextlib.suppress(ProcessLookupError):
@@ -138,7 +137,7 @@ def _answers(row: Declaration, size: str, seconds: float) -> Iterator[dict[str, 
 
 def _lines(descriptor: int, until: float) -> Any:
     """Yields the objects that come; returns `late`, `dead`, or nothing if the last one said how it ended."""
-    unread, size = b"", 0
+    unread, size = bytearray(), 0
     while True:
         if not select.select([descriptor], [], [], max(0.0, until - time.monotonic()))[0]:
             return "late"
@@ -146,12 +145,23 @@ def _lines(descriptor: int, until: float) -> Any:
         size += len(chunk)
         if not chunk or size > _MOST_BYTES:
             return "dead"
-        *lines, unread = (unread + chunk).split(b"\n")
+        unread += chunk
+        if b"\n" not in chunk:  # or a line that never ends would be searched from its start each time
+            continue
+        *lines, unread = unread.split(b"\n")
         for line in lines:
             said = json.loads(line)
             yield said
             if "state" in said:
                 return ""
+
+
+def _how(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
+    """Why nothing more is read of a process: it has ended, or lives on and is killed."""
+    try:
+        return f"its process ended with {process.wait(10)}: {_tail(output)}"
+    except subprocess.TimeoutExpired:
+        return "it said no more, or too much, and was killed"
 
 
 def _tail(output: IO[bytes]) -> str:

@@ -7,16 +7,15 @@ shown; each has a deadline, and none outlives this process.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from tensorway import hookspecs
 from tensorway.cli import brought
 from tensorway.cli.demonstration import MOVEMENTS, Shown, Stage
+from tensorway.cli.ending import ended_in_order
 from tensorway.cli.output import Output
 from tensorway.cli.probe import usable
 from tensorway.errors import (
@@ -40,7 +39,7 @@ def run(given: argparse.Namespace, arguments: Sequence[str], out: Output) -> int
     """Show it all, and write the report; returns the exit code."""
     started = time.monotonic()
     _writable(given.report)
-    with _ended_in_order():
+    with ended_in_order():
         rows = _selected(out)
         transports = _transports(given.backend, rows, out)
         seen = [
@@ -162,18 +161,3 @@ def _writable(path: Any) -> None:
 
 def _unwritable(path: Any, true: str) -> OptionsInvalid:
     return OptionsInvalid(f"The report was to be written to {path}.", true, "Give the path of a file: --report FILE.")
-
-
-@contextlib.contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what was started, as Ctrl-C does."""
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -126,7 +126,8 @@ def _between(before: Look | None, now: Look) -> float | None:
 
 def _failing(look: Look) -> list[str]:
     """Sources of a process that raise when they are asked."""
-    return [dict(labels)["source"] for (name, labels), up in look.values.items() if name == "source_up" and not up]
+    down = [dict(labels) for (name, labels), up in look.values.items() if name == "source_up" and not up]
+    return [labels.get("source", "?") for labels in down]
 
 
 def _show(picture: Picture, out: Output, *, redraw: bool) -> None:

@@ -176,7 +176,8 @@ def _row(
             values[column.field] = min((value for value, _ in found), default=None)
         elif column.mode == "mean":
             sums = [_grown(row.get((column.key, metric), ())) for metric in column.metrics]
-            values[column.field] = sums[0] / sums[1] if sums[0] is not None and sums[1] else None
+            # Something is counted by ones: of a part of one there is no mean, and by next to nothing it is infinite.
+            values[column.field] = sums[0] / sums[1] if sums[0] is not None and (sums[1] or 0.0) >= 1 else None
         else:
             grown = _grown(found)
             rate = round(grown / seconds, 6) if grown is not None and seconds > 0 else None

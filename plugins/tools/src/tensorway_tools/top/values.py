@@ -6,7 +6,6 @@ that looks like ours and cannot be read makes the whole page one that is not bel
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Final
@@ -20,6 +19,8 @@ Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 #: Values of one page; beyond that a page is no page of ours.
 MOST: Final = 50_000
 _LONGEST: Final = 80
+#: No count or size of ours comes near it, and sums of a whole page stay finite below it.
+_LARGEST: Final = 1e18
 # vLLM gives out only what begins as its own names do.
 _LINE: Final = re.compile(r"(?:vllm:)?tensorway_([a-z_]{1,100})(?:\{(.*)\})? (\S{1,40})(?: \d+)?", re.ASCII)
 _LABEL: Final = re.compile(r'([a-zA-Z_]\w{0,99})="((?:[^"\\]|\\.)*)"(?:,|$)', re.ASCII)
@@ -66,4 +67,4 @@ def _number(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) < _LARGEST else None  # which NaN is not, either
