@@ -18,16 +18,7 @@ import attrs
 from tensorway import settings
 from tensorway._logging import logger, warn_once
 from tensorway.errors import Closed, DeadlineExceeded, LeaseLost, TensorwayError, Unsupported
-from tensorway.rendezvous.contract import (
-    Ability,
-    Changes,
-    Event,
-    Record,
-    Store,
-    check_key,
-    check_ttl,
-    check_value,
-)
+from tensorway.rendezvous.contract import Ability, Changes, Event, Record, Store, check_key, check_ttl, check_value
 from tensorway.rendezvous.leases import Lease, keeper
 
 _log = logger("rendezvous")
