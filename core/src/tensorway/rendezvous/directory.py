@@ -143,13 +143,15 @@ class Directory:
             self._watch.close()
         self._thread.join(deadline)
         try:
-            if not replaced:
-                # A store may tell a deletion and an expiry alike; the goodbye is told before.
-                self._publish("gone", max(0.0, until - time.monotonic()))
-                for key in (self._key, self._described):
-                    self._rendezvous.delete(key, deadline=max(0.0, until - time.monotonic()))
-            if self._lease is not None:
-                self._rendezvous.end(self._lease, max(0.0, until - time.monotonic()))
+            try:
+                if not replaced:
+                    # A store may tell a deletion and an expiry alike; the goodbye is told before.
+                    self._publish("gone", max(0.0, until - time.monotonic()))
+                    for key in (self._key, self._described):
+                        self._rendezvous.delete(key, deadline=max(0.0, until - time.monotonic()))
+            finally:  # nobody keeps the lease of a member that is gone, whether the store hears of it or not
+                if self._lease is not None:
+                    self._rendezvous.end(self._lease, max(0.0, until - time.monotonic()))
         except TensorwayError as error:
             _log.debug("A goodbye was not heard; the lease will say it: %s", error)
 

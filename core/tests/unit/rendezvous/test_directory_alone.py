@@ -1,0 +1,98 @@
+"""A member whose store is slow, refuses or has a defect, and what it leaves behind when that ends it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from tensorway.errors import Closed, DeadlineExceeded, TensorwayError, Unauthenticated
+from tensorway.rendezvous import members
+from tensorway.rendezvous.directory import Directory
+from tensorway.rendezvous.leases import keeper
+from tensorway.rendezvous.records import Records
+from tensorway.rendezvous.rendezvous import Rendezvous
+
+
+class Store:
+    """Records in this process. `before`, where it is set, is called with each call's name and what it was given."""
+
+    name = "scripted"
+    authenticates = True
+
+    def __init__(self, *abilities):
+        self.records, self.lock = Records(lambda event: None), threading.Lock()
+        self.abilities = frozenset(abilities)
+        self.before = lambda call, *given: None
+        self.watches = 0
+
+    def __getattr__(self, name):
+        if name not in ("put", "get", "list", "delete", "grant", "keep", "revoke"):
+            raise AttributeError(name)
+
+        def call(*given):
+            self.before(name, *given)
+            given = given[:-1] + ((time.monotonic(),) if name in ("grant", "keep") else ())
+            with self.lock:
+                return getattr(self.records, name)(*given)
+
+        return call
+
+    def changes(self, prefix, seconds):
+        self.watches += 1
+        return SimpleNamespace(next=lambda seconds: time.sleep(min(max(0, seconds), 0.02)) or [], close=self.unwatch)
+
+    def unwatch(self):
+        self.watches -= 1
+
+    def close(self):
+        """Nothing to let go of."""
+
+
+class End:
+    """An endpoint whose connections are names only."""
+
+    name = "local"
+
+    def __init__(self, incarnation):
+        self.incarnation = incarnation * 32
+        self.made, self.dropped = [], []
+
+    def describe(self):
+        return b"described"
+
+    def connect(self, described, deadline):
+        time.sleep(0.1)
+        self.made.append(SimpleNamespace(lost="", broken=""))
+        return self.made[-1]
+
+    def disconnect(self, peer):
+        self.dropped.append(peer)
+
+
+def held(store):
+    return [lease for lease, its in list(keeper()._leases.items()) if its is store]
+
+
+def late(*_given):
+    raise DeadlineExceeded("The store was asked.", "It did not answer.", "Wait.")
+
+
+@pytest.fixture
+def rendezvous():
+    """Of a store without watches: what a member reads it reads when the test says so, or every half a second."""
+    with Rendezvous(Store("lease")) as made:
+        yield made
+
+
+def test_nobody_keeps_the_lease_of_a_member_whose_goodbye_was_not_heard(rendezvous):
+    store = rendezvous._store
+    with Directory(rendezvous, End("a"), "x") as directory:
+        directory.live()
+        assert 1 == len(held(store))
+        store.before = late
+        directory.close(0.2)
+        store.before = lambda *given: None
+    assert [] == held(store)
