@@ -289,6 +289,11 @@ class Directory:
                 _log.warning("The rendezvous of %s does not answer: %s", self._prefix, error.true)
                 with self._seen:
                     self._seen.wait(_BACK_OFF[1])
+            except Exception as error:  # a defect of a store, or of a transport that was to let go of a peer
+                self._unread = True  # what it was about to see may be lost
+                _log.warning("The members of %s are followed on after a defect: %r", self._prefix, error, exc_info=True)
+                with self._seen:
+                    self._seen.wait(_BACK_OFF[1])
 
     def _hear(self) -> None:
         """What the watch tells, or nothing for a while: what else there is then comes together, and costs one turn."""

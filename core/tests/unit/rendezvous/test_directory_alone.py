@@ -96,3 +96,21 @@ def test_nobody_keeps_the_lease_of_a_member_whose_goodbye_was_not_heard(rendezvo
         directory.close(0.2)
         store.before = lambda *given: None
     assert [] == held(store)
+
+
+def test_a_defect_of_a_store_does_not_end_the_thread_that_follows_the_group(rendezvous, caplog):
+    def defective(call, *given):
+        if call == "list":
+            seen.set()
+            raise ZeroDivisionError("a store's own")
+
+    store, seen = rendezvous._store, threading.Event()
+    with Directory(rendezvous, End("a"), "one") as one:
+        store.before = defective
+        assert seen.wait(30)
+        store.before = lambda *given: None
+        with Directory(rendezvous, End("b"), "two") as two:
+            two.live()
+            assert one.connect("two", 10)
+            assert one._thread.is_alive()
+    assert any("ZeroDivisionError" in record.getMessage() for record in caplog.records)
