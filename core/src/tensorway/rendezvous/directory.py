@@ -344,8 +344,11 @@ class Directory:
         try:
             member = members.decode(record.key, record.value)
         except DescriptionInvalid as error:
-            _log.warning("%s", error)
+            if "/" not in record.key.removeprefix(self._prefix):
+                _log.warning("%s", error)
             return
+        if record.key != self._prefix + member.name:
+            return  # of a group below this one
         if record.key == self._key:
             if member.incarnation != self._endpoint.incarnation:
                 self._end(f"another process joined as {self.name}, with incarnation {member.incarnation[:12]}")

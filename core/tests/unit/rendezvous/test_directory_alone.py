@@ -114,3 +114,31 @@ def test_a_defect_of_a_store_does_not_end_the_thread_that_follows_the_group(rend
             assert one.connect("two", 10)
             assert one._thread.is_alive()
     assert any("ZeroDivisionError" in record.getMessage() for record in caplog.records)
+
+
+def test_a_group_below_is_another_group(rendezvous, caplog):
+    mine, other = End("m"), End("o")
+    with (
+        Directory(rendezvous, mine, "me", "/g") as me,
+        Directory(rendezvous, End("a"), "x", "/g") as x,
+        Directory(rendezvous, other, "me", "/g/sub") as below,
+    ):
+        x.live()
+        peer = me.connect("x", 10)
+        below.live()
+        with Directory(rendezvous, End("b"), "x", "/g/sub") as another:
+            another.live()
+            for each in (me, below):
+                each._look()
+            assert ({"x": "a" * 32}, "") == ({name: at.incarnation for name, at in me.members().items()}, peer.lost)
+            assert {"x": "b" * 32} == {name: at.incarnation for name, at in below.members().items()}
+        me._look()
+        assert me.connect("x", 10) is peer and not mine.dropped
+    assert [] == [record.getMessage() for record in caplog.records if "was read" in record.getMessage()]
+
+
+def test_a_name_with_a_slash_is_one_of_its_own_group(rendezvous):
+    with Directory(rendezvous, End("m"), "me", "/g") as me, Directory(rendezvous, End("a"), "host/0", "/g") as other:
+        other.live()
+        me._look()
+        assert ["host/0"] == list(me.members())
