@@ -113,13 +113,17 @@ class Directory:
         self._quiet = 0.0
         self._ended = ""
         self._watch: Watch | None = rendezvous.watch(self._prefix) if "watch" in rendezvous.abilities else None
-        self._publish()
-        try:
-            self._look()
-        except DeadlineExceeded as error:
-            _log.warning("The group %s is read later: %s", self._prefix, error.true)
         self._thread = threading.Thread(target=self._follow, name="tensorway-directory", daemon=True)
-        self._thread.start()
+        try:
+            self._publish()
+            try:
+                self._look()
+            except DeadlineExceeded as error:
+                _log.warning("The group %s is read later: %s", self._prefix, error.true)
+            self._thread.start()
+        except BaseException:
+            self.close()  # nobody else can: what is written and kept would stand for a member that is not there
+            raise
 
     # -- this member
 
@@ -141,7 +145,8 @@ class Directory:
         until = time.monotonic() + deadline
         if self._watch is not None:
             self._watch.close()
-        self._thread.join(deadline)
+        if self._thread.ident is not None:
+            self._thread.join(deadline)
         try:
             try:
                 if not replaced:

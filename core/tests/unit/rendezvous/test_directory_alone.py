@@ -142,3 +142,31 @@ def test_a_name_with_a_slash_is_one_of_its_own_group(rendezvous):
         other.live()
         me._look()
         assert ["host/0"] == list(me.members())
+
+
+def test_nothing_is_left_of_a_member_that_could_not_be_made():
+    def refuses(call, *given):
+        if call == "list":
+            raise Unauthenticated("The group was to be read.", "It was refused.", "Ask for the secret.")
+
+    store, before = Store("lease", "watch"), threading.active_count()
+    store.before = refuses
+    with Rendezvous(store) as rendezvous:
+        with pytest.raises(Unauthenticated):
+            Directory(rendezvous, End("a"), "x")
+        assert ([], 0, 0) == (store.records.list("/default"), store.records.leases, store.watches)
+        assert [] == held(store)
+    assert threading.active_count() <= before + 1  # that of the leases, for as long as it takes it to see
+
+
+def test_nothing_is_left_of_a_member_whose_thread_cannot_begin(rendezvous, monkeypatch):
+    def refused(thread):
+        if thread.name == "tensorway-directory":
+            raise RuntimeError("can't start new thread")
+        started(thread)
+
+    started = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError):
+        Directory(rendezvous, End("a"), "x")
+    assert ([], []) == (rendezvous.list("/default"), held(rendezvous._store))
