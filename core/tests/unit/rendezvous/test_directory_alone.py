@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from tensorway.errors import Closed, DeadlineExceeded, TensorwayError, Unauthenticated
-from tensorway.rendezvous import members
 from tensorway.rendezvous.directory import Directory
 from tensorway.rendezvous.leases import keeper
 from tensorway.rendezvous.records import Records
@@ -51,6 +50,12 @@ class Store:
         """Nothing to let go of."""
 
 
+class Peer:
+    """A connection."""
+
+    lost = broken = ""
+
+
 class End:
     """An endpoint whose connections are names only."""
 
@@ -65,8 +70,9 @@ class End:
 
     def connect(self, described, deadline):
         time.sleep(0.1)
-        self.made.append(SimpleNamespace(lost="", broken=""))
-        return self.made[-1]
+        peer = Peer()
+        self.made.append(peer)
+        return peer
 
     def disconnect(self, peer):
         self.dropped.append(peer)
@@ -170,3 +176,86 @@ def test_nothing_is_left_of_a_member_whose_thread_cannot_begin(rendezvous, monke
     with pytest.raises(RuntimeError):
         Directory(rendezvous, End("a"), "x")
     assert ([], []) == (rendezvous.list("/default"), held(rendezvous._store))
+
+
+def test_who_enters_a_state_waits_for_another_thread_no_longer_than_they_said(rendezvous):
+    def slow(call, *given):
+        if call == "put":
+            writing.set()
+            assert release.wait(30)
+
+    writing, release = threading.Event(), threading.Event()
+    with Directory(rendezvous, End("a"), "x") as directory:
+        rendezvous._store.before = slow
+        other = threading.Thread(target=directory.live)
+        other.start()
+        try:
+            assert writing.wait(30)
+            began = time.monotonic()
+            with pytest.raises(DeadlineExceeded, match="Another thread"):
+                directory.drain(0.1)
+            assert time.monotonic() - began < 5
+        finally:
+            release.set()
+            other.join(30)
+
+
+def test_a_lease_that_comes_when_its_member_is_closed_is_kept_by_nobody(rendezvous, caplog):
+    """Written anew by its thread, or by one that says that it is live, while the goodbye does not wait any longer."""
+
+    def slow(call, *given):
+        if call == "grant":
+            asked.set()
+            assert release.wait(30)
+
+    asked, release, ends = threading.Event(), threading.Event(), []
+
+    def live():
+        try:
+            directory.live()
+        except TensorwayError as error:
+            ends.append(error)
+
+    store = rendezvous._store
+    for use in (live, None):
+        asked.clear()
+        release.clear()
+        directory = Directory(rendezvous, End("a"), "x")
+        store.before = slow
+        (lease,) = held(store)
+        keeper().let_go(lease, "the store was restarted")
+        other = directory._thread
+        if use is not None:
+            other = threading.Thread(target=use)
+            other.start()
+        assert asked.wait(30)
+        directory.close(0.2)
+        release.set()
+        other.join(30)
+        assert not other.is_alive() and [] == held(store)
+        store.before = lambda *given: None
+    assert [Closed] == [type(error) for error in ends]
+    assert [] == [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert 0 == store.records.leases - 2, "those that were let go of behind the store's back"
+
+
+def test_threads_that_connect_at_once_have_one_connection(rendezvous):
+    mine = End("m")
+    with Directory(rendezvous, mine, "me") as me, Directory(rendezvous, End("a"), "x") as other:
+        other.live()
+        found, together = [], threading.Barrier(4)
+        me._look()
+
+        def connect():
+            together.wait(30)
+            found.append(me.connect("x", 10))
+
+        threads = [threading.Thread(target=connect) for _ in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(30)
+        assert [me.connect("x", 10)] * 4 == found
+        assert 1 < len(mine.made) == 1 + len(mine.dropped) and found[0] not in mine.dropped
+        found[0].lost = "the line was cut"
+        assert me.connect("x", 10) is not found[0] and found[0] in mine.dropped
