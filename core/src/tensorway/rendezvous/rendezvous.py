@@ -120,6 +120,7 @@ class Rendezvous:
 
     def wait(self, key: str, deadline: float) -> Record:
         """The record, as soon as somebody has put it; raises `DeadlineExceeded` if nobody does."""
+        self._check()
         until = time.monotonic() + deadline
         changes = self._store.changes(check_key(key), deadline) if "watch" in self.abilities else None
         pause = _ASK_AGAIN[0]

@@ -259,3 +259,16 @@ def test_threads_that_connect_at_once_have_one_connection(rendezvous):
         assert 1 < len(mine.made) == 1 + len(mine.dropped) and found[0] not in mine.dropped
         found[0].lost = "the line was cut"
         assert me.connect("x", 10) is not found[0] and found[0] in mine.dropped
+
+
+def test_a_store_of_a_parent_or_one_that_is_closed_is_not_asked_to_watch(monkeypatch):
+    store = Store("watch")
+    rendezvous = Rendezvous(store)
+    monkeypatch.setattr(store, "changes", lambda prefix, seconds: pytest.fail("it was asked"))
+    with monkeypatch.context() as patch:
+        patch.setattr(rendezvous, "_pid", -1)
+        with pytest.raises(Closed, match="forked"):
+            rendezvous.wait("/k", 0.1)
+    rendezvous.close()
+    with pytest.raises(Closed):
+        rendezvous.wait("/k", 0.1)
