@@ -116,6 +116,8 @@ def _private(folder: Path) -> Path:
 
 def _left_over(path: Path) -> bool:
     """Whether whoever listened there is gone: who is merely stopped does not refuse."""
+    if path.is_symlink() or not path.is_socket():  # what is no socket refuses as well, and is somebody's file
+        return False
     with socket.socket(socket.AF_UNIX) as probe, short(path) as name:
         probe.setblocking(False)
         return probe.connect_ex(name) == errno.ECONNREFUSED

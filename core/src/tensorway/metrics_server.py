@@ -62,10 +62,10 @@ class MetricsServer:
         self._failed: set[str] = set()
         try:
             self._server = _Server(host, port, self)
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:  # a port or a name that the system is not even asked for
             raise AddressInvalid(
                 f"Metrics were to be served at {host}:{port}.",
-                f"The system says: {error.strerror or error}.",
+                f"It cannot be: {getattr(error, 'strerror', None) or error}.",
                 "Give an address of this host and a port that is free; 0 takes any.",
             ) from None
         self._ended = threading.Event()
@@ -149,7 +149,11 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # a system may have no thread more
+                self._slots.release()
+                raise
         else:
             self.shutdown_request(request)
 

@@ -143,6 +143,24 @@ def test_what_was_left_over_is_swept_and_nothing_else(folder):
     assert left.name not in names and {living.name, foreign.name} < names and 3 == len(names)
 
 
+def test_a_file_of_the_users_is_not_swept_whatever_it_is_called(folder):
+    folder.mkdir(mode=0o700)
+    notes, link, sub = (folder / f"{name}{SUFFIX}" for name in ("notes", "link", "sub"))
+    notes.write_text("mine")
+    link.symlink_to(notes)
+    sub.mkdir()
+    export("worker", Worker("a").samples, WORDS)
+    assert "mine" == notes.read_text() and link.is_symlink() and sub.is_dir()
+    assert exports._servers[str(folder)] is not None
+
+
+def test_what_another_process_sweeps_first_costs_nobody_anything(folder, monkeypatch):
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(Path, "glob", lambda place, pattern: [place / f"1-gone{SUFFIX}"])
+    export("worker", Worker("a").samples, WORDS)
+    assert exports._servers[str(folder)] is not None
+
+
 def test_a_folder_may_have_a_longer_name_than_a_socket(tmp_path, monkeypatch):
     deep = tmp_path / ("x" * 100) / ("y" * 100)
     monkeypatch.setenv(VARIABLE, str(deep))

@@ -210,6 +210,25 @@ def test_an_address_that_cannot_be_had_is_refused(server):
         MetricsServer(WORDS, host="192.0.2.1")
 
 
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70_000), ("127.0.0.1", -1), ("a" * 70, 0)])
+def test_what_is_no_port_or_name_at_all_is_refused_like_any_other(host, port):
+    with pytest.raises(AddressInvalid, match="It cannot be"):
+        MetricsServer(WORDS, host, port)
+
+
+def test_threads_that_cannot_begin_cost_no_later_request(server, monkeypatch):
+    def refused(thread):
+        if "process_request" in thread.name:
+            raise RuntimeError("can't start new thread")
+        started(thread)
+
+    started = threading.Thread.start
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        assert [b""] * MOST == [say(server, b"GET /metrics HTTP/1.0\r\n\r\n") for _ in range(MOST)]
+    assert 200 == ask(server)[0]
+
+
 def test_nothing_is_left_of_servers():
     def used():
         gc.collect()

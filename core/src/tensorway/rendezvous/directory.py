@@ -113,13 +113,17 @@ class Directory:
         self._quiet = 0.0
         self._ended = ""
         self._watch: Watch | None = rendezvous.watch(self._prefix) if "watch" in rendezvous.abilities else None
-        self._publish()
-        try:
-            self._look()
-        except DeadlineExceeded as error:
-            _log.warning("The group %s is read later: %s", self._prefix, error.true)
         self._thread = threading.Thread(target=self._follow, name="tensorway-directory", daemon=True)
-        self._thread.start()
+        try:
+            self._publish()
+            try:
+                self._look()
+            except DeadlineExceeded as error:
+                _log.warning("The group %s is read later: %s", self._prefix, error.true)
+            self._thread.start()
+        except BaseException:
+            self.close()  # nobody else can: what is written and kept would stand for a member that is not there
+            raise
 
     # -- this member
 
@@ -141,15 +145,18 @@ class Directory:
         until = time.monotonic() + deadline
         if self._watch is not None:
             self._watch.close()
-        self._thread.join(deadline)
+        if self._thread.ident is not None:
+            self._thread.join(deadline)
         try:
-            if not replaced:
-                # A store may tell a deletion and an expiry alike; the goodbye is told before.
-                self._publish("gone", max(0.0, until - time.monotonic()))
-                for key in (self._key, self._described):
-                    self._rendezvous.delete(key, deadline=max(0.0, until - time.monotonic()))
-            if self._lease is not None:
-                self._rendezvous.end(self._lease, max(0.0, until - time.monotonic()))
+            try:
+                if not replaced:
+                    # A store may tell a deletion and an expiry alike; the goodbye is told before.
+                    self._publish("gone", max(0.0, until - time.monotonic()))
+                    for key in (self._key, self._described):
+                        self._rendezvous.delete(key, deadline=max(0.0, until - time.monotonic()))
+            finally:  # nobody keeps the lease of a member that is gone, whether the store hears of it or not
+                if self._lease is not None:
+                    self._rendezvous.end(self._lease, max(0.0, until - time.monotonic()))
         except TensorwayError as error:
             _log.debug("A goodbye was not heard; the lease will say it: %s", error)
 
@@ -186,7 +193,9 @@ class Directory:
             with self._seen:
                 self._seen.wait(min(pause * random.uniform(0.5, 1.5), max(0.0, until - time.monotonic())))
             pause = min(2 * pause, _BACK_OFF[1])
-        why = f"The last try ended so: {last.true}" if last else f"It is {self._state_of(name)}, not live."
+        other = self._others.get(name)
+        state = other.member.state if other is not None else "unknown"
+        why = f"The last try ended so: {last.true}" if last else f"It is {state}, not live."
         raise DeadlineExceeded(
             f"Member {name} of {self._prefix} was to be connected to.",
             f"It could not be reached within {deadline:g} s. {why}",
@@ -236,16 +245,20 @@ class Directory:
             if not peer.lost:
                 return peer
             self._endpoint.disconnect(peer)  # it is made anew, of what the member says of itself now
-        until = time.monotonic() + seconds
-        described = self._description(member, seconds)
+        until, described = time.monotonic() + seconds, self._description(member, seconds)
         peer = self._endpoint.connect(described, max(0.0, until - time.monotonic()))
         with self._lock:
             other = self._others.get(member.name)
+            first = None
             if other is not None and other.member.incarnation == member.incarnation:
-                other.peers[member.described] = peer
-                return peer
-        self._endpoint.disconnect(peer)
-        raise PeerLost.because(f"Member {member.name} was to be connected to.", "it went away meanwhile")
+                first = other.peers.get(member.described)
+                if first is None or first.lost:  # else another thread was faster
+                    other.peers[member.described] = first = peer
+        if first is not peer:
+            self._endpoint.disconnect(peer)
+        if first is None:
+            raise PeerLost.because(f"Member {member.name} was to be connected to.", "it went away meanwhile")
+        return first
 
     def _description(self, member: Member, seconds: float) -> bytes:
         """What the member describes itself with; raises `PeerLost` while that is of another moment than the member."""
@@ -254,10 +267,6 @@ class Directory:
             return record.value
         why = "what it described itself with is replaced" if record else "it describes itself with nothing"
         raise PeerLost.because(f"Member {member.name} was to be connected to.", why)
-
-    def _state_of(self, name: str) -> str:
-        with self._lock:
-            return self._others[name].member.state if name in self._others else "unknown"
 
     # -- the thread that follows the group
 
@@ -282,9 +291,13 @@ class Directory:
                 self._miss()
             except Closed:
                 self._end("its rendezvous was closed")
-            except TensorwayError as error:
-                # The rendezvous is away. Connections that exist go on; what changed is read when it is back.
-                _log.warning("The rendezvous of %s does not answer: %s", self._prefix, error.true)
+            except Exception as error:
+                # The rendezvous is away. Connections that exist go on; what changed is read when it is back. Or a store
+                # or a transport has a defect: it may have cost what was about to be seen, and not this thread.
+                defect = not isinstance(error, TensorwayError)
+                self._unread |= defect
+                why = getattr(error, "true", repr(error))
+                _log.warning("The rendezvous of %s does not answer: %s", self._prefix, why, exc_info=defect)
                 with self._seen:
                     self._seen.wait(_BACK_OFF[1])
 
@@ -337,8 +350,11 @@ class Directory:
         try:
             member = members.decode(record.key, record.value)
         except DescriptionInvalid as error:
-            _log.warning("%s", error)
+            if "/" not in record.key.removeprefix(self._prefix):
+                _log.warning("%s", error)
             return
+        if record.key != self._prefix + member.name:
+            return  # of a group below this one
         if record.key == self._key:
             if member.incarnation != self._endpoint.incarnation:
                 self._end(f"another process joined as {self.name}, with incarnation {member.incarnation[:12]}")
@@ -346,16 +362,12 @@ class Directory:
         if member.state == "gone":
             self._lose(member.name, "it said goodbye")
             return
-        with self._lock:
-            known = self._others.get(member.name)
+        known = self._others.get(member.name)
         if known is not None and known.member.incarnation != member.incarnation:
             self._lose(member.name, f"it was replaced by its incarnation {member.incarnation[:12]}")
         with self._seen:
-            other = self._others.get(member.name)
-            if other is None:
-                self._others[member.name] = _Other(member)
-            else:
-                other.member, other.missed = member, None
+            other = self._others.setdefault(member.name, _Other(member))
+            other.member, other.missed = member, None
             self._seen.notify_all()
 
     def _miss(self) -> None:
@@ -385,18 +397,27 @@ class Directory:
 
     def _publish(self, state: MemberState | None = None, deadline: float = _WRITE) -> None:
         until, state = time.monotonic() + deadline, state or self._state
-        with self._writing:
-            self._hold(until)
+        if not self._writing.acquire(timeout=max(0.0, deadline)):
+            asked, true = f"Member {self.name} was to be written.", f"Another thread has for over {deadline:g} s."
+            raise DeadlineExceeded(asked, true, "See whether the rendezvous answers, or give it more time.")
+        try:
+            self._hold(state, until)
             try:
                 self._write(state, until)
             except LeaseLost:  # the store was restarted, and who keeps the lease has not noticed yet
                 self._lease = None
-                self._hold(until)
+                self._hold(state, until)
                 self._write(state, until)
+        finally:
+            self._writing.release()
 
-    def _hold(self, until: float) -> None:
+    def _hold(self, state: MemberState, until: float) -> None:
         if "lease" in self._rendezvous.abilities and (self._lease is None or self._lease.lost):
             self._lease = self._rendezvous.lease(self._ttl, max(0.0, until - time.monotonic()))
+        if self._ended and state != "gone":  # meanwhile, and whoever closed it did not wait for this lease
+            if self._lease is not None:
+                self._rendezvous.end(self._lease, max(0.0, until - time.monotonic()))
+            self._check()
 
     def _write(self, state: MemberState, until: float) -> None:
         """The description first, where anybody may connect: whoever hears of the member finds it."""
@@ -409,7 +430,9 @@ class Directory:
 
     def _end(self, why: str) -> None:
         with self._seen:
-            self._ended = self._ended or why
+            if self._ended:
+                return
+            self._ended = why
             self._seen.notify_all()
         _log.error("This member, %s, is no longer of its group: %s.", self._key, why)
 

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Final
 
-from tensorway._logging import logger
+from tensorway._logging import logger, warn_once
 from tensorway.errors import TensorwayError
 from tensorway.exports import export
 from tensorway.metrics import Counters, Metric, Sample, vocabulary
@@ -76,10 +76,10 @@ class Keeper:
     def hold(self, lease: Lease, store: Store) -> None:
         """Keep it from now on."""
         with self._changed:
-            self._leases[lease] = store
-            if self._threads < self._wanted():
-                self._threads += 1
+            if self._threads < self._wanted(store):
                 threading.Thread(target=self._keep_all, name="tensorway-leases", daemon=True).start()
+                self._threads += 1  # only now: a system may have no thread more
+            self._leases[lease] = store
             self._changed.notify()
 
     def let_go(self, lease: Lease, why: str) -> bool:
@@ -97,8 +97,8 @@ class Keeper:
             leases = [lease for lease, its in self._leases.items() if its is store]
         return [lease for lease in leases if self.let_go(lease, why)]
 
-    def _wanted(self) -> int:
-        return min(_MOST_THREADS, len(set(self._leases.values())))
+    def _wanted(self, *more: Store) -> int:
+        return min(_MOST_THREADS, len({*self._leases.values(), *more}))
 
     def _keep_all(self) -> None:
         while (found := self._next()) is not None:
@@ -130,8 +130,11 @@ class Keeper:
         try:
             kept = store.keep(lease.name, step)
             lost = lost if kept else "the store does not know it any more"
-        except TensorwayError as error:
+        except Exception as error:  # also a defect of the store's: it costs a try, and not the thread of all leases
             _log.debug("A lease was not kept: %s", error)
+            if not isinstance(error, TensorwayError):
+                said = "The store %s of a rendezvous has a defect, and a lease was not kept: %r"
+                warn_once(_log, ("lease", store.name), said, store.name, error, rank=0, extra={"store": store.name})
             kept, step = False, min(step, 0.5)
             lost = lost if started - lease._kept > lease.ttl else ""
         with self._changed:

@@ -70,9 +70,7 @@ def construct(options: DirectOptions, context: object) -> Rendezvous:
 def secret_of(given: str) -> str:
     """The secret that was given, or the deployment's; raises `Unauthenticated` without one."""
     secret = given or settings.secret()
-    true = (
-        "No secret was given, and whoever reaches a rendezvous reaches the memory of its members." if not secret else ""
-    )
+    true = "" if secret else "No secret was given, and whoever reaches a rendezvous reaches the memory of its members."
     if 0 < len(secret) < MIN_SECRET:
         true = f"The secret has {len(secret)} characters; fewer than {MIN_SECRET} can be guessed."
     if true:

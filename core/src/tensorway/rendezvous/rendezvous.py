@@ -18,16 +18,7 @@ import attrs
 from tensorway import settings
 from tensorway._logging import logger, warn_once
 from tensorway.errors import Closed, DeadlineExceeded, LeaseLost, TensorwayError, Unsupported
-from tensorway.rendezvous.contract import (
-    Ability,
-    Changes,
-    Event,
-    Record,
-    Store,
-    check_key,
-    check_ttl,
-    check_value,
-)
+from tensorway.rendezvous.contract import Ability, Changes, Event, Record, Store, check_key, check_ttl, check_value
 from tensorway.rendezvous.leases import Lease, keeper
 
 _log = logger("rendezvous")
@@ -129,6 +120,7 @@ class Rendezvous:
 
     def wait(self, key: str, deadline: float) -> Record:
         """The record, as soon as somebody has put it; raises `DeadlineExceeded` if nobody does."""
+        self._check()
         until = time.monotonic() + deadline
         changes = self._store.changes(check_key(key), deadline) if "watch" in self.abilities else None
         pause = _ASK_AGAIN[0]

@@ -254,19 +254,8 @@ class Service:
             self._watches = {at: watch for at, watch in self._watches.items() if watch.client not in watching}
 
 
-_CALLS: Final[dict[str, Any]] = {
-    "put": Service._put,
-    "get": Service._get,
-    "list": Service._list,
-    "delete": Service._delete,
-    "grant": Service._grant,
-    "keep": Service._keep,
-    "revoke": Service._revoke,
-    "watch": Service._watch,
-    "unwatch": Service._unwatch,
-    "ping": Service._ping,
-    "status": Service._status,
-}
+_NAMES: Final = ("put", "get", "list", "delete", "grant", "keep", "revoke", "watch", "unwatch", "ping", "status")
+_CALLS: Final[dict[str, Any]] = {name: getattr(Service, f"_{name}") for name in _NAMES}
 
 
 def _row(record: Record) -> Row:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+
+import pytest
 
 from tensorway.metrics import total
 from tensorway.rendezvous.leases import Keeper, Lease
@@ -43,3 +46,40 @@ def test_leases_that_are_held_that_end_soonest_and_that_were_lost():
     assert not long.lost or 2 == total(samples, "rendezvous_lost_leases_total")
     assert keeper.let_go(long, "the test is over") and 0 == total(keeper.samples(), "rendezvous_held_leases")
     assert 1 == total(keeper.samples(), "rendezvous_lost_leases_total"), "who lets go has lost nothing"
+
+
+def test_a_defect_of_a_store_costs_a_try_and_not_the_leases_of_others(caplog):
+    class Broken(Store):
+        name = "broken"
+
+        def keep(self, name, deadline):
+            kept.append(name)
+            raise ZeroDivisionError("a store's own")
+
+    keeper, kept = Keeper(), []
+    first, other = (Lease(name, 1.2, time.monotonic()) for name in ("a", "b"))
+    keeper.hold(first, Broken())
+    until(lambda: len(kept) >= 2)
+    keeper.hold(other, Store())
+    until(lambda: first.lost)
+    assert "it was not kept for 1.2 s" == first.lost and not other.lost
+    assert 1 == sum("ZeroDivisionError" in record.getMessage() for record in caplog.records)
+    time.sleep(other.ttl)
+    assert not other.lost and time.monotonic() - other._kept < other.ttl
+    assert 1 == keeper._threads
+    keeper.let_go(other, "the test is over")
+    until(lambda: not keeper._threads)
+
+
+def test_a_thread_that_cannot_begin_is_not_counted_and_its_lease_not_held(monkeypatch):
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    keeper, lease = Keeper(), Lease("a", 60.0, time.monotonic())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(RuntimeError):
+            keeper.hold(lease, Store())
+    assert (0, {}) == (keeper._threads, keeper._leases)
+    keeper.hold(lease, Store())
+    assert 1 == keeper._threads and keeper.let_go(lease, "the test is over")
