@@ -84,10 +84,9 @@ class RayStore:
 
     def close(self) -> None:
         """Disconnect; the actor stays."""
-        with self._lock:
-            self._closed = True
-            direct = self._direct
-        direct.close()
+        # Without the lock: who looks for the service that is there now holds it for as long as that takes.
+        self._closed = True
+        self._direct.close()
 
     # -- a service that moves
 
@@ -145,10 +144,12 @@ class RayStore:
                 return
             actor, entrance = keeper.find(self._options, max(0.0, until - time.monotonic()))
             self._actor, self.address = actor, entrance.address
-            self._direct = DirectStore(entrance.address, entrance.secret)
+            self._direct = found = DirectStore(entrance.address, entrance.secret)
         finally:
             self._lock.release()
         direct.close()
+        if self._closed:  # meanwhile, and perhaps before there was this one
+            found.close()
 
 
 class RayChanges(Reopening[Opened]):
