@@ -41,7 +41,7 @@ class RayStore:
     def __init__(self, options: RayOptions) -> None:
         self._options = options
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = threading.Event()
         self._actor, entrance = keeper.find(options, options.deadline)
         #: Where the service is now.
         self.address = entrance.address
@@ -85,7 +85,7 @@ class RayStore:
     def close(self) -> None:
         """Disconnect; the actor stays."""
         # Without the lock: who looks for the service that is there now holds it for as long as that takes.
-        self._closed = True
+        self._closed.set()
         self._direct.close()
 
     # -- a service that moves
@@ -115,7 +115,7 @@ class RayStore:
                 result = use(direct, max(0.0, min(left, patience)))
             except (DeadlineExceeded, Closed, Unauthenticated) as error:
                 left = until - time.monotonic()
-                if self._closed or (left <= 0 and not isinstance(error, DeadlineExceeded)):
+                if self._closed.is_set() or (left <= 0 and not isinstance(error, DeadlineExceeded)):
                     raise
                 if left <= 0:
                     true = f"No answer came within {seconds:g} s; it may have been done all the same."
@@ -138,7 +138,7 @@ class RayStore:
         if not self._lock.acquire(timeout=seconds):
             return
         try:
-            if self._closed or self._direct is not direct:
+            if self._closed.is_set() or self._direct is not direct:
                 return
             if keeper.alive(self._actor, min(_ASKING, seconds)):
                 return
@@ -148,7 +148,7 @@ class RayStore:
         finally:
             self._lock.release()
         direct.close()
-        if self._closed:  # meanwhile, and perhaps before there was this one
+        if self._closed.is_set():  # meanwhile, and perhaps before there was this one
             found.close()
 
 
