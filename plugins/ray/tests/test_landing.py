@@ -64,6 +64,31 @@ def test_what_is_kept_while_nothing_lies_in_it_has_a_limit():
     assert not landing._kept
 
 
+def left(landing):
+    return sum(map(len, [*landing._kept, *landing._returned]))
+
+
+def test_what_comes_back_beyond_the_limit_does_not_wait_for_the_next_who_takes():
+    landing = Landing(idle=4 * MIB)
+    lent = [landing.take(2 * MIB) for _ in range(20)]
+    del lent
+    assert left(landing) <= 4 * MIB
+
+
+def test_what_comes_back_while_another_holds_the_lock_waits_for_that_one_only(monkeypatch):
+    landing = Landing(idle=2 * MIB)
+    lent = [landing.take(2 * MIB) for _ in range(8)]
+    collect = landing._collect
+
+    def collected():
+        collect()
+        lent.clear()  # as the garbage collector may, in the thread that holds the lock
+
+    monkeypatch.setattr(landing, "_collect", collected)
+    taken = landing.take(2 * MIB)
+    assert left(landing) <= 2 * MIB and len(taken)
+
+
 def test_threads_do_not_get_the_same_memory():
     landing, wrong = Landing(), []
 

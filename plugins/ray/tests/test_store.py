@@ -6,18 +6,21 @@ import concurrent.futures
 import contextlib
 import os
 import signal
+import threading
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import tensorway
 import tensorway_ray
-from tensorway.errors import BackendUnavailable, Unauthenticated
+from tensorway.errors import BackendUnavailable, Closed, DeadlineExceeded, Unauthenticated
 from tensorway.rendezvous import Directory
 from tensorway.testing import ServedRendezvousSuite
 from tensorway.testing.rendezvous import SLACK, TTL, collect, eventually
+from tensorway_ray import store as ray_store
 
 
 class Actor:
@@ -165,3 +168,56 @@ def test_what_an_actor_put_goes_with_its_lease_when_ray_kills_it(ray, cluster):
         eventually(lambda: entered.get("/m/a") is None, TTL + SLACK)
         assert [event.kind for event in collect(watch, 2)] == ["put", "expired"]
     tensorway_ray.end(given["name"])
+
+
+class Direct:
+    """A client of a service that does not answer."""
+
+    def __init__(self, address="", secret=""):
+        self.closed = 0
+
+    def get(self, key, seconds):
+        if self.closed:
+            raise Closed("The rendezvous was asked to get.", "It is closed.", "Enter it again.")
+        raise DeadlineExceeded("The rendezvous was asked to get.", "Nothing answered.", "Wait.")
+
+    def close(self):
+        self.closed += 1
+
+
+def test_who_closes_does_not_wait_for_one_who_looks_for_the_actor_and_nothing_is_left_open(monkeypatch):
+    entrance, made = SimpleNamespace(address="", secret=""), []
+    looking, found = threading.Event(), threading.Event()
+
+    def direct(address, secret):
+        made.append(Direct())
+        return made[-1]
+
+    def find(options, seconds):
+        if made:
+            looking.set()
+            assert found.wait(30)
+        return None, entrance
+
+    monkeypatch.setattr(ray_store, "DirectStore", direct)
+    monkeypatch.setattr(ray_store, "keeper", SimpleNamespace(find=find, alive=lambda actor, seconds: False))
+    store, ends = ray_store.RayStore(SimpleNamespace(deadline=1.0)), []
+
+    def get():
+        try:
+            store.get("/k", 30)
+        except Closed as error:
+            ends.append(error)
+
+    other = threading.Thread(target=get)
+    other.start()
+    try:
+        assert looking.wait(30)
+        closing = threading.Thread(target=store.close)
+        closing.start()
+        closing.join(5)
+        assert not closing.is_alive()
+    finally:
+        found.set()
+        other.join(30)
+    assert 1 == len(ends) and 2 == len(made) and all(each.closed for each in made)

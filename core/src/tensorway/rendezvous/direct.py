@@ -106,9 +106,11 @@ class DirectStore:
                 self._line.say(frames.encode(Request(frames.PROTOCOL, 0, "unwatch", expected=number)))
 
     def close(self) -> None:
-        """Disconnect; whoever waits for an answer is told."""
+        """Disconnect; whoever waits for an answer is told. The second call does nothing."""
         with self._lock:
-            self._closed = True
+            closed, self._closed = self._closed, True
+        if closed:
+            return
         self._line.close(5.0)
         if self._service is not None:
             self._service.close()

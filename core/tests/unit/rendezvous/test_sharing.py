@@ -51,6 +51,18 @@ def test_many_clients_have_one_thread_for_their_sockets_and_some_for_their_lease
     eventually(lambda: not threads("tensorway-leases"), 10)
 
 
+def test_a_client_that_is_closed_twice_leaves_once(service):
+    first, second = enter(service), enter(service)
+    first._store.close()
+    first._store.close()
+    second.put("/a", b"x")
+    service.get("/a")
+    assert len(threads("tensorway-rendezvous-clients")) == 1
+    for client in (first, second):
+        client.close()
+    assert service.get("/a").value == b"x"
+
+
 def test_the_thread_ends_with_the_last_client_and_begins_with_the_next():
     for _ in range(2):
         with tensorway.create("rendezvous", "direct", {"secret": SECRET}) as service, enter(service) as client:

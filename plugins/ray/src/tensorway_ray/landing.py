@@ -43,14 +43,27 @@ class Landing:
             block = min(fitting, key=len, default=None)
             if block is not None:
                 self._kept.remove(block)
+        self._settle()
         if block is None:
             block = mmap.mmap(-1, -(-nbytes // _STEP) * _STEP, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 block.madvise(mmap.MADV_HUGEPAGE)
         lent = (ctypes.c_ubyte * len(block)).from_buffer(block)
         # Not what a process does last: then the memory goes anyway.
-        weakref.finalize(lent, self._returned.append, block).atexit = False
+        weakref.finalize(lent, self._come_back, block).atexit = False
         return lent
+
+    def _come_back(self, block: mmap.mmap) -> None:
+        self._returned.append(block)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Keep what came back, or let it go; never waits: whoever holds the lock does this again without it."""
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self._collect()
+            finally:
+                self._lock.release()
 
     def _collect(self) -> None:
         while self._returned:

@@ -41,7 +41,7 @@ class RayStore:
     def __init__(self, options: RayOptions) -> None:
         self._options = options
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = threading.Event()
         self._actor, entrance = keeper.find(options, options.deadline)
         #: Where the service is now.
         self.address = entrance.address
@@ -84,10 +84,9 @@ class RayStore:
 
     def close(self) -> None:
         """Disconnect; the actor stays."""
-        with self._lock:
-            self._closed = True
-            direct = self._direct
-        direct.close()
+        # Without the lock: who looks for the service that is there now holds it for as long as that takes.
+        self._closed.set()
+        self._direct.close()
 
     # -- a service that moves
 
@@ -116,7 +115,7 @@ class RayStore:
                 result = use(direct, max(0.0, min(left, patience)))
             except (DeadlineExceeded, Closed, Unauthenticated) as error:
                 left = until - time.monotonic()
-                if self._closed or (left <= 0 and not isinstance(error, DeadlineExceeded)):
+                if self._closed.is_set() or (left <= 0 and not isinstance(error, DeadlineExceeded)):
                     raise
                 if left <= 0:
                     true = f"No answer came within {seconds:g} s; it may have been done all the same."
@@ -139,16 +138,18 @@ class RayStore:
         if not self._lock.acquire(timeout=seconds):
             return
         try:
-            if self._closed or self._direct is not direct:
+            if self._closed.is_set() or self._direct is not direct:
                 return
             if keeper.alive(self._actor, min(_ASKING, seconds)):
                 return
             actor, entrance = keeper.find(self._options, max(0.0, until - time.monotonic()))
             self._actor, self.address = actor, entrance.address
-            self._direct = DirectStore(entrance.address, entrance.secret)
+            self._direct = found = DirectStore(entrance.address, entrance.secret)
         finally:
             self._lock.release()
         direct.close()
+        if self._closed.is_set():  # meanwhile, and perhaps before there was this one
+            found.close()
 
 
 class RayChanges(Reopening[Opened]):
