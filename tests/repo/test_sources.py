@@ -26,7 +26,7 @@ ROOMS = {
     "testing": 6_770,
     "transport": 2_690,
     "rendezvous": 2_270,
-    "cli": 1_855,
+    "cli": 1_860,
     "plugins": 1_260,
     "eplb": 375,
     "offload": 275,

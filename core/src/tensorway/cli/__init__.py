@@ -241,7 +241,7 @@ def _add_plugins(parser: argparse.ArgumentParser, common: argparse.ArgumentParse
 def _mapping(text: str) -> dict[str, object]:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # it may be too deep
         raise argparse.ArgumentTypeError(f"no JSON: {error}") from None
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError('a JSON object, such as {"folder": "{folder}"}')

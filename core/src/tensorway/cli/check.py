@@ -116,8 +116,7 @@ class _Run:
 def run(out: Output, asked: Asked) -> int:
     """Check one backend, write the file, say what failed; returns the exit code."""
     slot = _slot(asked.name, asked.kind)
-    for path in (asked.report, *asked.badges):
-        _check_place(slot, path)
+    _check_places(slot, (asked.report, *asked.badges))
     _check_badges(slot, asked.badges)
     suites, left_out = _plan(slot, asked.options)
     _examine(slot)
@@ -164,11 +163,15 @@ def _asked(slot: Slot) -> str:
     return f"The conformance of {slot.declaration.kind} {slot.label} was to be checked."
 
 
-def _check_place(slot: Slot, path: Path) -> None:
+def _check_places(slot: Slot, paths: Sequence[Path]) -> None:
     """Before minutes of tests, not after them."""
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        true = f"The report cannot be written to {path}: that is a folder, or its folder cannot be written to."
-        raise TensorwayError(_asked(slot), true, "Give the path of a file: --output FILE.")
+    for path in paths:
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            true = f"The report cannot be written to {path}: that is a folder, or its folder cannot be written to."
+            raise TensorwayError(_asked(slot), true, "Give the path of a file: --output FILE.")
+    if len({path.resolve() for path in paths}) < len(paths):
+        true = f"Two of these are the same file: {', '.join(map(str, paths))}."
+        raise TensorwayError(_asked(slot), true, "Give each a file of its own: --output FILE, --badge FILE.")
 
 
 def _check_badges(slot: Slot, badges: Sequence[Path]) -> None:
@@ -316,10 +319,8 @@ def _events(folder: Path, without: list[str], seconds: float) -> Generator[dict[
                 yield json.loads(line)
         finally:
             # What has ended keeps its status; what a library still does in its teardown is nobody's concern.
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left of it
                 os.killpg(child.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass  # nothing is left of it
             status = child.wait()
         took = round(time.monotonic() - began, 3)
         output.seek(0)
@@ -389,9 +390,13 @@ def _show(out: Output, fields: dict[str, Any], path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     """All of the file, or what was there before."""
-    if path.exists() and not path.is_file():  # a device or a pipe is written to, and never replaced
-        path.write_text(text, "utf-8")
-        return
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, "utf-8")
-    scratch.replace(path)
+    try:
+        if path.exists() and not path.is_file():  # a device or a pipe is written to, and never replaced
+            path.write_text(text, "utf-8")
+            return
+        with tempfile.TemporaryDirectory(prefix=".tensorway-", dir=path.parent) as folder:
+            Path(folder, "new").write_text(text, "utf-8")
+            Path(folder, "new").replace(path)
+    except OSError as error:
+        true, to_do = f"The system does not write it: {error.strerror}.", "Give the path of another file: --output."
+        raise TensorwayError(f"What came of it was to be written to {path}.", true, to_do) from error
