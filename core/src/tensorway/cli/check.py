@@ -398,8 +398,5 @@ def _write(path: Path, text: str) -> None:
             Path(folder, "new").write_text(text, "utf-8")
             Path(folder, "new").replace(path)
     except OSError as error:
-        true, to_do = (
-            f"The system does not write it: {error.strerror}.",
-            "Give the path of another file: --output FILE.",
-        )
+        true, to_do = f"The system does not write it: {error.strerror}.", "Give the path of another file: --output."
         raise TensorwayError(f"What came of it was to be written to {path}.", true, to_do) from error

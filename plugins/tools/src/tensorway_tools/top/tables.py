@@ -175,9 +175,9 @@ def _row(
         if column.mode == "least":
             values[column.field] = min((value for value, _ in found), default=None)
         elif column.mode == "mean":
-            sums = [_grown(row.get((column.key, metric), ())) for metric in column.metrics]
+            grown, by = (_grown(row.get((column.key, metric), ())) for metric in column.metrics)
             # Something is counted by ones: of a part of one there is no mean, and by next to nothing it is infinite.
-            values[column.field] = sums[0] / sums[1] if sums[0] is not None and (sums[1] or 0.0) >= 1 else None
+            values[column.field] = grown / by if grown is not None and by is not None and by >= 1 else None
         else:
             grown = _grown(found)
             rate = round(grown / seconds, 6) if grown is not None and seconds > 0 else None
