@@ -24,7 +24,7 @@ _SCHEMA: Final = 2
 _MAX_FACTS: Final = 1024
 
 
-class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """One member of a group."""
 
     schema: int

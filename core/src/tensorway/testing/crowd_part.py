@@ -6,6 +6,7 @@ one of NIXL does, and is connected to by nobody, because what is measured is the
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import time
@@ -134,6 +135,7 @@ def work(orders: Connection, *given: Any) -> None:
     """The life of a process: do what is ordered, until nobody orders any more."""
     logging.getLogger("tensorway").addHandler(logging.NullHandler())  # that a store is away is what is measured
     raise_limit_of_files()
+    gc.disable()  # else it walks what all members here know, again and again, where each process of a group has one
     part = Part(*given)
     while True:
         try:

@@ -195,6 +195,8 @@ def _arguments(redis: Any, options: RedisOptions) -> dict[str, Any]:
     scheme = urlsplit(options.url).scheme
     given: dict[str, Any] = {"max_connections": 1 << 30, "protocol": 2}
     given["retry"] = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
+    if hasattr(redis, "driver_info"):  # else each connection reads the metadata of the dist, some milliseconds long
+        given["driver_info"] = redis.driver_info.DriverInfo()
     if scheme != "unix":
         given |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
     if scheme == "rediss" and options.ca_file:
