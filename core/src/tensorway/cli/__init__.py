@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -65,7 +66,11 @@ def _guarded(run: Callable[[Output], int], flags: argparse.Namespace) -> int:
         return run(out)
     except KeyboardInterrupt:
         return exits.INTERRUPTED
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)
+        if not pipe.poll(0):
+            return _explain(error, out)  # it was another pipe
         # The reader went away (`| head`); Python would complain about it once more while it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exits.OK

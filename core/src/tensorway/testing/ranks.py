@@ -86,8 +86,11 @@ class RankProcess:
         """Let it call a function; `result` waits for it."""
         frame = pickle.dumps((function.__module__, inspect.getfile(function), function.__qualname__, arguments))
         assert self._process.stdin is not None
-        self._process.stdin.write(_LENGTH.pack(len(frame)) + frame)
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(_LENGTH.pack(len(frame)) + frame)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise RankFailed(f"process {self.pid} ended with {self._process.wait(PATIENCE)}") from None
         self._owed += 1
 
     def result(self, seconds: float = PATIENCE) -> Any:

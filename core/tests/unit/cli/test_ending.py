@@ -7,6 +7,8 @@ import signal
 
 import pytest
 
+from tensorway import cli
+from tensorway.cli import exits
 from tensorway.cli.ending import ended_in_order
 
 
@@ -41,3 +43,12 @@ def test_a_signal_that_is_ignored_stays_so(number):
         assert signal.SIG_IGN == signal.getsignal(number)
         os.kill(os.getpid(), number)
     assert signal.SIG_IGN == signal.getsignal(number)
+
+
+def test_another_pipe_that_breaks_is_no_reader_that_went_away(monkeypatch, capfd):
+    def broken(arguments, out):
+        raise BrokenPipeError("of a process that was killed")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    assert exits.INTERNAL == cli.main(["doctor"])
+    assert "BrokenPipeError: of a process that was killed" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -144,6 +145,14 @@ def test_each_is_told_its_place_in_the_order_that_is_given(ranks):
 
 
 # -- ends
+
+
+def test_a_rank_that_is_gone_before_it_is_told_anything_is_the_same_error():
+    with contextlib.closing(RankProcess("")) as rank:
+        os.kill(rank.pid, signal.SIGKILL)
+        assert -signal.SIGKILL == rank.wait()
+        with pytest.raises(RankFailed, match=f"ended with -{signal.SIGKILL:d}"):
+            rank.call(os.path.abspath, ".")
 
 
 def test_a_rank_that_ends_is_an_error_that_says_how():
