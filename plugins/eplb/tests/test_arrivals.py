@@ -115,7 +115,7 @@ def plan(fetches=((0, (0, 1), (0, 1)), (2, (0,), (4,))), loads=(), copies=(), wr
     """Experts 0 and 1 of rank 0, and 4 of rank 2, unless something else is said."""
     rows = tuple(PeerRows(peer, array("q", slots), array("q", experts)) for peer, slots, experts in fetches)
     count = sum(len(row.slots) for row in rows) + len(loads)
-    return LayerPlan(0, rows, (), tuple(loads), copies, writes, count + spare, True, OLD.map[0])
+    return LayerPlan(0, rows, (), tuple(loads), copies, writes, count + spare, True)
 
 
 def started(world, given=None, source=None):
