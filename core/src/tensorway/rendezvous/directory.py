@@ -366,7 +366,7 @@ class Directory:
         if known is not None and known.member.incarnation != member.incarnation:
             self._lose(member.name, f"it was replaced by its incarnation {member.incarnation[:12]}")
         with self._seen:
-            other = self._others.setdefault(member.name, _Other(member))
+            other = self._others[member.name] = self._others.get(member.name) or _Other(member)
             other.member, other.missed = member, None
             self._seen.notify_all()
 

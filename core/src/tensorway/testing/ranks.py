@@ -90,7 +90,7 @@ class RankProcess:
             self._process.stdin.write(_LENGTH.pack(len(frame)) + frame)
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise RankFailed(f"process {self.pid} ended with {self._process.wait(PATIENCE)}") from None
+            raise self._ended() from None
         self._owed += 1
 
     def result(self, seconds: float = PATIENCE) -> Any:
@@ -129,6 +129,9 @@ class RankProcess:
             with contextlib.suppress(BrokenPipeError):  # what was in it is nobody's any more
                 pipe.close()  # type: ignore[union-attr]
 
+    def _ended(self) -> RankFailed:
+        return RankFailed(f"process {self.pid} ended with {self._process.wait(PATIENCE)}")
+
     def _read(self, length: int, until: float) -> bytes:
         assert self._process.stdout is not None
         fd = self._process.stdout.fileno()
@@ -138,7 +141,7 @@ class RankProcess:
                 raise RankFailed(f"process {self.pid} did not answer in time")
             chunk = os.read(fd, 1 << 20)
             if not chunk:
-                raise RankFailed(f"process {self.pid} ended with {self._process.wait(PATIENCE)}")
+                raise self._ended()
             self._unread += chunk
         data, self._unread = self._unread[:length], self._unread[length:]
         return data

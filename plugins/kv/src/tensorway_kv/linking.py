@@ -34,7 +34,7 @@ class Links(Generic[BoundT]):
         key = engine, incarnation
         link = self._links.get(key)
         if link is not None and link.lost and link.hopeless is None:
-            self._retire(link)
+            self._over.append(link)
             link = None
         if link is None:
             link = self._links[key] = Link(self._side, *key)
@@ -50,13 +50,16 @@ class Links(Generic[BoundT]):
         """Let go of lives that are over, once nobody waits for them."""
         for key, link in list(self._links.items()):
             if link.hopeless is not None and link not in used:
-                self._retire(link)
+                self._over.append(link)
                 del self._links[key]
         for link in list(self._over):
             if link.ended:
                 self._over.remove(link)
                 self._told.update(link.counts)
             elif not link.watching:
+                # Where some ranks are lost and others were asked to write, these are still looked after: a connection
+                # that is let go of here cannot tell that a process has ended, and memory would be held back as from
+                # one that may go on.
                 link.stop()
 
     def told(self) -> Counter[str]:
@@ -77,10 +80,3 @@ class Links(Generic[BoundT]):
         self.stop()
         for link in (*self, *self._over):
             link.close(max(0.0, until - time.monotonic()))
-
-    def _retire(self, link: Link[BoundT]) -> None:
-        # Where some ranks are lost and others were asked to write, these are still looked after: a connection that is
-        # let go of here cannot tell that a process has ended, and memory would be held back as from one that may go on.
-        if not link.watching:
-            link.stop()
-        self._over.append(link)
