@@ -1,10 +1,12 @@
-"""Ends a command in order that is told to end. Room `cli`; imports nothing of ours."""
+"""How a command hears that it is to end. Room `cli`; imports nothing of ours."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 
 
 @contextlib.contextmanager
@@ -15,9 +17,23 @@ def ended_in_order() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     heard = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, end) for number in heard}
+    with _handled(heard, end):
+        yield
+
+
+@contextlib.contextmanager
+def told_to_end() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set."""
+    ended = threading.Event()
+    with _handled((signal.SIGTERM, signal.SIGINT), lambda *_: ended.set()):
+        yield ended
+
+
+@contextlib.contextmanager
+def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, each in before.items():
+            signal.signal(number, each)

@@ -6,15 +6,13 @@ Room `cli`. What the service counts is served to Prometheus at a port of its own
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from typing import Any, Final
 
 from tensorway import settings
 from tensorway.cli import exits
+from tensorway.cli.ending import told_to_end
 from tensorway.cli.output import Output
 from tensorway.errors import DescriptionInvalid
 from tensorway.metrics import Counters, Metric, Sample, vocabulary
@@ -119,18 +117,6 @@ def samples(said: Status) -> list[Sample]:
 
 def _secret(file: str) -> str:
     return secret_of(settings.secret_in(file, "--secret-file") if file else "")
-
-
-@contextmanager
-def told_to_end() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set."""
-    ended = threading.Event()
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield ended
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _row(record: Record, said: Status, sizes: dict[str, int]) -> dict[str, Any] | None:

@@ -15,8 +15,8 @@ import attrs
 from tensorway import settings
 from tensorway.cli import exits
 from tensorway.cli.arguments import seconds
+from tensorway.cli.ending import told_to_end
 from tensorway.cli.output import Output
-from tensorway.cli.rendezvous import told_to_end
 from tensorway.exports import VARIABLE
 from tensorway_tools.top import looking
 from tensorway_tools.top.looking import Look
