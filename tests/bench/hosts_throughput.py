@@ -12,6 +12,7 @@ one request, polling; no check of anything, and no deadline. A hand-over is time
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import importlib.util
 import json
@@ -110,6 +111,22 @@ def by_agent(rank: Rank, word: str, here: list[int], there: list[int]) -> float:
     took = time.perf_counter() - started
     native.releaseXferReq(request)
     return took
+
+
+def take_over(rank: Rank, size: Size, ids: list[int]) -> float:
+    """Seconds in which what arrived is digested and copied to where it is used, by the shortest loop there is."""
+    import numpy
+    import xxhash
+
+    _, region = rank.notes["agent"]
+    used = rank.notes.setdefault("used", numpy.full(size.nbytes, 1, numpy.uint8)).ctypes.data
+    started = time.perf_counter()
+    for block in ids:
+        row: Any = (ctypes.c_char * size.block).from_address(region.address + block * size.block)
+        xxhash.xxh3_64_intdigest(memoryview(row).cast("B"))
+    for there, block in enumerate(ids):
+        ctypes.memmove(used + there * size.block, region.address + block * size.block, size.block)
+    return time.perf_counter() - started
 
 
 # -- in the processes: the transport
@@ -232,14 +249,14 @@ def fetch(rank: Rank, request: str, ticket: object, ids: list[int], byte: int) -
 
 
 def model(size: Size) -> Any:
-    """Four layers of eight experts, all but one of which together are about as large."""
+    """Experts of two blocks each in four layers: all but one of them together are the blocks that all ways move."""
     from tensorway_eplb.testing.engine import Model
 
-    row = size.nbytes // (4 * 7 * 4) // 4096 * 4096
+    experts = size.count // 8 + 1
     options = {"transport": "nixl", "transport_options": NIXL}
     return Model(
-        layers=4, experts=8, slots=8, tensors=(("w13", 3 * row), ("w2", row)), options=options, patience=20.0,
-        copies=False,
+        layers=4, experts=experts, slots=experts, tensors=(("w13", size.block), ("w2", size.block)), options=options,
+        patience=20.0, copies=False,
     )  # fmt: skip
 
 
@@ -310,6 +327,9 @@ class Pair:
         return {
             "agent read": lambda: two.call(by_agent, "NIXL_READ", *self.ids),
             "agent write": lambda: one.call(by_agent, "NIXL_WRITE", *self.ids[::-1]),
+            "agent write, digested and copied": lambda: (
+                one.call(by_agent, "NIXL_WRITE", *self.ids[::-1]) + two.call(take_over, self.size, self.ids[1])
+            ),
         }
 
     def transport(self) -> dict[str, Callable[[], float]]:
@@ -351,7 +371,7 @@ class Pair:
         return moved
 
     def rebalance(self) -> dict[str, Callable[[], float]]:
-        """The second has one expert eight times, and gets the other seven from the first."""
+        """The second has one expert again and again, and gets the others from the first, in random order."""
         import numpy
 
         from tensorway_eplb.placement import Placement
@@ -359,13 +379,15 @@ class Pair:
 
         (service, _) = self.processes()
         ranks, shape = self.processes(service.call(open_rendezvous)), model(self.size)
-        few, all_ = [[*range(8), *[0] * 8]] * 4, [[*range(8), *range(8)]] * 4
+        experts = range(shape.experts)
+        few, all_ = (
+            [[*experts, *second]] * 4 for second in ([0] * len(experts), random.Random(5).sample(experts, len(experts)))
+        )
         for me, rank in enumerate(ranks):
             place = Place("/bench/experts", ("p0", "p1"), me)
-            rank.start(engine.join, place, shape, Placement(numpy.array(few), 8, 2))
+            rank.start(engine.join, place, shape, Placement(numpy.array(few), len(experts), 2))
         for rank in ranks:
             rank.result()
-        row = sum(nbytes for _, nbytes in shape.tensors)
 
         def to(rows: list[list[int]]) -> float:
             for rank in ranks:
@@ -377,7 +399,7 @@ class Pair:
         def moved() -> float:
             took = to(all_)
             to(few)
-            return took * self.size.nbytes / (4 * 7 * row)  # as if it were exactly as many bytes
+            return took
 
         return {"rebalance": moved}
 
@@ -405,6 +427,7 @@ RATIOS = {
     "hand-over, steps of 50 ms / the agent's best": ("hand-over, steps of 50 ms", ("agent read", "agent write")),
     "hand-over that reads / agent read": ("hand-over that reads", ("agent read",)),
     "rebalance / the agent's best": ("rebalance", ("agent read", "agent write")),
+    "rebalance / the agent's, digested and copied": ("rebalance", ("agent write, digested and copied",)),
     "agent read / agent write": ("agent read", ("agent write",)),
 }
 

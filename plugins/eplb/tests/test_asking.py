@@ -17,7 +17,7 @@ from tensorway.testing.session_ranks import Shape, mover, moves_among
 from tensorway.testing.sessions import LAYERS
 from tensorway.transport import Endpoint
 from tensorway.transport.local import LocalFabric
-from tensorway_eplb import asking
+from tensorway_eplb import answering, asking
 
 SHAPE = Shape(LAYERS, slots=6, rows=54, shared=True)
 SOON = 30.0
@@ -143,6 +143,43 @@ def test_a_writer_that_cannot_says_why(group):
     assert ["Failed"] == [one.kind for one in told if one.kind != "Drained"]
     assert "refuse" in told[0].why
     assert 0 == group[0].call(does.drain, SOON)
+
+
+def one_row_at_a_time(rank):
+    answering._PIECE, asking.FIRST, asking.NEXT = 1, 1, 0
+
+
+def under_way(rank):
+    """For each answer how many writes are under way, and how many are to come."""
+    return [(len(one.under_way), len(one.left)) for one in mover(rank).session._exchange._answers.values()]
+
+
+def test_nothing_of_the_next_ask_is_in_front_of_the_word_that_the_first_is_done(group):
+    group[1].call(one_row_at_a_time)
+    group[1].call(let, "stall")
+    for layer, slots in ((0, [0, 2]), (1, [1, 3])):
+        group[0].call(does.post, layer, 1, slots, layer)
+    eventually(lambda: 2 == group[1].call(answers))
+    time.sleep(0.1)
+    (first, second) = group[1].call(under_way)
+    assert (1, 0) == (first[0], second[0])
+    assert min(first[1], second[1]) > 0
+    group[1].call(release)
+    told = group[0].call(does.settle, SOON)
+    assert [("Filled", 0), ("Filled", 1)] == [(one.kind, one.cycle) for one in told]
+    assert [] == group[1].call(does.spoilt)
+
+
+def test_of_what_is_given_up_only_what_was_begun_is_written(group):
+    group[1].call(one_row_at_a_time)
+    group[1].call(let, "stall")
+    group[0].call(spoil)
+    group[0].call(does.post, 0, 1, [0, 2])
+    eventually(lambda: [1] == [begun for begun, _ in group[1].call(under_way)])
+    group[0].call(does.give_up, "nobody wants it")
+    group[1].call(release)
+    assert 0 == group[0].call(does.drain, SOON)
+    assert 0 < group[0].call(arrived) <= 300_000
 
 
 HOSTILE = {

@@ -46,6 +46,18 @@ class TestOverTcp(TransportSuite):
     options = TCP
 
 
+class TestOverTcpInParts(TransportSuite):
+    """The same where every block is long enough to be cut, and no two parts are joined."""
+
+    name = "nixl"
+    options = TCP
+
+    @pytest.fixture(autouse=True)
+    def _cut(self, monkeypatch):
+        monkeypatch.setattr("tensorway_nixl.tables._LONGEST", 100)
+        monkeypatch.setattr("tensorway_nixl.tables._APART", 1)
+
+
 @pytest.fixture
 def start():
     """Endpoints here and in other processes, all closed in the end."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
+from tensorway.decoding import UNREADABLE
 from tensorway.transport import description
 
 _NUMBERS: Final = (0, 1, -1, 255, 1 << 31, 1 << 32, (1 << 62) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, -(1 << 63))
@@ -98,7 +99,7 @@ def _bytes(rng: random.Random, value: bytes, keep: bytes) -> bytes:
     try:  # a message within a message
         if isinstance(msgspec.msgpack.decode(value), list) and rng.random() < 0.9:
             return reworded(rng, value, keep)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (*UNREADABLE, TypeError):  # the last for a key that cannot be one, before msgspec 0.22
         pass
     return damaged(rng, value)
 

@@ -63,6 +63,12 @@ def test_a_leak_is_found(monkeypatch):
     assert any("files" in text for text in breaches)
 
 
+def test_what_within_a_message_is_no_message_is_damaged_and_no_error_of_the_tool():
+    key_that_cannot_be_one = b"\x81\xc7\x01\x05x\x01"
+    message = msgspec.msgpack.encode([key_that_cannot_be_one])
+    assert all(reworded(random.Random(seed), message) for seed in range(50))
+
+
 @pytest.fixture
 def described():
     with Endpoint(LocalFabric(), "somebody") as endpoint, endpoint.register(bytearray(4096)):

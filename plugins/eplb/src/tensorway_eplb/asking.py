@@ -1,8 +1,9 @@
 """Rows that are written by who has them, because reading them is slow: those that we ask for, and those asked of us.
 
-May import the core. Over some lanes a read is a message to who is read, whose processor sends the bytes; a write is
-not, and faster. So a fetch is asked for there. To the session it is a transfer like one of its own: pending, then done
-or failed, and released when nothing is written any more. A thread answers, so that who has the rows need do nothing.
+May import the core and `answering`, which writes. Over some lanes a read is a message to who is read, whose processor
+sends the bytes; a write is not, and faster. So a fetch is asked for there. To the session it is a transfer like one of
+its own: pending, then done or failed, and released when nothing is written any more. A thread answers, so that who has
+the rows need do nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Final, TypeAlias
@@ -21,7 +21,8 @@ import msgspec
 from tensorway.decoding import UNREADABLE
 from tensorway.errors import Closed, PeerLost, TensorwayError, TransferCancelled, TransferFailed
 from tensorway.rendezvous.directory import gone
-from tensorway.transport import Notification, Peer, Route, State, Transfer, Transport
+from tensorway.transport import Notification, Peer, State, Transport
+from tensorway_eplb.answering import FIRST, NEXT, Answer, Way
 
 #: Bytes of one fetch from which on it is asked for: two messages take about as long as reading this.
 WORTH: Final = 2 << 20
@@ -73,35 +74,6 @@ class _Done(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 _Message: TypeAlias = _Ask | _Unask | _Still | _Done
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
 _DECODE: Final = msgspec.msgpack.Decoder(_Message).decode
-
-
-@attrs.frozen(eq=False)
-class Way:
-    """To a member that is connected: where its staging is, for each kind of row by its number."""
-
-    peer: Peer
-    routes: Sequence[Route]
-
-
-@attrs.define(eq=False)
-class _Answer:
-    """What is written for another, and why it is not."""
-
-    transfers: list[Transfer] = attrs.field(factory=list)
-    why: str = ""
-
-    def give_up(self, why: str) -> None:
-        """Write nothing more."""
-        self.why = self.why or why
-        for transfer in self.transfers:
-            transfer.cancel()
-
-    def advance(self) -> bool:
-        """Whether nothing is written any more."""
-        failed = [transfer.error for transfer in self.transfers if transfer.poll() is State.FAILED]
-        if failed and failed[0] is not None:
-            self.give_up(failed[0].true)
-        return all(transfer.released for transfer in self.transfers)
 
 
 @attrs.define(eq=False)
@@ -165,7 +137,7 @@ class Exchange:
         self._numbers = itertools.count()
         self._asked: dict[tuple[str, int], Asked] = {}
         #: What is written for others, by their life and number.
-        self._answers: dict[tuple[str, int], _Answer] = {}
+        self._answers: dict[tuple[str, int], Answer] = {}
         self._over: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._unsent: deque[tuple[Peer, bytes]] = deque()
         self._unread: list[Notification] = []
@@ -227,9 +199,7 @@ class Exchange:
                 self._take(note)
             else:
                 self._unread.append(note)
-        for key, answer in list(self._answers.items()):
-            if answer.advance():
-                self._end(key, answer.why)
+        self._write()
         for key, asked in list(self._asked.items()):
             if asked.poll() is not State.PENDING and asked.released:
                 del self._asked[key]
@@ -240,6 +210,15 @@ class Exchange:
         self._send()
         if self._answers or self._asked:
             self._busy_at = now
+
+    def _write(self) -> None:
+        """Who asked first gets its rows first, and the word that they are there before those of its next ask."""
+        room: dict[str, int] = {}
+        for key, answer in list(self._answers.items()):
+            left = answer.advance(self._endpoint, room.get(key[0], FIRST))
+            room[key[0]] = min(left, left - FIRST + NEXT)
+            if answer.over:
+                self._end(key, answer.why)
 
     def _take(self, note: Notification) -> None:
         way = self._ways.get(note.incarnation)
@@ -263,18 +242,11 @@ class Exchange:
     def _begin(self, key: tuple[str, int], way: Way, ask: _Ask) -> None:
         if key in self._answers or key in self._over:
             return
-        answer = self._answers[key] = _Answer()
-        if len(self._answers) > _MOST or any(kind >= len(way.routes) for kind, _, _ in ask.rows):
+        answer = self._answers[key] = Answer(time.monotonic() + ask.seconds)
+        if len(self._answers) > _MOST:
             answer.give_up("more was asked for than there is")
-            return
-        try:
-            for kind, there, here in ask.rows:
-                ids = array("q", there), array("q", here)
-                answer.transfers.append(self._endpoint.write(way.routes[kind], *ids, deadline=ask.seconds))
-        except Closed:
-            raise
-        except TensorwayError as error:
-            answer.give_up(error.true)
+        else:
+            answer.take(way, ask.rows)
 
     def _end(self, key: tuple[str, int], why: str) -> None:
         del self._answers[key]

@@ -35,7 +35,8 @@ from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, PeerL
 from tensorway.rendezvous import Directory, Fact
 from tensorway.transport import BlockTable, Notification, Peer, Route, State, Transfer, Transport
 from tensorway_eplb import asking
-from tensorway_eplb.asking import Asked, Exchange, Way
+from tensorway_eplb.answering import Way
+from tensorway_eplb.asking import Asked, Exchange
 from tensorway_eplb.communicator_options import OneSidedOptions
 from tensorway_eplb.records import OwnRecords
 

@@ -190,6 +190,8 @@ class NixlFabric:
                     "Split the table.",
                 )
         asked = f"A route to {link.remote.name} was to be prepared."
+        parts = tables.parts(local, remote) if link.lane == "tcp" else 1
+        local, remote = (tables.cut(table, parts) for table in (local, remote))
         ours = self._prepare_list(self._agent.bindings.NIXL_INIT_AGENT, local, link.remote, asked)
         theirs = self._prepare_list(link.remote.incarnation, remote, link.remote, asked)
         bindings, whom = self._agent.bindings, f"with peer {link.remote.name} was asked for."
@@ -197,7 +199,8 @@ class NixlFabric:
             "read": (bindings.NIXL_READ, f"A read {whom}"),
             "write": (bindings.NIXL_WRITE, f"A write {whom}"),
         }
-        return Prepared(link.remote, local, remote, ours, theirs, words)
+        apart = link.lane == "tcp" and tables.apart(local)
+        return Prepared(link.remote, local, remote, ours, theirs, parts, apart, words)
 
     def _prepare_list(self, agent: str, table: BlockTable, remote: Remote, asked: str) -> agents.List:
         def expanded() -> Any:
@@ -220,7 +223,7 @@ class NixlFabric:
     def post(
         self, operation: Operation, prepared: Prepared, local_ids: array[int], remote_ids: array[int], seconds: float
     ) -> Job | None:
-        """Start one NIXL transfer; NIXL joins neighbors. Over shared memory it is done when this returns."""
+        """Start one NIXL transfer, of neighbors joined where that is faster. Over shared memory it ends before this does."""
         agent, remote, (word, asked) = self._agent, prepared.remote, prepared.words[operation]
         if prepared.ours.epoch != agent.epoch:
             prepared.ours = self._prepare_list(agent.bindings.NIXL_INIT_AGENT, prepared.local, remote, asked)
@@ -229,12 +232,12 @@ class NixlFabric:
             handle = agent.native.makeXferReq(
                 word,
                 ours.handle,
-                tables.indices(prepared.local, local_ids),
+                tables.indices(prepared.local, local_ids, prepared.parts),
                 theirs.handle,
-                tables.indices(prepared.far, remote_ids),
+                tables.indices(prepared.far, remote_ids, prepared.parts),
                 b"",
                 [],
-                False,
+                prepared.apart,
             )
         except Exception as error:  # NIXL's exceptions have no common base
             raise told(error, remote, asked) from error

@@ -53,6 +53,9 @@ class Prepared:
     far: BlockTable
     ours: List
     theirs: List
+    #: Into how many parts their blocks are cut, and whether neighbors stay apart.
+    parts: int
+    apart: bool
     #: For each operation NIXL's word, and what is asked for by it.
     words: dict[Operation, tuple[Any, str]] = attrs.field(repr=False)
 
