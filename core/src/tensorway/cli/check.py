@@ -26,7 +26,7 @@ from typing import Any, Final
 import attrs
 
 import tensorway
-from tensorway.cli import badge, exits
+from tensorway.cli import badge, exits, reports
 from tensorway.cli.ending import ended_in_order
 from tensorway.cli.output import Output
 from tensorway.errors import BackendConflict, BackendUnavailable, PluginDefect, TensorwayError
@@ -138,9 +138,10 @@ def run(out: Output, asked: Asked) -> int:
         "totals": {**totals, "seconds": round(time.monotonic() - started, 1)},
         "exit_code": code,
     }
-    _write(asked.report, json.dumps({"schema": "tensorway.conformance/1", **fields}, indent=2) + "\n")
+    report = json.dumps({"schema": "tensorway.conformance/1", **fields}, indent=2) + "\n"
+    reports.write(asked.report, report, "--output")
     for path in asked.badges:
-        _write(path, badge.badge(fields, path.suffix))
+        reports.write(path, badge.badge(fields, path.suffix), "--badge")
     out.json("tensorway.conformance/1", fields)
     _show(out, fields, asked.report)
     return code
@@ -165,10 +166,8 @@ def _asked(slot: Slot) -> str:
 
 def _check_places(slot: Slot, paths: Sequence[Path]) -> None:
     """Before minutes of tests, not after them."""
-    for path in paths:
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            true = f"The report cannot be written to {path}: that is a folder, or its folder cannot be written to."
-            raise TensorwayError(_asked(slot), true, "Give the path of a file: --output FILE.")
+    for path, option in zip(paths, ("--output", *["--badge"] * len(paths)), strict=False):
+        reports.writable(path, option)
     if len({path.resolve() for path in paths}) < len(paths):
         true = f"Two of these are the same file: {', '.join(map(str, paths))}."
         raise TensorwayError(_asked(slot), true, "Give each a file of its own: --output FILE, --badge FILE.")
@@ -386,17 +385,3 @@ def _show(out: Output, fields: dict[str, Any], path: Path) -> None:
     text = f"{totals['passed']} passed, {totals['failed']} failed{skipped} in {totals['seconds']:g} s."
     out.text(out.paint(text, "bad" if fields["exit_code"] else "good"))
     out.text(f"Report: {path}")
-
-
-def _write(path: Path, text: str) -> None:
-    """All of the file, or what was there before."""
-    try:
-        if path.exists() and not path.is_file():  # a device or a pipe is written to, and never replaced
-            path.write_text(text, "utf-8")
-            return
-        with tempfile.TemporaryDirectory(prefix=".tensorway-", dir=path.parent) as folder:
-            Path(folder, "new").write_text(text, "utf-8")
-            Path(folder, "new").replace(path)
-    except OSError as error:
-        true, to_do = f"The system does not write it: {error.strerror}.", "Give the path of another file: --output."
-        raise TensorwayError(f"What came of it was to be written to {path}.", true, to_do) from error

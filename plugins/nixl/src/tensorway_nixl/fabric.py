@@ -223,7 +223,7 @@ class NixlFabric:
     def post(
         self, operation: Operation, prepared: Prepared, local_ids: array[int], remote_ids: array[int], seconds: float
     ) -> Job | None:
-        """Start one NIXL transfer, of neighbors joined where that is faster. Over shared memory it ends before this does."""
+        """Start one NIXL transfer; over shared memory it ends before this does. Neighbors are joined if that pays."""
         agent, remote, (word, asked) = self._agent, prepared.remote, prepared.words[operation]
         if prepared.ours.epoch != agent.epoch:
             prepared.ours = self._prepare_list(agent.bindings.NIXL_INIT_AGENT, prepared.local, remote, asked)

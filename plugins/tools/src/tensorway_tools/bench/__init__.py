@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from tensorway.cli import brought, exits
+from tensorway.cli import brought, exits, reports
 from tensorway.cli.arguments import seconds
 from tensorway.cli.ending import ended_in_order
 from tensorway.errors import BackendNotFound, TensorwayError
@@ -129,8 +129,7 @@ def _run(given: argparse.Namespace, out: Output) -> int:
 
     rows = _named(given.names)
     processes = given.processes or (1 if given.short else 3)
-    if not given.output.parent.is_dir():  # said before the work
-        raise results.unwritable(given.output, FileNotFoundError(2, "No such file or directory"))
+    reports.writable(given.output, "--output")
     load = os.getloadavg()[0]
     found = []
     for row in rows:

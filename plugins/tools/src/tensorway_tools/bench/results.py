@@ -6,7 +6,6 @@ one needs nobody's summary. It names no host and no user, and nothing of a repos
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 import tensorway
+from tensorway.cli import reports
 from tensorway.errors import OptionsInvalid
 from tensorway.plugins import scan
 from tensorway.plugins.scan import printable
@@ -144,19 +144,4 @@ def read(path: Path) -> Results:
 
 def write(path: Path, results: Results) -> None:
     """To a file, whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fresh.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
-        fresh.replace(path)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> OptionsInvalid:
-    """The error for a file that cannot be written."""
-    return OptionsInvalid(
-        f"Results were to be written to {path}.",
-        f"The system does not write it: {error.strerror}.",
-        "Name a file in a folder that can be written to: --output FILE.",
-    )
+    reports.write(path, msgspec.json.format(msgspec.json.encode(results), indent=1).decode(), "--output")

@@ -7,13 +7,12 @@ shown; each has a deadline, and none outlives this process.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from typing import Any, Final
 
 from tensorway import hookspecs
-from tensorway.cli import brought
+from tensorway.cli import brought, reports
 from tensorway.cli.demonstration import MOVEMENTS, Shown, Stage
 from tensorway.cli.ending import ended_in_order
 from tensorway.cli.output import Output
@@ -21,7 +20,6 @@ from tensorway.cli.probe import usable
 from tensorway.errors import (
     BackendNotFound,
     BackendUnavailable,
-    OptionsInvalid,
     PluginDefect,
     TensorwayError,
     Unsupported,
@@ -38,7 +36,7 @@ _WORDS: Final = {"right": "right", "wrong": "WRONG"}
 def run(given: argparse.Namespace, arguments: Sequence[str], out: Output) -> int:
     """Show it all, and write the report; returns the exit code."""
     started = time.monotonic()
-    _writable(given.report)
+    reports.writable(given.report, "--report")
     with ended_in_order():
         rows = _selected(out)
         transports = _transports(given.backend, rows, out)
@@ -146,18 +144,5 @@ def _reported(given: argparse.Namespace, fields: dict[str, Any], seen: Sequence[
         return ""
     from tensorway_tools.demo.report import page_of
 
-    try:
-        given.report.write_text(page_of(fields, seen), "utf-8")
-    except OSError as error:
-        raise _unwritable(given.report, f"The system does not write it: {error.strerror}.") from error
+    reports.write(given.report, page_of(fields, seen), "--report")
     return str(given.report)
-
-
-def _writable(path: Any) -> None:
-    """Raise now what would be raised after all the work."""
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise _unwritable(path, "That is a folder, or its folder cannot be written to.")
-
-
-def _unwritable(path: Any, true: str) -> OptionsInvalid:
-    return OptionsInvalid(f"The report was to be written to {path}.", true, "Give the path of a file: --report FILE.")
