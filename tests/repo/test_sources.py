@@ -26,7 +26,7 @@ ROOMS = {
     "testing": 6_775,
     "transport": 2_690,
     "rendezvous": 2_270,
-    "cli": 1_865,
+    "cli": 1_876,
     "plugins": 1_260,
     "eplb": 375,
     "offload": 275,

@@ -236,7 +236,7 @@ def test_a_file_that_is_too_large_is_not_read(folder, monkeypatch):
         (("plan", "--loads", "w.json", *START, "--policy", "deepseek:groups=4"), "has no option 'groups'"),
         (("plan", "--loads", "w.json", *START, "--output", "no/new.json"), "The system does not write it"),
         (("plan", "--loads", "w.json", *START, "--plot", "new.svg"), "ends with '.svg'"),
-        (("plan", "--loads", "w.json", *START, "--plot", "no/new.html"), "The system does not write it"),
+        (("plan", "--loads", "w.json", *START, "--plot", "no/new.html"), "its folder cannot be written to"),
         (("plan", "--loads", "w.json", *START, "--rate", "0"), "a number above 0"),
         (("plan", "--loads", "w.json", *START, "--budget", "-1"), "a whole number from 0 on"),
         (("plan",), "--loads"),

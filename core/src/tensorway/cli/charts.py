@@ -7,11 +7,13 @@ when one is asked for.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from tensorway.cli import reports
 from tensorway.errors import BackendUnavailable, OptionsInvalid
 
 
@@ -61,7 +63,7 @@ class Chart:
         return low - margin, high + margin
 
 
-def drawable(path: Path) -> None:
+def drawable(path: Path, option: str = "--plot") -> None:
     """Raise now what `draw` would raise after all the work."""
     asked = f"A picture was asked for as {path}."
     if path.suffix.lower() not in (".html", ".png"):
@@ -69,27 +71,21 @@ def drawable(path: Path) -> None:
     if path.suffix.lower() == ".png" and find_spec("matplotlib") is None:
         to_do = "pip install matplotlib, or ask for .html, which needs nothing."
         raise BackendUnavailable(asked, "A PNG needs matplotlib, which is not installed.", to_do)
+    reports.writable(path, option)
 
 
-def draw(path: Path, title: str, charts: list[Chart]) -> None:
+def draw(path: Path, title: str, charts: list[Chart], option: str = "--plot") -> None:
     """Write the charts as what the name of the file says."""
-    drawable(path)
-    try:
-        if path.suffix.lower() == ".png":
-            _png(path, title, charts)
-        else:
-            from tensorway.cli.pages import charted
+    drawable(path, option)
+    if path.suffix.lower() == ".png":
+        reports.write(path, _png(title, charts), option)
+    else:
+        from tensorway.cli.pages import charted
 
-            path.write_text(charted(title, charts), "utf-8")
-    except OSError as error:
-        raise OptionsInvalid(
-            f"A picture was asked for as {path}.",
-            f"The system does not write it: {error.strerror}.",
-            "Name a file in a folder that can be written to.",
-        ) from error
+        reports.write(path, charted(title, charts).encode(), option)
 
 
-def _png(path: Path, title: str, charts: list[Chart]) -> None:
+def _png(title: str, charts: list[Chart]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -115,4 +111,6 @@ def _png(path: Path, title: str, charts: list[Chart]) -> None:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()

@@ -139,9 +139,9 @@ def run(out: Output, asked: Asked) -> int:
         "exit_code": code,
     }
     report = json.dumps({"schema": "tensorway.conformance/1", **fields}, indent=2) + "\n"
-    reports.write(asked.report, report, "--output")
+    reports.write(asked.report, report.encode(), "--output")
     for path in asked.badges:
-        reports.write(path, badge.badge(fields, path.suffix), "--badge")
+        reports.write(path, badge.badge(fields, path.suffix).encode(), "--badge")
     out.json("tensorway.conformance/1", fields)
     _show(out, fields, asked.report)
     return code

@@ -20,14 +20,14 @@ def writable(path: Path, option: str) -> None:
         raise _unwritable(path, option, f"The system does not take it: {error.strerror}.") from error
 
 
-def write(path: Path, text: str, option: str) -> None:
+def write(path: Path, content: bytes, option: str) -> None:
     """All of it, or what was there before."""
     try:
         if path.exists() and not path.is_file():
-            path.write_text(text, "utf-8")
+            path.write_bytes(content)
             return
         with tempfile.TemporaryDirectory(prefix=".tensorway-", dir=path.parent) as folder:
-            Path(folder, "new").write_text(text, "utf-8")
+            Path(folder, "new").write_bytes(content)
             Path(folder, "new").replace(path)
     except OSError as error:
         raise _unwritable(path, option, f"The system does not write it: {error.strerror}.") from error

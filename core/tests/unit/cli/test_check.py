@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -69,30 +67,6 @@ def test_lines_come_whole_and_silence_ends_them():
     os.close(read_fd)
 
 
-def test_the_report_is_there_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "report.json"
-    check._write(path, '{"a": 1}')
-    with pytest.raises(TypeError):
-        check._write(path, object())
-    assert {"a": 1} == json.loads(path.read_text())
-    assert [path] == list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["report.json", "full", "n" * 300])
-def test_what_cannot_be_written_is_three_lines_and_nothing_is_left(tmp_path, name):
-    (tmp_path / "full").symlink_to("/dev/full")
-    (tmp_path / "report.json").write_text("before")
-    there, limits = set(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as a disk that is full in the midst of it
-    try:
-        with pytest.raises(TensorwayError) as raised:
-            check._write(tmp_path / name, "x" * 10_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"was to be written to {tmp_path / name}." in raised.value.asked and "--output" in raised.value.to_do
-    assert there == set(tmp_path.iterdir()) and "before" == (tmp_path / "report.json").read_text()
-
-
 def test_a_badge_in_the_place_of_the_report_or_of_another_is_refused_before_the_work(site, tmp_path):
     site.good("alpha", "platform")
     (tmp_path / "other.json").symlink_to("report.json")
@@ -110,16 +84,6 @@ def test_options_that_are_too_deep_are_an_error_of_usage(capsys):
         main(["check", "cpu", "--options", "[" * 200_000])
     assert exits.USAGE == raised.value.code
     assert "argument --options: no JSON" in capsys.readouterr().err
-
-
-def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    read_fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    check._write(path, '{"a": 1}')
-    assert {"a": 1} == json.loads(os.read(read_fd, 100))
-    os.close(read_fd)
-    assert path.is_fifo()
 
 
 @pytest.mark.parametrize(

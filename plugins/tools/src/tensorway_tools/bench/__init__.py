@@ -212,9 +212,9 @@ def _plot(files: list[Path], output: Path, out: Output) -> int:
     from tensorway.cli.charts import draw, drawable
     from tensorway_tools.bench.plotting import charts
 
-    drawable(output)
+    drawable(output, "--output")
     read = [results.read(path) for path in files]
-    draw(output, "Benchmarks of Tensorway", charts([path.stem for path in files], read))
+    draw(output, "Benchmarks of Tensorway", charts([path.stem for path in files], read), "--output")
     out.json("tensorway.bench-plot/1", {"page": str(output)})
     out.line(f"Drawn in {output}.")
     return exits.OK

@@ -144,4 +144,4 @@ def read(path: Path) -> Results:
 
 def write(path: Path, results: Results) -> None:
     """To a file, whole or not at all."""
-    reports.write(path, msgspec.json.format(msgspec.json.encode(results), indent=1).decode(), "--output")
+    reports.write(path, msgspec.json.format(msgspec.json.encode(results), indent=1), "--output")

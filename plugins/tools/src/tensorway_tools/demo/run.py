@@ -144,5 +144,5 @@ def _reported(given: argparse.Namespace, fields: dict[str, Any], seen: Sequence[
         return ""
     from tensorway_tools.demo.report import page_of
 
-    reports.write(given.report, page_of(fields, seen), "--report")
+    reports.write(given.report, page_of(fields, seen).encode(), "--report")
     return str(given.report)
