@@ -15,12 +15,15 @@ def test_writers_that_end_without_a_word_lose_nothing(tmp_path):
 
 
 def test_a_writer_is_ended_at_each_of_its_system_calls(tmp_path):
-    seed = random.randrange(1 << 30)
-    print("seed", seed)
     counts = crash.Counter()
-    scene = crash.Scene(tmp_path / "crash", crash.Ledger(48))
-    crash.sweep(scene, seed, counts, steps=2)
-    assert counts["sweep before"] == counts["sweep after"] > 10 and counts["done"]
+    for _ in range(10):
+        seed = random.randrange(1 << 30)
+        print("seed", seed)
+        crash.sweep(crash.Scene(tmp_path / "crash", crash.Ledger(48)), seed, counts, steps=2)
+        assert counts["sweep before"] == counts["sweep after"] > 10
+        if counts["done"]:  # one life in sixteen stores nothing, and proves little
+            break
+    assert counts["done"]
 
 
 def test_a_loss_of_power_loses_nothing_that_strict_has_stored(tmp_path):

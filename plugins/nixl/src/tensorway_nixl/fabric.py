@@ -33,7 +33,7 @@ from tensorway_nixl import tables, wire
 from tensorway_nixl.inbox import Inbox
 from tensorway_nixl.jobs import Jobs, told
 from tensorway_nixl.library import LIBRARY, keep_quiet
-from tensorway_nixl.links import Job, Link, Prepared, Remote
+from tensorway_nixl.links import Job, Link, Lists, Prepared, Remote
 from tensorway_nixl.loopback import ucx_version, version
 from tensorway_nixl.options import NixlOptions
 from tensorway_nixl.pulse import Pulse
@@ -190,17 +190,30 @@ class NixlFabric:
                     "Split the table.",
                 )
         asked = f"A route to {link.remote.name} was to be prepared."
-        parts = tables.parts(local, remote) if link.lane == "tcp" else 1
-        local, remote = (tables.cut(table, parts) for table in (local, remote))
-        ours = self._prepare_list(self._agent.bindings.NIXL_INIT_AGENT, local, link.remote, asked)
-        theirs = self._prepare_list(link.remote.incarnation, remote, link.remote, asked)
+        lists = self._prepare_lists(link, local, remote, asked)
         bindings, whom = self._agent.bindings, f"with peer {link.remote.name} was asked for."
         words: dict[Operation, tuple[Any, str]] = {
             "read": (bindings.NIXL_READ, f"A read {whom}"),
             "write": (bindings.NIXL_WRITE, f"A write {whom}"),
         }
-        apart = link.lane == "tcp" and tables.apart(local)
-        return Prepared(link.remote, local, remote, ours, theirs, parts, apart, words)
+        return Prepared(link, local, remote, lists, words)
+
+    def _prepare_lists(
+        self, link: Link, local: BlockTable, remote: BlockTable, asked: str, before: Lists | None = None
+    ) -> Lists:
+        """Of blocks; over TCP of their parts, if NIXL finds these: not where some region began inside of the block."""
+        parts = before.parts if before else tables.parts(local, remote) if link.lane == "tcp" else 1
+        while True:
+            here, there = (tables.cut(table, parts) for table in (local, remote))
+            try:
+                ours = self._prepare_list(self._agent.bindings.NIXL_INIT_AGENT, here, link.remote, asked)
+                known = before.theirs if before and before.parts == parts else None
+                theirs = known or self._prepare_list(link.remote.incarnation, there, link.remote, asked)
+                return Lists(here, there, ours, theirs, parts)
+            except TransferFailed:
+                if parts == 1:
+                    raise
+                parts = 1
 
     def _prepare_list(self, agent: str, table: BlockTable, remote: Remote, asked: str) -> agents.List:
         def expanded() -> Any:
@@ -224,24 +237,24 @@ class NixlFabric:
         self, operation: Operation, prepared: Prepared, local_ids: array[int], remote_ids: array[int], seconds: float
     ) -> Job | None:
         """Start one NIXL transfer; over shared memory it ends before this does. Neighbors are joined if that pays."""
-        agent, remote, (word, asked) = self._agent, prepared.remote, prepared.words[operation]
-        if prepared.ours.epoch != agent.epoch:
-            prepared.ours = self._prepare_list(agent.bindings.NIXL_INIT_AGENT, prepared.local, remote, asked)
-        ours, theirs = prepared.ours, prepared.theirs
+        agent, remote, (word, asked) = self._agent, prepared.link.remote, prepared.words[operation]
+        if prepared.lists.ours.epoch != agent.epoch:
+            prepared.lists = self._prepare_lists(prepared.link, prepared.local, prepared.far, asked, prepared.lists)
+        lists = prepared.lists
         try:
             handle = agent.native.makeXferReq(
                 word,
-                ours.handle,
-                tables.indices(prepared.local, local_ids, prepared.parts),
-                theirs.handle,
-                tables.indices(prepared.far, remote_ids, prepared.parts),
+                lists.ours.handle,
+                tables.indices(lists.local, local_ids, lists.parts),
+                lists.theirs.handle,
+                tables.indices(lists.far, remote_ids, lists.parts),
                 b"",
                 [],
-                prepared.apart,
+                prepared.link.lane == "tcp" and tables.apart(lists.local),
             )
         except Exception as error:  # NIXL's exceptions have no common base
             raise told(error, remote, asked) from error
-        return self._jobs.start(Job(remote, asked, handle, (ours, theirs)))
+        return self._jobs.start(Job(remote, asked, handle, lists))
 
     def done(self, job: Job) -> bool:
         """Ask NIXL, which makes progress by it."""

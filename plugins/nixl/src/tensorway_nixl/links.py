@@ -44,18 +44,26 @@ class Link:
     closed: bool = False
 
 
-@attrs.define(eq=False)
-class Prepared:
-    """Two prepared lists; released when the last that uses them is gone."""
+@attrs.frozen(eq=False)
+class Lists:
+    """Two lists that NIXL has prepared, and what they are of; released when the last that uses them is gone."""
 
-    remote: Remote
     local: BlockTable
     far: BlockTable
     ours: List
     theirs: List
-    #: Into how many parts their blocks are cut, and whether neighbors stay apart.
+    #: Into how many parts blocks are cut.
     parts: int
-    apart: bool
+
+
+@attrs.define(eq=False)
+class Prepared:
+    """A route: its two tables, and the lists of them as they are now."""
+
+    link: Link
+    local: BlockTable
+    far: BlockTable
+    lists: Lists
     #: For each operation NIXL's word, and what is asked for by it.
     words: dict[Operation, tuple[Any, str]] = attrs.field(repr=False)
 
