@@ -10,6 +10,7 @@ import attrs
 import numpy as np
 import pytest
 
+from tensorway.rendezvous import Directory
 from tensorway.testing.ranks import Place, RankFailed
 from tensorway_eplb.placement import EMPTY, Placement
 from tensorway_eplb.testing import campaign, engine, groups
@@ -151,13 +152,29 @@ def test_ranks_with_different_targets_say_so_and_change_nothing(world):
         assert start.map.tobytes() == report.placement and () == report.wrong
 
 
-def test_ranks_with_different_weights_are_told_layer_and_tensor(world):
+def join_late(rank, *joining):
+    """Be seen for half a second before looking who else is there."""
+    connect_all = Directory.connect_all
+
+    def late(self, *names):
+        time.sleep(0.5)
+        return connect_all(self, *names)
+
+    Directory.connect_all = late
+    try:
+        engine.join(rank, *joining)
+    finally:
+        Directory.connect_all = connect_all
+
+
+@pytest.mark.parametrize("second", [engine.join, join_late])
+def test_ranks_with_different_weights_are_told_layer_and_tensor(world, second):
     world.grow(2)
     start = Placement.linear(MODEL.layers, MODEL.experts, 2, MODEL.slots)
     other = attrs.evolve(MODEL, tensors=(("w13", 8192), ("w2", 4096), ("w2_scale", 128)))
-    for process, model in [(0, MODEL), (1, other)]:
+    for process, (join, model) in enumerate([(engine.join, MODEL), (second, other)]):
         place = Place("/weights/experts", ("p0", "p1"), process)
-        world[process].start(engine.join, place, model, start)
+        world[process].start(join, place, model, start)
     for process in (0, 1):
         with pytest.raises(RankFailed, match=r"Incompatible[\s\S]*layer 0 w2_scale"):
             world[process].result()

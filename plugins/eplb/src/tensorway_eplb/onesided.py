@@ -31,7 +31,15 @@ from tensorway.eplb import (
     Send,
     check_move,
 )
-from tensorway.errors import Closed, DeadlineExceeded, DescriptionInvalid, PeerLost, TensorwayError, Unsupported
+from tensorway.errors import (
+    Closed,
+    DeadlineExceeded,
+    DescriptionInvalid,
+    Incompatible,
+    PeerLost,
+    TensorwayError,
+    Unsupported,
+)
 from tensorway.rendezvous import Directory, Fact
 from tensorway.transport import BlockTable, Notification, Peer, Route, State, Transfer, Transport
 from tensorway_eplb import asking
@@ -46,6 +54,8 @@ _Kind = tuple[str, int, str]
 #: Looks without a pause after something happened, then pauses that double from the first to the last.
 _SPINS: Final = 20
 _PAUSES: Final = (20e-6, 500e-6)
+#: How long a member that does not fit to the others is still seen by them.
+_FAREWELL: Final = 1.0
 #: Messages that wait here for who receives them; the others wait in the transport, which slows down who sends.
 _MOST_UNREAD: Final = 1000
 
@@ -162,6 +172,8 @@ class OneSidedSession:
             found = self._directory.connect_all(new, max(0.0, until - time.monotonic()))
             for name, peer in found.items():
                 if isinstance(peer, TensorwayError):
+                    if isinstance(peer, Incompatible):  # stay for a moment: the others find it out by what we say, too
+                        time.sleep(max(0.0, min(_FAREWELL, until - time.monotonic())))
                     raise peer
                 if _same(peer, tables[name]):
                     known[name] = self._prepared(name, peer, tables[name])
