@@ -119,7 +119,9 @@ def take_over(rank: Rank, size: Size, ids: list[int]) -> float:
     import xxhash
 
     _, region = rank.notes["agent"]
-    used = rank.notes.setdefault("used", numpy.full(size.nbytes, 1, numpy.uint8)).ctypes.data
+    if "used" not in rank.notes:
+        rank.notes["used"] = numpy.full(size.nbytes, 1, numpy.uint8)
+    used = rank.notes["used"].ctypes.data
     started = time.perf_counter()
     for block in ids:
         row: Any = (ctypes.c_char * size.block).from_address(region.address + block * size.block)

@@ -215,8 +215,10 @@ class Exchange:
         """Who asked first gets its rows first, and the word that they are there before those of its next ask."""
         room: dict[str, int] = {}
         for key, answer in list(self._answers.items()):
-            left = answer.advance(self._endpoint, room.get(key[0], FIRST))
-            room[key[0]] = min(left, left - FIRST + NEXT)
+            if key[0] in room:
+                room[key[0]] = answer.advance(self._endpoint, room[key[0]])
+            else:
+                room[key[0]] = answer.advance(self._endpoint, FIRST) - FIRST + NEXT
             if answer.over:
                 self._end(key, answer.why)
 

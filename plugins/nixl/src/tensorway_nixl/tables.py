@@ -43,6 +43,8 @@ def apart(table: BlockTable) -> bool:
 
 def cut(table: BlockTable, parts: int) -> BlockTable:
     """The table of the parts of its blocks: each plane becomes so many, one after the other."""
+    if parts == 1:
+        return table
     nbytes = table.block_bytes // parts
     bases = tuple(base + part * nbytes for base in table.bases for part in range(parts))
     return attrs.evolve(table, bases=bases, block_bytes=nbytes)
