@@ -37,8 +37,10 @@ PAGE, LAYERS = 16, 16
 POLICY = "cidr:10.77.0.0/16"
 NIXL: dict[str, Any] = {"ucx_tls": ("tcp",), "host": POLICY}
 STREAM_PORT = 7979
-#: Seconds between two steps of the engine that prefills: one that idles, and one that computes.
-STEPS = {"hand-over": 1e-3, "hand-over, steps of 50 ms": 0.05}
+#: Seconds between two steps of an engine that has nothing to compute, as the one that decodes here always.
+IDLE = 1e-3
+#: Those of the engine that prefills: one that idles, and one that computes.
+STEPS = {"hand-over": IDLE, "hand-over, steps of 50 ms": 0.05}
 
 
 @attrs.frozen
@@ -240,10 +242,10 @@ def fetch(rank: Rank, request: str, ticket: object, ids: list[int], byte: int) -
     planner.reserve(view, [ids], 0, tokens)
     while not (step := turn(rank)).received:
         assert not step.failed, step
-        time.sleep(200e-6)
+        time.sleep(IDLE)
     took = time.perf_counter() - started
     assert pages.min() == pages.max() == byte, "other bytes arrived than were sent"
-    settle(rank, 1e-3)
+    settle(rank, IDLE)
     return took
 
 
@@ -355,7 +357,7 @@ class Pair:
         (three,) = self.processes(address)[1:]
         three.call(open_engine, "reading", self.size, {"prefer": "pull"})
         ways = {name: self._way(one, two, pause) for name, pause in STEPS.items()}
-        return {**ways, "hand-over that reads": self._way(one, three, 1e-3)}
+        return {**ways, "hand-over that reads": self._way(one, three, IDLE)}
 
     def _way(self, one: RankProcess, two: RankProcess, pause: float) -> Callable[[], float]:
         blocks = self.size.count // LAYERS

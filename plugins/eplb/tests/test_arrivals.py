@@ -86,8 +86,8 @@ class World:
             ctypes.memset(region.address, expert, region.nbytes)
 
     def digest(self, expert):
-        buffers = [memory.Region.of(bytearray([expert]) * n) for n in TENSORS.values()]
-        return digest([buffers[list(TENSORS).index(name)] for name in sorted(TENSORS)])
+        buffers = {name: memory.Region.of(bytearray([expert]) * n) for name, n in TENSORS.items()}
+        return digest((buffers[name].address, buffers[name].nbytes) for name in sorted(TENSORS))
 
     def supply(self, source=None):
         return Supply(
@@ -156,6 +156,24 @@ def test_everything_is_asked_for_as_the_plan_says_and_written_when_it_is_there(w
     assert (6, 0) == (world.staging.free, world.staging.quarantined)
     counts = world.counts
     assert (3, 312, 0, 0) == (counts.fetched_rows, counts.fetched_bytes, counts.resourced_rows, counts.failed_fetches)
+
+
+def test_what_arrives_is_listed_once_and_not_for_each_row(world, monkeypatch):
+    listed, made = LayerPlan.arrivals.fget, []
+    monkeypatch.setattr(LayerPlan, "arrivals", property(lambda plan: made.append(plan) or listed(plan)))
+    counts = []
+    for slots in ((0,), (0, 1, 0)):
+        given = plan([(0, slots, (0,) * len(slots))], writes=())
+        arrivals = started(world, given)
+        fetch = world.session.posted[-1]
+        world.fill_rows(fetch, *(0,) * len(slots))
+        made.clear()
+        arrivals.filled(fetch)
+        arrivals.write()
+        assert (set(), "") == (arrivals.missing, arrivals.failed)
+        counts.append(len(made))
+        arrivals.release()
+    assert [0, 0] == counts
 
 
 def test_copies_within_the_rank_go_by_way_of_the_temporary_row(world):

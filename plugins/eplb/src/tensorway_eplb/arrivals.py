@@ -72,8 +72,9 @@ class Arrivals:
         self.layer = plan.layer
         self._supply = supply
         self._lease = supply.staging.lease(plan.layer, plan.staging_rows)
+        self._experts = plan.arrivals
         #: Which staging row each arrival comes into.
-        self.rows = dict(enumerate(self._lease.rows[: len(plan.arrivals)]))
+        self.rows = dict(enumerate(self._lease.rows[: len(self._experts)]))
         self.temporary = self._lease.rows[-1] if plan.temporary else None
         self.missing = set(self.rows)
         #: Why the layer cannot be had; empty while it can.
@@ -124,7 +125,7 @@ class Arrivals:
         """Whether loads have ended."""
         for future in [future for future in self._loads if future.done()]:
             arrival = self._loads.pop(future)
-            expert = self.plan.arrivals[arrival]
+            expert = self._experts[arrival]
             if (error := future.exception()) is not None:
                 self._give_up(f"expert {expert} cannot be loaded: {_said(error)}")
             elif not self._verified(arrival):
@@ -185,7 +186,7 @@ class Arrivals:
 
     def _holder(self, arrival: int) -> tuple[int, int] | None:
         """Rank and slot of somebody who has the expert and was not asked yet."""
-        old, expert = self._supply.old, self.plan.arrivals[arrival]
+        old, expert = self._supply.old, self._experts[arrival]
         gone = self._supply.lost() | self._tried[arrival]
         for slot in (old.map[self.layer] == expert).nonzero()[0].tolist():
             rank, local = divmod(slot, old.slots)
@@ -194,7 +195,7 @@ class Arrivals:
         return None
 
     def _load(self, arrival: int, why: str) -> None:
-        source, expert = self._supply.source, self.plan.arrivals[arrival]
+        source, expert = self._supply.source, self._experts[arrival]
         if source is None or not source.has(self.layer, expert):
             self._give_up(f"expert {expert} cannot be had: {why}, and there is no other copy")
             return
@@ -213,7 +214,7 @@ class Arrivals:
         return True
 
     def _verified(self, arrival: int) -> bool:
-        digests, expert = self._supply.digests, self.plan.arrivals[arrival]
+        digests, expert = self._supply.digests, self._experts[arrival]
         if digests is None or digests[self.layer, expert] == UNKNOWN:
             return True
         return self._supply.rows.staged_digest(self.layer, self.rows[arrival]) == int(digests[self.layer, expert])
