@@ -234,7 +234,7 @@ def test_a_file_that_is_too_large_is_not_read(folder, monkeypatch):
         (("plan", "--loads", "w.json", "--placement", "w.json"), "It holds no placement"),
         (("plan", "--loads", "w.json", *START, "--policy", "deepseek:groups"), "no option with a value"),
         (("plan", "--loads", "w.json", *START, "--policy", "deepseek:groups=4"), "has no option 'groups'"),
-        (("plan", "--loads", "w.json", *START, "--output", "no/new.json"), "The system does not write it"),
+        (("plan", "--loads", "w.json", *START, "--output", "no/new.json"), "its folder cannot be written to"),
         (("plan", "--loads", "w.json", *START, "--plot", "new.svg"), "ends with '.svg'"),
         (("plan", "--loads", "w.json", *START, "--plot", "no/new.html"), "its folder cannot be written to"),
         (("plan", "--loads", "w.json", *START, "--rate", "0"), "a number above 0"),
@@ -255,6 +255,18 @@ def test_what_cannot_be_meant_is_usage(folder, arguments, words, monkeypatch, ca
 def test_a_policy_that_nobody_offers_is_not_found(folder):
     found = answer(folder, "plan", "--loads", "w.json", *START, "--policy", "incremntal", code=4)
     assert ("tensorway.error/1", True) == (found["schema"], "Did you mean 'incremental'?" in found["to_do"])
+
+
+def test_a_pipe_is_written_to_and_not_replaced(folder):
+    os.mkfifo(folder / "pipe")
+    end = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # so that to open it for writing does not wait
+    try:
+        answer(folder, "plan", "--loads", "w.json", *START, "--output", "pipe")
+        (folder / "kept.json").write_bytes(os.read(end, 1 << 16))
+    finally:
+        os.close(end)
+    assert (folder / "pipe").is_fifo()
+    assert 12 == Placement.load(folder / "kept.json").num_logical
 
 
 # -- schemas

@@ -165,8 +165,8 @@ class Placement:
 
     # -- files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it, whole or not at all."""
+    def encoded(self) -> bytes:
+        """What a file of it holds."""
         fields = {
             "schema": _SCHEMA,
             "epoch": self.epoch,
@@ -174,12 +174,15 @@ class Placement:
             "ranks": self.ranks,
             "map": self.map.tolist(),
         }
-        fields["digest"] = _file_digest(fields)
+        return json.dumps(fields | {"digest": _file_digest(fields)}, separators=(",", ":")).encode()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it, whole or not at all."""
         target = Path(path)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(fields, file, separators=(",", ":"))
+            with os.fdopen(handle, "wb") as file:
+                file.write(self.encoded())
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).replace(target)

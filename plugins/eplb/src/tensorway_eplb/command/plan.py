@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tensorway.cli.charts import Chart, Series, draw, drawable
-from tensorway.errors import PlacementInvalid
+from tensorway.cli.reports import writable, write
 from tensorway_eplb.command import inputs
 from tensorway_eplb.gate import Gate
 from tensorway_eplb.placement import Loads, Placement
@@ -30,6 +30,8 @@ def run(given: argparse.Namespace, out: Output) -> int:
     """Plan, and say what came of it."""
     if given.plot is not None:
         drawable(given.plot)
+    if given.output is not None and not given.dry_run:
+        writable(given.output, "--output")
     loads = inputs.snapshot(given.loads)
     asked = inputs.question(given, loads)
     policy = inputs.policy(given.policy)
@@ -41,7 +43,7 @@ def run(given: argparse.Namespace, out: Output) -> int:
         draw(given.plot, "Rebalance", pictures(loads, asked.start, new, asked.topology))
         answer["plot"] = str(given.plot)
     if given.output is not None and not given.dry_run:
-        _save(new, given)
+        write(given.output, new.encoded(), "--output")
         answer["output"] = str(given.output)
     out.json("tensorway.eplb-plan/1", answer)
     _print(answer, out)
@@ -101,17 +103,6 @@ def _links(moved: Any) -> list[dict[str, int]]:
     order = np.argsort(-moved, axis=None, kind="stable")
     pairs = (divmod(int(at), len(moved)) for at in order if moved.flat[at])
     return [{"source": source, "target": target, "bytes": int(moved[source, target])} for source, target in pairs]
-
-
-def _save(new: Placement, given: argparse.Namespace) -> None:
-    try:
-        new.save(given.output)
-    except OSError as error:
-        raise PlacementInvalid(
-            f"The new placement was to be saved as {given.output}.",
-            f"The system does not write it: {error.strerror}.",
-            "Name a file in a folder that can be written to.",
-        ) from error
 
 
 def _print(answer: dict[str, Any], out: Output) -> None:
