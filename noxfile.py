@@ -33,7 +33,8 @@ LIBRARIES: dict[str, list[str]] = {
     "etcd": [],
     "gloo": ["torch"],
     "kv": [],
-    # The engine alone: what its metadata asks for, it imports for other things. It needs libibverbs1 of the system.
+    # The engine alone: what its metadata asks for, it imports for other things. Of the system it needs libibverbs1,
+    # libnuma1 and libcurl4.
     "mooncake": ["--no-deps", "mooncake-transfer-engine-non-cuda==0.3.13.post1"],
     # The library, and a torch whose gloo stands in for its NCCL: of which there is none in a build for the CPU.
     "nccl": ["torch", "nvidia-nccl-cu12==2.32.3"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 from collections.abc import Callable
@@ -50,16 +49,13 @@ def fake_mooncake(tmp_path: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def real_mooncake() -> str:
     """The version of Mooncake that is here; a session that was promised one fails with the reason without it."""
-    from tensorway_mooncake.library import version
+    from tensorway_mooncake.library import lacking, version
 
     promised, missing = os.environ.get("TENSORWAY_TEST_LIBRARY"), ""
     if importlib.util.find_spec("mooncake") is None:
         missing = "mooncake is not installed: pip install --no-deps mooncake-transfer-engine-non-cuda==0.3.13.post1"
-    else:
-        try:
-            ctypes.CDLL("libibverbs.so.1")
-        except OSError:
-            missing = "this machine has no libibverbs.so.1, which mooncake needs: apt-get install libibverbs1, as root"
+    elif (absent := lacking()) is not None:
+        missing = f"{absent.reason}: {absent.remedy}, as root"
     if missing and promised == "with":
         pytest.fail(f"TENSORWAY_TEST_LIBRARY=with, and {missing}")
     if missing or promised == "without":

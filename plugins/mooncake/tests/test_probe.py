@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
 WARNING = "transport mooncake (tensorway-mooncake 0.1.0) is not available: "
 
-#: A `ctypes` that finds no libibverbs, as on a machine that has none.
-NO_VERBS = """
+#: A `ctypes` that does not find some libraries, as on a machine that has only the others.
+WITHOUT = """
 import ctypes
 class Without(ctypes.CDLL):
     def __init__(self, name, *arguments, **more):
-        if name == "libibverbs.so.1":
-            raise OSError("libibverbs.so.1: cannot open shared object file: No such file or directory")
-        super().__init__(name, *arguments, **more)
+        if name in {lacking}:
+            raise OSError(name + ": cannot open shared object file: No such file or directory")
+        if name not in {there}:
+            super().__init__(name, *arguments, **more)
 ctypes.CDLL = Without
-raise ImportError("libibverbs.so.1: cannot open shared object file: No such file or directory")
+raise ImportError({lacking}[0] + ": cannot open shared object file: No such file or directory")
 """
+SYSTEM = {"libibverbs.so.1": "libibverbs1", "libnuma.so.1": "libnuma1", "libcurl.so.4": "libcurl4"}
 #: The shape of Mooncake, with engines whose reads end as `{status}` and bring nothing.
 ENGINE = """
 class TransferNotify: pass
@@ -60,13 +65,28 @@ def test_missing_it_says_what_to_install(probed, hide):
     assert_one_line(answer)
 
 
-def test_without_libibverbs_it_says_which_package_of_the_system_is_missing(probed, fake_mooncake):
-    answer = probed(fake_mooncake(NO_VERBS))
+@pytest.mark.parametrize("lacking", [["libibverbs.so.1"], ["libnuma.so.1", "libcurl.so.4"], list(SYSTEM)], ids=len)
+def test_without_what_it_needs_of_the_system_it_says_which_packages_bring_it(probed, fake_mooncake, lacking):
+    there = [name for name in SYSTEM if name not in lacking]
+    answer = probed(fake_mooncake(WITHOUT.format(lacking=lacking, there=there)))
 
     assert "unusable" == answer["code"]
-    assert "libibverbs.so.1, which it needs also without RDMA, is not" in answer["reason"]
-    assert "apt-get install libibverbs1" in answer["remedy"]
+    assert f"what it needs of the system is not: {', '.join(lacking)}" in answer["reason"]
+    assert f"apt-get install {' '.join(SYSTEM[name] for name in lacking)} (Debian" in answer["remedy"]
     assert_one_line(answer)
+
+
+@pytest.mark.skipif(not Path("/usr/bin/readelf").exists(), reason="needs readelf: apt-get install binutils")
+def test_what_it_needs_of_the_system_is_what_it_links_against_and_no_wheel_brings(real_mooncake):
+    import mooncake
+
+    folder = Path(mooncake.__path__[0])
+    told = subprocess.run(["readelf", "-d", folder / "engine.so"], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", told))
+    brought = {path.name for path in folder.parent.glob("*mooncake*/*.so*")}
+    everywhere = {"ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "libgcc_s.so.1", "libstdc++.so.6"}
+    of_libc = {name for name in needed if re.match(r"lib(c|m|dl|pthread|rt)\.so", name)}
+    assert set(SYSTEM) == needed - brought - everywhere - of_libc
 
 
 @pytest.mark.parametrize("variable", ["MC_LOG_DIR", "MC_USE_TENT", "MC_LEGACY_RPC_PORT_BINDING"])

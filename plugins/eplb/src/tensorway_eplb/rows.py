@@ -88,13 +88,13 @@ class Rows:
 
     def regions(self, layer: int, row: int) -> dict[str, Region]:
         """Where the tensors of an expert go that is loaded into a staging row."""
-        kinds = [(tensor.name, tensor.nbytes, tensor.device) for tensor in self._layers[layer]]
-        return {kind[0]: self._staging.row(kind, row) for kind in kinds}
+        tensors = self._layers[layer]
+        return {each.name: self._staging.row((each.name, each.nbytes, each.device), row) for each in tensors}
 
     def live(self, layer: int, slot: int) -> dict[str, Region]:
         """Where the tensors of the expert in a slot are."""
         tensors = self._layers[layer]
-        return {tensor.name: Region(tensor.slot(slot), tensor.nbytes, tensor.device) for tensor in tensors}
+        return {each.name: Region(each.slot(slot), each.nbytes, each.device) for each in tensors}
 
 
 def _tensor(tensor: ExpertTensor, staging: Staging, copy: Copy | None) -> _Tensor:

@@ -48,8 +48,12 @@ DISTS: Final = (
     "mooncake-transfer-engine",
     "mooncake-transfer-engine-cuda13",
 )
-#: What Mooncake links against and no wheel brings.
-_VERBS: Final = "libibverbs.so.1"
+#: What Mooncake links against and no wheel brings: the packages of Debian and of Fedora that do.
+_SYSTEM: Final = {
+    "libibverbs.so.1": ("libibverbs1", "libibverbs"),
+    "libnuma.so.1": ("libnuma1", "numactl-libs"),
+    "libcurl.so.4": ("libcurl4", "libcurl"),
+}
 #: Bytes that hold a `struct sigaction` on every platform.
 _SIGACTION_BYTES: Final = 256
 #: glog's flag for the least severity that is logged, and its word for "fatal errors only".
@@ -60,17 +64,26 @@ _loading: Final = threading.Lock()
 _quiet: list[bool] = []
 
 
-def _explain() -> Absent | None:
+def lacking() -> Absent | None:
+    """What Mooncake needs of the system, also without RDMA, and is not there, if Mooncake is."""
     if importlib.util.find_spec("mooncake") is None:
         return None
+    names = [name for name in _SYSTEM if not _loads(name)]
+    if not names:
+        return None
+    debian, fedora = (" ".join(packages) for packages in zip(*(_SYSTEM[name] for name in names), strict=True))
+    return Absent(
+        f"mooncake is installed, and what it needs of the system is not: {', '.join(names)}",
+        f"apt-get install {debian} (Debian, Ubuntu), or dnf install {fedora} (Fedora, RHEL)",
+    )
+
+
+def _loads(name: str) -> bool:
     try:
-        ctypes.CDLL(_VERBS)
+        ctypes.CDLL(name)
     except OSError:
-        return Absent(
-            "mooncake is installed, and libibverbs.so.1, which it needs also without RDMA, is not",
-            "apt-get install libibverbs1 (Debian, Ubuntu), or dnf install libibverbs (Fedora, RHEL)",
-        )
-    return None
+        return False
+    return True
 
 
 LIBRARY: Final = NativeLibrary(
@@ -79,7 +92,7 @@ LIBRARY: Final = NativeLibrary(
     symbols=SYMBOLS,
     remedy='pip install "tensorway[mooncake]"',
     environment=ENVIRONMENT,
-    explain=_explain,
+    explain=lacking,
 )
 
 
