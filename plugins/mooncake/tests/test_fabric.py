@@ -112,7 +112,7 @@ def test_another_version_is_refused_before_mooncake_hears_of_the_peer(pair):
 def test_a_canary_that_is_not_registered_fails_and_leaves_nothing(pair):
     here, _, description = pair
     with pytest.raises(TransferFailed, match="failed a part of it"):
-        here.connect(altered(description, canary=blob_of(description).canary - (1 << 30)), deadline=10)
+        here.connect(altered(description, canary=blob_of(description).canary + (1 << 30)), deadline=10)
     assert ({}, 63) == (here._fabric._remotes, len(here._fabric._slots))
     here.connect(description)
 

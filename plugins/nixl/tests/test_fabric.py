@@ -254,7 +254,7 @@ def test_a_canary_that_is_not_registered_fails_and_leaves_nothing(pair):
     here, _, description = pair
 
     with pytest.raises(TransferFailed, match=r"NIXL_ERR_NOT_FOUND.*not registered"):
-        here.connect(altered(description, canary=blob_of(description).canary - (1 << 30)))
+        here.connect(altered(description, canary=blob_of(description).canary + (1 << 30)))
 
     assert {} == here._fabric._remotes
     assert 63 == len(here._fabric._slots)
