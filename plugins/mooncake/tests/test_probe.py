@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_without_what_it_needs_of_the_system_it_says_which_packages_bring_it(pro
     assert_one_line(answer)
 
 
-@pytest.mark.skipif(not Path("/usr/bin/readelf").exists(), reason="needs readelf: apt-get install binutils")
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf: apt-get install binutils")
 def test_what_it_needs_of_the_system_is_what_it_links_against_and_no_wheel_brings(real_mooncake):
     import mooncake
 

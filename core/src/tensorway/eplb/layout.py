@@ -32,6 +32,11 @@ class ExpertTensor:
     stride: int
     region: Region = attrs.field(repr=False)
 
+    @property
+    def kind(self) -> tuple[str, int, str]:
+        """What its rows have in common with those of other layers: name, row length and device."""
+        return self.name, self.row_bytes, self.region.device
+
     @classmethod
     def of(cls, name: str, tensor: Any, slots: int) -> ExpertTensor:
         """The rows of a tensor or array whose first dimension is slots; raises `LayoutInvalid` for any other."""
@@ -92,8 +97,7 @@ class ExpertLayout:
     @property
     def kinds(self) -> tuple[tuple[str, int, str], ...]:
         """Name, row length and kind of device of every different kind of row; a staging buffer is made for each."""
-        found = {(tensor.name, tensor.row_bytes, tensor.region.device) for layer in self.layers for tensor in layer}
-        return tuple(sorted(found))
+        return tuple(sorted({tensor.kind for layer in self.layers for tensor in layer}))
 
     @property
     def host_visible(self) -> bool:
@@ -132,15 +136,11 @@ class ExpertLayout:
 
     def planes(self, kind: tuple[str, int, str]) -> list[int]:
         """The layers that have rows of this kind."""
-        return [index for index, layer in enumerate(self.layers) if any(_kind(tensor) == kind for tensor in layer)]
+        return [index for index, layer in enumerate(self.layers) if any(tensor.kind == kind for tensor in layer)]
 
     def tensor(self, layer: int, kind: tuple[str, int, str]) -> ExpertTensor:
         """The tensor of this kind in this layer."""
-        return next(tensor for tensor in self.layers[layer] if _kind(tensor) == kind)
-
-
-def _kind(tensor: ExpertTensor) -> tuple[str, int, str]:
-    return tensor.name, tensor.row_bytes, tensor.region.device
+        return next(tensor for tensor in self.layers[layer] if tensor.kind == kind)
 
 
 def _strides(tensor: Any) -> tuple[int, ...]:

@@ -319,8 +319,7 @@ class Communicator:
         self._say(fetch.peer)
         for row, targets in zip(fetch.rows, batch.wanted[fetch.peer].targets, strict=True):
             for tensor, target in zip(self._layout.layers[batch.layer], targets, strict=True):
-                kind = (tensor.name, tensor.row_bytes, tensor.region.device)
-                self._copy(target, self._staging.row(kind, row))
+                self._copy(target, self._staging.row(tensor.kind, row))
 
     def _give_up(self, batch: _Batch, error: BaseException) -> None:
         """What is under way ends, and the others are told: nobody waits for this member until the deadline."""

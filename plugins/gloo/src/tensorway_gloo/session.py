@@ -127,7 +127,7 @@ class GlooSession:
         tensors = self._checked(fetch)
 
         def row(tensor: int, position: int) -> torch.Tensor:
-            kind = (tensors[tensor].name, tensors[tensor].row_bytes, tensors[tensor].region.device)
+            kind = tensors[tensor].kind
             start = fetch.rows[position] * kind[1]
             return self._staging[kind][start : start + kind[1]]
 

@@ -102,7 +102,7 @@ class NcclSession:
         from array import array
 
         tensor = self._tensors(0)[0]
-        here = self._context.staging.regions[tensor.name, tensor.row_bytes, tensor.region.device]
+        here = self._context.staging.regions[tensor.kind]
         into = Piece(here.address + row * tensor.row_bytes, 1)
         awaited: dict[object, int] = {}
         for peer in self._group.others:
@@ -144,7 +144,7 @@ class NcclSession:
         staging, pieces = self._context.staging.regions, list[Piece]()
         for row in fetch.rows:
             for tensor in tensors:
-                region = staging[tensor.name, tensor.row_bytes, tensor.region.device]
+                region = staging[tensor.kind]
                 pieces += _cut(region.address + row * tensor.row_bytes, tensor.row_bytes)
         self._driver.post(fetch, key, pieces, deadline)
 

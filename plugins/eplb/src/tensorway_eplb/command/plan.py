@@ -30,8 +30,9 @@ def run(given: argparse.Namespace, out: Output) -> int:
     """Plan, and say what came of it."""
     if given.plot is not None:
         drawable(given.plot)
-    if given.output is not None and not given.dry_run:
-        writable(given.output, "--output")
+    output = None if given.dry_run else given.output
+    if output is not None:
+        writable(output, "--output")
     loads = inputs.snapshot(given.loads)
     asked = inputs.question(given, loads)
     policy = inputs.policy(given.policy)
@@ -42,9 +43,9 @@ def run(given: argparse.Namespace, out: Output) -> int:
     if given.plot is not None:
         draw(given.plot, "Rebalance", pictures(loads, asked.start, new, asked.topology))
         answer["plot"] = str(given.plot)
-    if given.output is not None and not given.dry_run:
-        write(given.output, new.encoded(), "--output")
-        answer["output"] = str(given.output)
+    if output is not None:
+        write(output, new.encoded(), "--output")
+        answer["output"] = str(output)
     out.json("tensorway.eplb-plan/1", answer)
     _print(answer, out)
     return 0
