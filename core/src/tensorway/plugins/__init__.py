@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from tensorway import _logging, native, platforms
+from tensorway import _logging, native
 from tensorway.plugins import scan as _scan
 from tensorway.plugins.host import Host
 from tensorway.plugins.slots import Slot
@@ -40,6 +40,8 @@ def register(offer: Offer) -> Slot:
 def refresh() -> Host:
     """Look again: at the metadata, the environment, and everything that failed. Objects that exist keep working."""
     global _host
+    from tensorway import platforms  # a sixth of what importing the host would cost, and most processes never refresh
+
     with _lock:
         importlib.invalidate_caches()
         native.forget_failures()
