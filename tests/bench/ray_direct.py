@@ -39,7 +39,7 @@ def enter(_: Any, address: str) -> None:
     import ray
 
     import tensorway_ray
-    from tensorway.rendezvous import choose
+    from tensorway.rendezvous.hosts import choose
 
     own = choose("iface:eth0").address
     ray.init(address=address, _node_ip_address=own, log_to_driver=False, logging_level="ERROR")

@@ -59,14 +59,16 @@ def join(_, name, transport, options, nbytes, seed, ttl):
 
 def given(_, policy):
     """What a policy means to libraries on this host."""
-    from tensorway.rendezvous import choose, fabrics
+    from tensorway.rendezvous import fabrics
+    from tensorway.rendezvous.hosts import choose
 
     return fabrics.variables(choose(policy))
 
 
 def side_channel(_, name, policy):
     """What a worker does first, and where its engine then listens, which takes what is set as it is."""
-    from tensorway.rendezvous import choose, environment, fabrics
+    from tensorway.rendezvous import environment, fabrics
+    from tensorway.rendezvous.hosts import choose
 
     dropped = environment.sanitize().names("dropped")
     fabrics.apply(choose(policy))

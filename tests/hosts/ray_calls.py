@@ -22,7 +22,7 @@ def enter(_, address, job=()):
     """Enter the cluster on this host's address; these variables of ours are the job's, too."""
     import ray
 
-    from tensorway.rendezvous import choose
+    from tensorway.rendezvous.hosts import choose
 
     environment = {"env_vars": {name: os.environ[name] for name in job}}
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": None}

@@ -22,6 +22,8 @@ from tensorway.references import resolve
 _log = _logging.logger("native")
 #: Every library that was declared, so that `forget_failures` reaches them.
 _declared: Final[weakref.WeakSet[NativeLibrary]] = weakref.WeakSet()
+#: What else remembers how it found this machine.
+_remembering: Final[list[Callable[[], None]]] = []
 
 
 @attrs.frozen
@@ -141,6 +143,13 @@ def forget_failures() -> None:
     """Let every library that was absent be tried again; called after something was installed."""
     for library in list(_declared):
         library.forget_failure()
+    for forget in _remembering:
+        forget()
+
+
+def with_failures(forget: Callable[[], None]) -> None:
+    """Call this function of a module, too, whenever failures are forgotten: what the module saw may have changed."""
+    _remembering.append(forget)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """Which accelerators are here, read from files: device nodes, what the kernel says about them, and libraries on disk.
 
-Ground: may import `types`, `errors`, `settings`. Importing this reads nothing. An examination reads small
+Ground: may import `types`, `errors`, `settings`, `native`. Importing this reads nothing. An examination reads small
 files below `Machine.root`, opens no device and loads no library, so it can neither create a context on a device nor
 crash. NVML and amdsmi are left out for that reason: each loads the driver's own library into this process, and what
 they would say here (model, bus address, count) the kernel says in /proc/driver/nvidia and /sys/class/kfd as well.
@@ -24,7 +24,7 @@ from typing import Final
 
 import attrs
 
-from tensorway import settings
+from tensorway import native, settings
 from tensorway.errors import BackendNotFound
 from tensorway.types import Fact, HookContext, Offer, ProbeResult
 
@@ -230,6 +230,9 @@ def report(kind: str, seconds: float = DEADLINE) -> PlatformReport:
 def forget() -> None:
     """Let the next `report` look again: after a driver was installed, after a variable was changed."""
     _answers.clear()
+
+
+native.with_failures(forget)
 
 
 def torch_build(python_path: Iterable[str] | None = None) -> TorchBuild | None:

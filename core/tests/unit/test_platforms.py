@@ -19,7 +19,7 @@ import attrs
 import pytest
 
 import tensorway
-from tensorway import hookspecs, platforms
+from tensorway import hookspecs, platforms, plugins
 from tensorway.errors import BackendNotFound, BackendUnavailable
 from tensorway.platforms import Device, Machine, PlatformReport, TorchBuild, examine, report, torch_build
 from tensorway.plugins import isolated
@@ -897,6 +897,14 @@ def test_a_report_is_made_once_until_it_is_forgotten(here):
     here.nvidia(0)
     assert before is report("cuda")
     platforms.forget()
+    assert (False, True) == (before.usable, report("cuda").usable)
+
+
+def test_a_refresh_looks_at_the_machine_again(here, monkeypatch):
+    monkeypatch.setattr(plugins, "_host", None)
+    before = report("cuda")
+    here.nvidia(0)
+    plugins.refresh()
     assert (False, True) == (before.usable, report("cuda").usable)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tensorway.errors import AddressInvalid, BackendUnavailable, Closed, MemoryInvalid, TransferFailed, Unsupported
 from tensorway.memory import Region
-from tensorway.rendezvous import HostChoice
+from tensorway.rendezvous.hosts import HostChoice
 from tensorway_mooncake import engine as engines
 from tensorway_mooncake.library import REFUSED
 

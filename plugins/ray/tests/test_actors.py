@@ -31,7 +31,7 @@ class Engine:
 
     def look(self):
         import os, socket
-        from tensorway.rendezvous import choose
+        from tensorway.rendezvous.hosts import choose
         host = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
         with socket.create_server((host or "127.0.0.1", 0)) as listening:
             bound = listening.getsockname()[0]

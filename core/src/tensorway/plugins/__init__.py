@@ -40,12 +40,9 @@ def register(offer: Offer) -> Slot:
 def refresh() -> Host:
     """Look again: at the metadata, the environment, and everything that failed. Objects that exist keep working."""
     global _host
-    from tensorway import platforms  # a sixth of what importing the host would cost, and most processes never refresh
-
     with _lock:
         importlib.invalidate_caches()
         native.forget_failures()
-        platforms.forget()
         _logging.forget()
         kept = _host.registered() if _host is not None else ()
         fresh = Host(_scan.scan(), from_environment())

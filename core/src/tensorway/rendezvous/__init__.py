@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from tensorway.rendezvous.contract import Changes, Event, Record, Store
 from tensorway.rendezvous.directory import Directory
-from tensorway.rendezvous.hosts import HostChoice, choose
 from tensorway.rendezvous.leases import Lease
 from tensorway.rendezvous.members import Member
 from tensorway.rendezvous.negotiation import Fact
@@ -19,12 +18,10 @@ __all__ = [
     "Directory",
     "Event",
     "Fact",
-    "HostChoice",
     "Lease",
     "Member",
     "Record",
     "Rendezvous",
     "Store",
     "Watch",
-    "choose",
 ]

@@ -19,8 +19,8 @@ import torch.distributed
 
 from tensorway.eplb import Group
 from tensorway.errors import DeadlineExceeded, TensorwayError
-from tensorway.rendezvous import HostChoice, Rendezvous
-from tensorway.rendezvous.hosts import meeting
+from tensorway.rendezvous import Rendezvous
+from tensorway.rendezvous.hosts import HostChoice, meeting
 from tensorway_gloo.mesh import Mesh, said
 from tensorway_gloo.options import GlooOptions
 
