@@ -294,9 +294,10 @@ class Group:
     def look(self) -> None:
         """Both follow what happens, and reach each other."""
         one, two = self._members
-        peer = two.connect("one", deadline=10)
-        if peer.lost or "two" not in one.members():
-            raise RuntimeError(f"one honest member knows {one.members()}, and the other lost it: {peer.lost!r}")
+        for member, other in ((two, "one"), (one, "two")):
+            peer = member.connect(other, deadline=10)  # waits until the member has heard of the other
+            if peer.lost:
+                raise RuntimeError(f"an honest member knows {member.members()}, and lost {other}: {peer.lost!r}")
 
     def __enter__(self) -> Group:
         return self
