@@ -252,7 +252,7 @@ def fetch(rank: Rank, request: str, ticket: object, ids: list[int], byte: int) -
 # -- in the processes: the rebalance
 
 
-def model(size: Size) -> Any:
+def model(size: Size, verify: bool) -> Any:
     """Experts of two blocks each in four layers: all but one of them together are the blocks that all ways move."""
     from tensorway_eplb.testing.engine import Model
 
@@ -260,7 +260,7 @@ def model(size: Size) -> Any:
     options = {"transport": "nixl", "transport_options": NIXL}
     return Model(
         layers=4, experts=experts, slots=experts, tensors=(("w13", size.block), ("w2", size.block)), options=options,
-        patience=20.0, copies=False,
+        patience=20.0, copies=False, verify=verify,
     )  # fmt: skip
 
 
@@ -376,13 +376,16 @@ class Pair:
 
     def rebalance(self) -> dict[str, Callable[[], float]]:
         """The second has one expert again and again, and gets the others from the first, in random order."""
+        return {"rebalance": self._rebalance(True), "rebalance that verifies nothing": self._rebalance(False)}
+
+    def _rebalance(self, verify: bool) -> Callable[[], float]:
         import numpy
 
         from tensorway_eplb.placement import Placement
         from tensorway_eplb.testing import engine
 
         (service, _) = self.processes()
-        ranks, shape = self.processes(service.call(open_rendezvous)), model(self.size)
+        ranks, shape = self.processes(service.call(open_rendezvous)), model(self.size, verify)
         experts = range(shape.experts)
         few, all_ = (
             [[*experts, *second]] * 4 for second in ([0] * len(experts), random.Random(5).sample(experts, len(experts)))
@@ -405,7 +408,7 @@ class Pair:
             to(few)
             return took
 
-        return {"rebalance": moved}
+        return moved
 
     def stream(self) -> dict[str, Callable[[], float]]:
         """One TCP connection, for scale."""
@@ -431,6 +434,7 @@ RATIOS = {
     "hand-over, steps of 50 ms / the agent's best": ("hand-over, steps of 50 ms", ("agent read", "agent write")),
     "hand-over that reads / agent read": ("hand-over that reads", ("agent read",)),
     "rebalance / the agent's best": ("rebalance", ("agent read", "agent write")),
+    "rebalance that verifies nothing / the agent's": ("rebalance that verifies nothing", ("agent read", "agent write")),
     "rebalance / the agent's, digested and copied": ("rebalance", ("agent write, digested and copied",)),
     "agent read / agent write": ("agent read", ("agent write",)),
 }

@@ -16,6 +16,8 @@ import hosts_calls as calls
 import pytest
 from hosts_calls import BLOCK
 
+from tensorway.testing.waiting import eventually
+
 #: The leases', and that of the transport.
 TIMEOUT = 3.0
 NIXL = {"ucx_tls": ["tcp"], "host": "iface:eth0", "peer_timeout": TIMEOUT}
@@ -72,14 +74,6 @@ class Trio:
 def trio(tensorway_lab, on, nixl):
     with tensorway_lab(3, faults=("one way", "firewall", "rate")) as lab:
         yield Trio(lab, on)
-
-
-def eventually(condition, seconds):
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, f"it did not come about within {seconds:g} s"
-        time.sleep(0.05)
-    return value
 
 
 def noticed_in_time(kind, side, name, began):

@@ -9,6 +9,7 @@ import pytest
 from hosts_calls import BLOCK
 
 from tensorway.testing.ranks import RankFailed
+from tensorway.testing.waiting import eventually
 
 NBYTES = 512 * BLOCK
 #: Mebibytes in seconds, with this: long enough to be cut in the middle.
@@ -54,14 +55,6 @@ def join(one, two, transport, options, nbytes):
     for seed, (process, name) in enumerate(((one, "one"), (two, "two"))):
         process.start(calls.join, name, transport, options, nbytes, seed, TTL)
     assert [None, None] == [process.result() for process in (one, two)]
-
-
-def eventually(condition, seconds=30.0):
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, f"it did not come about within {seconds:g} s"
-        time.sleep(0.05)
-    return value
 
 
 # -- addresses

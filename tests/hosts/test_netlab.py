@@ -26,6 +26,7 @@ import pytest
 from tensorway.errors import Closed, Unsupported
 from tensorway.testing import netlab
 from tensorway.testing.netlab_spaces import ENCLOSED
+from tensorway.testing.waiting import eventually
 
 PATIENCE = 30.0
 NUMBERS = itertools.count()
@@ -136,13 +137,6 @@ def arrived(source, target, count):
 
 def on(host, *command):
     return subprocess.run(host.command(*command), capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
-
-
-def eventually(condition, seconds=PATIENCE):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"it did not come about within {seconds:g} s"
-        time.sleep(0.02)
 
 
 # -- hosts

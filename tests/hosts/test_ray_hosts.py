@@ -7,7 +7,7 @@ import time
 import pytest
 import ray_calls as calls
 
-from tensorway.testing.rendezvous import eventually
+from tensorway.testing.waiting import eventually
 
 HOSTS = ("host1", "host2", "host3")
 CHANNELS = ["VLLM_NIXL_SIDE_CHANNEL_HOST", "MC_TCP_BIND_ADDRESS"]

@@ -15,6 +15,7 @@ from tensorway.testing.faults import Faults, FaultyFabric
 from tensorway.testing.session_groups import Members, kinds
 from tensorway.testing.session_ranks import Shape, mover, moves_among
 from tensorway.testing.sessions import LAYERS
+from tensorway.testing.waiting import eventually
 from tensorway.transport import Endpoint
 from tensorway.transport.local import LocalFabric
 from tensorway_eplb import answering, asking
@@ -75,13 +76,6 @@ def spoil(rank):
 def arrived(rank):
     """Bytes of staging that are not zero."""
     return sum(region.nbytes - bytes(region.owner).count(0) for region in mover(rank).staging.regions.values())
-
-
-def eventually(condition):
-    until = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_every_byte_of_every_row_is_written(group):
@@ -176,7 +170,9 @@ def test_of_what_is_given_up_only_what_was_begun_is_written(group):
     group[0].call(spoil)
     group[0].call(does.post, 0, 1, [0, 2])
     eventually(lambda: [1] == [begun for begun, _ in group[1].call(under_way)])
+    assert [True] == [left > 0 for _, left in group[1].call(under_way)]
     group[0].call(does.give_up, "nobody wants it")
+    eventually(lambda: [0] == [left for _, left in group[1].call(under_way)])
     group[1].call(release)
     assert 0 == group[0].call(does.drain, SOON)
     assert 0 < group[0].call(arrived) <= 300_000

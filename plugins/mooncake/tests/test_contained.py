@@ -17,7 +17,7 @@ from tensorway.errors import MemoryInvalid, PeerLost, TransferFailed
 from tensorway.memory import shared
 from tensorway.testing import PeerProcess, TransportSuite
 from tensorway.testing.peer import content, digest
-from tensorway.testing.transports import wait_for
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable
 from tensorway.transport import description as envelope
 from tensorway.transport.contained import contain
@@ -94,10 +94,10 @@ def test_the_engine_survives_a_crash_of_mooncake_and_goes_on(start, number, capl
     os.kill(mover(here), number)
     with pytest.raises(TransferFailed, match=f"he mover of transport mooncake ended by {signal.Signals(number).name}"):
         transfer.wait()
-    wait_for(lambda: transfer.released)
+    eventually(lambda: transfer.released)
     mine[:] = bytes(LARGE)
     os.kill(theirs, signal.SIGCONT)
-    wait_for(lambda: here._fabric.crashes)
+    eventually(lambda: here._fabric.crashes)
     with pytest.raises(PeerLost, match="mover of transport mooncake ended"):
         read(here, route).wait()
     assert not any(mine), "nobody writes to what was released"
@@ -140,15 +140,15 @@ def test_transfers_of_many_threads_end_typed_and_are_released_while_movers_are_k
         each.start()
     for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGKILL):
         before, life = list(done), here._fabric._life
-        wait_for(lambda before=before: all(now > then for now, then in zip(done, before, strict=True)), 30)
+        eventually(lambda before=before: all(now > then for now, then in zip(done, before, strict=True)), 30)
         os.kill(life.process.pid, number)
-        wait_for(lambda life=life: here._fabric._life not in (None, life), 30)
+        eventually(lambda life=life: here._fabric._life not in (None, life), 30)
     over.set()
     for each in users:
         each.join(60)
     assert [] == wrong
     assert 3 == here._fabric.crashes
-    wait_for(lambda: all(transfer.released for transfer in transfers))
+    eventually(lambda: all(transfer.released for transfer in transfers))
 
 
 def test_a_peer_whose_mover_ends_is_lost_and_is_reached_by_its_new_description(start):
@@ -159,10 +159,10 @@ def test_a_peer_whose_mover_ends_is_lost_and_is_reached_by_its_new_description(s
     route = connect(here, before, region)
     transfer = read(here, route)
     os.kill(mover_of(peer.pid), signal.SIGKILL)
-    wait_for(lambda: not transfer.pending)
+    eventually(lambda: not transfer.pending)
     with pytest.raises(PeerLost):
         read(here, route).wait()
-    wait_for(lambda: transfer.released)
+    eventually(lambda: transfer.released)
     assert 0 == here._fabric.crashes
 
     def described_anew():
@@ -171,7 +171,7 @@ def test_a_peer_whose_mover_ends_is_lost_and_is_reached_by_its_new_description(s
         except AssertionError:  # it has not noticed yet, and asked the mover that has ended
             return False
 
-    wait_for(described_anew)
+    eventually(described_anew)
     read(here, connect(here, peer.describe(), region)).wait()
     assert digest(content(3, LARGE)) == digest(mine)
 
@@ -206,7 +206,7 @@ def test_what_a_stranger_sends_to_mooncake_s_port_costs_the_mover(start):
     blob = msgspec.msgpack.decode(envelope.decode(here.describe(), "mooncake").blob, type=wire.Blob)
     with socket.create_connection((blob.address, blob.port), 10) as stranger:
         stranger.sendall(struct.pack("<QB", 3, 2) + b"[]")
-        wait_for(lambda: here._fabric._life not in (None, life), 30)
+        eventually(lambda: here._fabric._life not in (None, life), 30)
     assert life.ended.endswith("ended by SIGABRT")
     read(here, connect(here, peer.describe(), region)).wait()
     assert digest(content(3, LARGE)) == digest(mine)

@@ -17,7 +17,8 @@ import tensorway
 from tensorway.errors import DeadlineExceeded, DescriptionInvalid, MemoryInvalid, PeerLost, TransferFailed
 from tensorway.testing import PeerProcess, TransportSuite
 from tensorway.testing.peer import content, digest
-from tensorway.testing.transports import BLOCK, COUNT, NBYTES, route_to, wait_for
+from tensorway.testing.transports import BLOCK, COUNT, NBYTES, route_to
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable
 from tensorway.transport import description as envelope
 from tensorway_mooncake import wire
@@ -86,7 +87,7 @@ def stop(peer):
     """Stop it, and wait until no thread of it runs any more: a signal is delivered when its time comes."""
     peer.signal(signal.SIGSTOP)
     tasks = Path(f"/proc/{peer.pid}/task")
-    wait_for(lambda: all(") T" in (task / "stat").read_text() for task in tasks.iterdir()))
+    eventually(lambda: all(") T" in (task / "stat").read_text() for task in tasks.iterdir()))
 
 
 def reads(here, route, count, **more):
@@ -162,7 +163,7 @@ def test_a_stopped_peer_costs_its_deadline_and_nobody_else_anything(pair, start)
     finally:
         peer.signal(signal.SIGCONT)
     here.connect(description)
-    assert wait_for(lambda: here._fabric._sweep() or 63 == len(here._fabric._slots))
+    assert eventually(lambda: here._fabric._sweep() or 63 == len(here._fabric._slots))
 
 
 # -- transfers
@@ -203,7 +204,7 @@ def test_a_transfer_that_came_too_late_keeps_its_memory_until_mooncake_is_throug
         assert not transfer.released
     finally:
         peer.signal(signal.SIGCONT)
-    wait_for(lambda: transfer.released)
+    eventually(lambda: transfer.released)
     mine[:] = bytes(LARGE)
     time.sleep(0.3)
     assert LARGE == mine.count(0)
@@ -215,7 +216,7 @@ def test_no_quarantine_lasts_for_ever(start, monkeypatch):
     route, mine = large(here, peer)
     stop(peer)
     transfer = reads(here, route, route.local.count, deadline=0.3)
-    wait_for(lambda: transfer.released, 10)
+    eventually(lambda: transfer.released, 10)
     mine[:] = bytes(LARGE)
     peer.signal(signal.SIGCONT)
     time.sleep(0.5)
@@ -235,7 +236,7 @@ def test_a_peer_killed_in_the_middle_of_a_transfer_is_lost_and_nobody_else(start
 
     with pytest.raises(PeerLost, match=route.peer.name):
         transfer.wait()
-    wait_for(lambda: transfer.released)
+    eventually(lambda: transfer.released)
     mine[:] = bytes(LARGE)
     reads(here, alive, COUNT).wait()
 
@@ -318,9 +319,9 @@ def test_who_has_no_description_of_ours_cannot_notify(start):
     send(wire.Note(here.endpoint_name, here.incarnation, 5, b"first"), true)
     send(wire.Note(here.endpoint_name, here.incarnation, 5, b"again"), true)
     send(wire.Note("unconnected", "abc", 0, b"has the description"), true)
-    assert wait_for(lambda: True)
+    assert eventually(lambda: True)
     notes = []
-    wait_for(lambda: notes.extend(there.notifications()) or len(notes) >= 2)
+    eventually(lambda: notes.extend(there.notifications()) or len(notes) >= 2)
     time.sleep(0.1)
     assert [b"first", b"has the description"] == [note.payload for note in notes + there.notifications()]
 
@@ -368,7 +369,7 @@ def test_closing_does_not_wait_for_a_notification_that_is_under_way(pair, caplog
     assert time.monotonic() - started < ENDING
     assert any("keeps the engine" in line for line in caplog.messages)
     peer.signal(signal.SIGCONT)
-    wait_for(lambda: here._fabric._engine.gone)
+    eventually(lambda: here._fabric._engine.gone)
 
 
 LEAVING = """

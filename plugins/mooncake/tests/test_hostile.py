@@ -18,7 +18,7 @@ import tensorway
 from tensorway.errors import PeerLost, TensorwayError
 from tensorway.testing import hostile, strangers
 from tensorway.testing.mutations import damaged
-from tensorway.testing.transports import wait_for
+from tensorway.testing.waiting import eventually
 from tensorway.transport import description as envelope
 from tensorway_mooncake import wire
 
@@ -80,7 +80,7 @@ class Truthful(random.Random):
 def test_what_a_stranger_says_is_heard_if_it_is_a_notification():
     with tensorway.create("transport", "mooncake") as here:
         strangers.to_mooncake(Truthful(1), here.describe())
-        assert [b"a payload"] == [note.payload for note in wait_for(here.notifications)]
+        assert [b"a payload"] == [note.payload for note in eventually(here.notifications)]
 
 
 # -- somebody else at the port of a description
@@ -145,7 +145,7 @@ def reached(here, there):
     """Whether an honest peer is heard, and hears."""
     here.disconnect(other := here.connect(there.describe()))
     here.notify(other := here.connect(there.describe()), b"honest")
-    assert b"honest" in [note.payload for note in wait_for(there.notifications)]
+    assert b"honest" in [note.payload for note in eventually(there.notifications)]
     here.disconnect(other)
 
 
@@ -163,7 +163,7 @@ def test_whoever_answers_nonsense_at_a_described_port_is_refused_and_hurts_nobod
                     continue
                 pytest.fail(f"case {number}: {said} was connected to")
         reached(here, there)
-        assert wait_for(lambda: here._fabric._sweep() or 63 == len(here._fabric._slots))
+        assert eventually(lambda: here._fabric._sweep() or 63 == len(here._fabric._slots))
         assert {} == here._fabric._remotes
 
 
@@ -195,4 +195,4 @@ def test_a_false_description_of_a_peer_does_not_spoil_the_true_one():
         false = type(seen)(seen.transport, seen.name, seen.incarnation, seen.regions, wire.encode(blob))
         here.connect(envelope.encode(false))
         here.notify(here.connect(true), b"honest")
-        assert [b"honest"] == [note.payload for note in wait_for(there.notifications)]
+        assert [b"honest"] == [note.payload for note in eventually(there.notifications)]

@@ -13,7 +13,7 @@ import tensorway
 from tensorway.errors import DeadlineExceeded, PeerLost, TransferFailed
 from tensorway.memory import shared
 from tensorway.testing import PeerProcess, TransportSuite
-from tensorway.testing.transports import wait_for
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable
 
 pytestmark = pytest.mark.usefixtures("real_nixl")
@@ -72,10 +72,10 @@ def test_the_engine_survives_a_crash_of_nixl_and_goes_on(start, number):
     read(here, route).wait()
     transfer = read(here, route)
     os.kill(here._fabric._life.process.pid, number)
-    wait_for(lambda: not transfer.pending)
+    eventually(lambda: not transfer.pending)
     assert transfer.error is None or "he mover of transport nixl ended by" in str(transfer.error)
-    wait_for(lambda: transfer.released)
-    wait_for(lambda: here._fabric.crashes)
+    eventually(lambda: transfer.released)
+    eventually(lambda: here._fabric.crashes)
     with pytest.raises(PeerLost):
         read(here, route).wait()
     mine[:] = bytes(LARGE)
@@ -101,7 +101,7 @@ def test_a_peer_whose_reader_was_killed_keeps_its_engine(start):
     time.sleep(1)
     assert peer.pid == peer.ask("ping")
     # Whether UCX aborted its mover or not: it can be described, reached and read.
-    wait_for(lambda: not Path(f"/proc/{theirs}").exists() or before == peer.describe())
+    eventually(lambda: not Path(f"/proc/{theirs}").exists() or before == peer.describe())
     mine[:] = bytes(LARGE)
     read(here, connect(here, peer, region)).wait()
     assert any(mine)

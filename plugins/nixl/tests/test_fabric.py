@@ -24,7 +24,8 @@ from tensorway.memory import Region
 from tensorway.process import resident_bytes
 from tensorway.testing import PeerProcess, TransportSuite
 from tensorway.testing.peer import content, digest
-from tensorway.testing.transports import BLOCK, COUNT, NBYTES, route_to, wait_for
+from tensorway.testing.transports import BLOCK, COUNT, NBYTES, route_to
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable
 from tensorway.transport import description as envelope
 from tensorway_nixl import fabric, wire
@@ -283,7 +284,7 @@ def test_a_stopped_peer_costs_its_deadline_and_is_reached_when_it_goes_on(pair):
     finally:
         peer.signal(signal.SIGCONT)
     here.connect(description)
-    assert wait_for(lambda: here._fabric._sweep() or 63 == len(here._fabric._slots))
+    assert eventually(lambda: here._fabric._sweep() or 63 == len(here._fabric._slots))
 
 
 def test_a_killed_peer_is_not_connected_to(pair):
@@ -324,7 +325,7 @@ def test_a_transfer_that_came_too_late_keeps_its_memory_until_nixl_is_through(st
         assert not transfer.released
     finally:
         peer.signal(signal.SIGCONT)
-    wait_for(lambda: transfer.released)
+    eventually(lambda: transfer.released)
     mine[:] = bytes(LARGE)
     time.sleep(0.3)
     assert mine.count(0) == LARGE
@@ -343,8 +344,8 @@ def test_a_peer_that_is_disconnected_meanwhile_stays_until_nixl_is_through(start
         assert not transfer.released
     finally:
         peer.signal(signal.SIGCONT)
-    wait_for(lambda: transfer.released)
-    wait_for(lambda: [(0, 0)] == [(remote.links, remote.jobs) for remote in here._fabric._remotes.values()])
+    eventually(lambda: transfer.released)
+    eventually(lambda: [(0, 0)] == [(remote.links, remote.jobs) for remote in here._fabric._remotes.values()])
 
 
 def test_a_peer_killed_in_the_middle_of_a_tcp_transfer_is_lost_and_nobody_else(start):
@@ -359,7 +360,7 @@ def test_a_peer_killed_in_the_middle_of_a_tcp_transfer_is_lost_and_nobody_else(s
 
     with pytest.raises((PeerLost, DeadlineExceeded), match=route.peer.name):
         transfer.wait()
-    wait_for(lambda: transfer.released)
+    eventually(lambda: transfer.released)
     mine[:] = bytes(LARGE)
     here.read(alive, range(COUNT), range(COUNT)).wait()
 
@@ -464,7 +465,7 @@ def test_a_peer_that_goes_away_in_the_middle_of_a_transfer_spares_this_process(s
         peer.signal(signal.SIGKILL)
 
     for transfer in transfers:
-        wait_for(lambda transfer=transfer: not transfer.pending, 25)
+        eventually(lambda transfer=transfer: not transfer.pending, 25)
         assert transfer.error is None or isinstance(transfer.error, PeerLost)
     assert (0 if end == "ends" else -signal.SIGKILL) == peer._process.wait(20)
 
@@ -489,14 +490,14 @@ def test_a_peer_that_is_killed_while_nobody_talks_to_it_is_noticed(start, option
     assert ["", ""] == [here._fabric.lost(one.link) for one in (gone, there)]
     peer.signal(signal.SIGKILL)
 
-    wait_for(lambda: here._fabric.lost(gone.link), 5)
+    eventually(lambda: here._fabric.lost(gone.link), 5)
 
     with pytest.raises(PeerLost, match="its connection broke"):
         here.notify(gone, b"x")
     time.sleep(1.5)
     assert "" == here._fabric.lost(there.link)
     here.disconnect(gone)
-    assert wait_for(lambda: [there.incarnation] == list(here._fabric._remotes))
+    assert eventually(lambda: [there.incarnation] == list(here._fabric._remotes))
 
 
 def test_a_peer_that_is_stopped_for_a_while_is_not_lost_by_that(start):
@@ -518,7 +519,7 @@ def test_notifications_that_nobody_fetches_are_taken_out_of_nixl(start):
     here, peer = start("here"), start("peer")
     peer.connect(here.describe())
     peer.notify(b"x", 100)
-    assert wait_for(lambda: 100 == len(here._fabric._inbox._waiting))
+    assert eventually(lambda: 100 == len(here._fabric._inbox._waiting))
 
     peer.notify(b"y")
 
@@ -531,16 +532,16 @@ def test_what_does_not_fit_is_dropped_and_told_of_once(start, monkeypatch):
     for one, times in ((peer, 25), (other, 5)):
         one.connect(here.describe())
         one.notify(b"x", times)
-    wait_for(lambda: sum(row.messages + row.dropped for row in here._fabric._inbox._senders.values()) == 30)
+    eventually(lambda: sum(row.messages + row.dropped for row in here._fabric._inbox._senders.values()) == 30)
     peer.notify(b"late")  # behind a gap
 
-    wait_for(lambda: sum(row.dropped for row in here._fabric._inbox._senders.values()) == 16)
+    eventually(lambda: sum(row.dropped for row in here._fabric._inbox._senders.values()) == 16)
     assert [b"x"] * 15 == [note.payload for note in here.notifications()]
     with pytest.raises(TransferFailed, match="16 that did not fit were dropped"):
         here.notifications()
     assert [] == here.notifications()
     peer.notify(b"again")
-    assert [b"again"] == [note.payload for note in wait_for(here.notifications)]
+    assert [b"again"] == [note.payload for note in eventually(here.notifications)]
 
 
 # -- what is left behind
@@ -565,7 +566,7 @@ def test_connections_that_nobody_uses_are_kept_up_to_a_number(start, monkeypatch
     here, peers = start("here"), [start("peer") for _ in range(3)]
     for peer in peers:
         here.disconnect(here.connect(peer.describe()))
-    assert wait_for(lambda: 1 == len(here._fabric._remotes))
+    assert eventually(lambda: 1 == len(here._fabric._remotes))
     here.connect(peers[0].describe())
 
 

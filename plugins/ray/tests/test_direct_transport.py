@@ -12,7 +12,7 @@ import pytest
 
 import tensorway_ray
 from tensorway.errors import BackendConflict, BackendUnavailable, SettingInvalid
-from tensorway.testing.rendezvous import eventually
+from tensorway.testing.waiting import eventually
 from tensorway_ray.direct_transport import METHODS, REGISTER, check
 
 SECONDS = 4.0

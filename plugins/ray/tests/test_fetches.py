@@ -15,7 +15,7 @@ from tensorway.errors import (
 )
 from tensorway.memory import Region
 from tensorway.testing import Faults, FaultyFabric
-from tensorway.testing.rendezvous import eventually
+from tensorway.testing.waiting import eventually
 from tensorway.transport import Endpoint, description
 from tensorway.transport.local import LocalFabric
 from tensorway_ray.fetches import Fetch, Wanted

@@ -10,7 +10,7 @@ import pytest
 
 import tensorway_ray
 from tensorway.errors import Closed, DeadlineExceeded, SettingInvalid
-from tensorway.testing.rendezvous import eventually
+from tensorway.testing.waiting import eventually
 
 
 def engine(ray):

@@ -19,7 +19,8 @@ import tensorway_ray
 from tensorway.errors import BackendUnavailable, Closed, DeadlineExceeded, Unauthenticated
 from tensorway.rendezvous import Directory
 from tensorway.testing import ServedRendezvousSuite
-from tensorway.testing.rendezvous import SLACK, TTL, collect, eventually
+from tensorway.testing.rendezvous import SLACK, TTL, collect
+from tensorway.testing.waiting import eventually
 from tensorway_ray import store as ray_store
 
 

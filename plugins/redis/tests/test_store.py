@@ -14,7 +14,7 @@ import pytest
 import tensorway
 from tensorway.errors import DeadlineExceeded, LeaseLost, RecordRefused, Unauthenticated
 from tensorway.testing import ServedRendezvousSuite
-from tensorway.testing.rendezvous import eventually
+from tensorway.testing.waiting import eventually
 
 SECRET = "a secret of the tests"
 

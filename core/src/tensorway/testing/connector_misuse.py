@@ -6,13 +6,13 @@ Room `testing`; may import `kv` and the rooms below.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import attrs
 
 from tensorway.kv import Match, RequestView, Result
+from tensorway.testing.waiting import eventually
 
 #: Seconds that a planner may say `later`.
 _PATIENCE: Final = 60.0
@@ -83,8 +83,5 @@ def rehashed(view: RequestView, known: int) -> RequestView:
 
 def settle(ask: Callable[[], Match]) -> Match:
     """Ask until the answer is not `later`."""
-    until = time.monotonic() + _PATIENCE
-    while (match := ask()).mode == "later":
-        assert time.monotonic() < until, "it is not known for longer than anybody waits"
-        time.sleep(0.01)
-    return match
+    known: Match = eventually(lambda: None if (match := ask()).mode == "later" else match, _PATIENCE, "it is not known")
+    return known

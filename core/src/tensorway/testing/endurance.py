@@ -25,6 +25,7 @@ from typing import Any, Final
 import attrs
 
 from tensorway.testing.peer import PeerProcess, content
+from tensorway.testing.waiting import settled
 from tensorway.transport import BlockTable, Route, Transfer, Transport
 
 BLOCK, COUNT, THREADS, LOOPS = 4096, 96, 4, 2
@@ -123,10 +124,8 @@ class Endurance:
             if number % max(1, times // 5) == 0:
                 self.say(f"{what}: {number:,} of {times:,} after {time.monotonic() - started:.1f} s")
         for where, pid in pids.items():
-            until = time.monotonic() + _SETTLING
             most = attrs.evolve(before[where], files=before[where].files + self.kept_files)
-            while (grown := most.grown(Count.of(pid))) and time.monotonic() < until:
-                time.sleep(0.05)
+            grown = settled(lambda most=most, pid=pid: most.grown(Count.of(pid)), _SETTLING)  # type: ignore[misc]
             self.say(f"{what}: {where} {before[where]}, and at the end {Count.of(pid)}")
             self.breaches += [f"{what}: {where} had {text}" for text in grown]
 

@@ -28,7 +28,8 @@ from tensorway.errors import TensorwayError
 from tensorway.testing import strangers
 from tensorway.testing.endurance import Count
 from tensorway.testing.mutations import damaged, opaque, redigested
-from tensorway.testing.rig import DEADLINE, SLACK, Rig, settled
+from tensorway.testing.rig import DEADLINE, SLACK, Rig
+from tensorway.testing.waiting import settled
 
 KINDS: Final = ("descriptions", "notes", "frames", "answers", "records")
 #: How often those who do nothing wrong are seen to.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, Final
 
 import pytest
@@ -27,6 +28,7 @@ from tensorway.testing.offload_below import Shelves
 from tensorway.testing.offload_ground import request
 from tensorway.testing.offload_ledger import Ledger
 from tensorway.testing.suite import Suite
+from tensorway.testing.waiting import eventually
 
 CAPACITY: Final = 8
 HIT, MISS = LookupResult.HIT, LookupResult.MISS
@@ -102,18 +104,13 @@ class ManagerGround(Suite):
 
     def settled(self, manager: OffloadingManager, keys: Sequence[OffloadKey], req: ReqContext) -> int:
         """How many are ready, when nothing is to come any more."""
-        until = time.monotonic() + self.patience
-        while (found := manager.lookup_prefix(keys, req)).later:
-            assert time.monotonic() < until, f"{found} for ever"
-            self.step(manager)
-        return found.ready
+        step, why = partial(self.step, manager), "they are not known for ever"
+        eventually(lambda: not manager.lookup_prefix(keys, req).later, self.patience, why, step)
+        return manager.lookup_prefix(keys, req).ready
 
     def quiet(self, manager: OffloadingManager) -> None:
         """Wait until it has nothing to do."""
-        until = time.monotonic() + self.patience
-        while manager.busy():
-            assert time.monotonic() < until, "it is busy for ever"
-            self.step(manager)
+        eventually(lambda: not manager.busy(), self.patience, "it is busy for ever", partial(self.step, manager))
 
     def step(self, manager: OffloadingManager) -> None:
         time.sleep(0.002)

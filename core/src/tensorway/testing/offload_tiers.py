@@ -31,6 +31,7 @@ from tensorway.testing.offload_ground import chain, refusal, together, unknown_v
 from tensorway.testing.offload_reading import NBYTES, Outcomes, Reading, damage, sources, within
 from tensorway.testing.ranks import Rank, RankProcess, located
 from tensorway.testing.suite import Suite
+from tensorway.testing.waiting import eventually
 from tensorway.types import ProbeResult
 
 #: For what is not about deadlines.
@@ -436,14 +437,18 @@ class TierSuite(Suite):
         other, keys = open_tier(engine="other"), chain("shared", 5)
         assert [False] * 5 == list(other.contains(keys, LONG))
         self.fill(one, keys)
-        _until(lambda: all(other.contains(keys, LONG)), "the other tier never sees it")
+        eventually(lambda: all(other.contains(keys, LONG)), PATIENCE, "the other tier never sees it")
         reading = Reading(keys)
         assert ["done"] * 5 == list(other.get(reading.items, LONG))
         assert "" == reading.wrong(["done"] * 5)
         if one.capabilities.deletes:
             assert 5 == one.delete(keys, LONG)
-            _until(lambda: {"missing"} == {*other.get(Reading(keys).items, LONG)}, "the other tier reads it for ever")
-            _until(lambda: not any(other.contains(keys, LONG)), "the other tier has it for ever")
+            eventually(
+                lambda: {"missing"} == {*other.get(Reading(keys).items, LONG)},
+                PATIENCE,
+                "the other tier reads it for ever",
+            )
+            eventually(lambda: not any(other.contains(keys, LONG)), PATIENCE, "the other tier has it for ever")
 
     def test_statistics_are_values_of_the_vocabulary(self, tier: Tier) -> None:
         """Names and labels are those of `tensorway.offload.METRICS`.
@@ -480,10 +485,3 @@ def use_elsewhere(
     suite().fill(tier, stores)
     tier.close()
     return outcomes
-
-
-def _until(holds: Callable[[], bool], otherwise: str) -> None:
-    until = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < until, otherwise
-        time.sleep(0.02)

@@ -33,9 +33,10 @@ from tensorway.errors import (
 )
 from tensorway.rendezvous.contract import MAX_VALUE
 from tensorway.rendezvous.rendezvous import Rendezvous
-from tensorway.testing.possessions import open_files
+from tensorway.testing.possessions import grown_since
 from tensorway.testing.servers import Server
 from tensorway.testing.suite import Suite
+from tensorway.testing.waiting import eventually, settled
 
 #: The shortest lease of the suite; stores count in seconds.
 TTL = 2.0
@@ -363,10 +364,10 @@ class RendezvousSuite(Suite):
             client.close()
 
         once()
-        before = held()
+        grown = grown_since()
         for _ in range(5):
             once()
-        eventually(lambda: all(now <= then for now, then in zip(held(), before, strict=True)), SLACK)
+        assert [] == settled(grown, SLACK)
 
 
 class ServedRendezvousSuite(RendezvousSuite):
@@ -484,19 +485,6 @@ class ServedRendezvousSuite(RendezvousSuite):
                 assert time.monotonic() - started < LATEST_WATCH
             server.resume()
             assert visitor.get("/a", 10) is not None
-
-
-def held() -> tuple[int, int]:
-    """How many threads and files this process has."""
-    return threading.active_count(), open_files().total()
-
-
-def eventually(condition: Callable[[], Any], seconds: float) -> None:
-    """Ask until it is so; fails when it is not in time."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"it did not come about within {seconds:g} s"
-        time.sleep(0.05)
 
 
 def collect(watch: Any, count: int) -> list[Any]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from tensorway.testing.endurance import BLOCK, COUNT, Count
 from tensorway.testing.peer import PeerProcess, content
+from tensorway.testing.waiting import settled
 from tensorway.transport import BlockTable, Peer, Transport
 
 if TYPE_CHECKING:
@@ -95,11 +95,3 @@ class Rig:
                 time.sleep(0.001)
         if self.notes == 2:  # a hundred cases have opened what stays
             self.before = self._count(first=True)
-
-
-def settled(grown: Callable[[], list[str]]) -> list[str]:
-    """What has grown, and does not come back by itself."""
-    until = time.monotonic() + SLACK
-    while (found := grown()) and time.monotonic() < until:
-        time.sleep(0.05)
-    return found

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from tensorway.cli import check, exits, main
 from tensorway.cli.output import Output
 from tensorway.errors import TensorwayError
+from tensorway.testing.waiting import eventually
 
 
 @pytest.fixture
@@ -119,25 +119,18 @@ def test_a_check_that_is_told_to_end_takes_its_tests_and_its_folder_with_it(site
         stdout=subprocess.DEVNULL,
     )
     try:
-        wait_for(said.exists)
+        eventually(said.exists, 60)
         child = int(said.read_text())
         assert list(scratch.iterdir())
         process.send_signal(number)
         assert 128 + number == process.wait(60)
-        wait_for(lambda: gone(child))
+        eventually(lambda: gone(child), 60)
         assert [] == list(scratch.iterdir())
     finally:
         process.kill()
         process.wait(60)
         if said.exists() and not gone(int(said.read_text())):
             os.killpg(int(said.read_text()), signal.SIGKILL)
-
-
-def wait_for(happened):
-    until = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def gone(pid):

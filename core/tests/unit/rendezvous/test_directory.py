@@ -19,6 +19,7 @@ from tensorway.rendezvous.directory import Directory
 from tensorway.rendezvous.leases import Lease
 from tensorway.rendezvous.negotiation import Fact
 from tensorway.rendezvous.rendezvous import Rendezvous, Watch
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Endpoint, Peer
 from tensorway.transport.local import LocalFabric
 
@@ -49,14 +50,6 @@ def join(service):
             return directory
 
         yield joined
-
-
-def eventually(condition, seconds=10.0):
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.02)
-    return value
 
 
 def read(directory, peer):

@@ -9,6 +9,7 @@ import pytest
 
 from tensorway.metrics import total
 from tensorway.rendezvous.leases import Keeper, Lease
+from tensorway.testing.waiting import eventually
 
 
 class Store:
@@ -19,13 +20,6 @@ class Store:
 
     def keep(self, name, deadline):
         return self.knows
-
-
-def until(wanted, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not wanted() and time.monotonic() < end:
-        time.sleep(0.005)
-    assert wanted()
 
 
 def test_leases_that_are_held_that_end_soonest_and_that_were_lost():
@@ -39,8 +33,8 @@ def test_leases_that_are_held_that_end_soonest_and_that_were_lost():
     assert 0 < total(samples, "rendezvous_lease_seconds", store="scripted") <= 0.3
     assert 0 == total(samples, "rendezvous_lost_leases_total")
     store.knows = False
-    until(lambda: short.lost)
-    until(lambda: total(keeper.samples(), "rendezvous_lost_leases_total", store="scripted"))
+    eventually(lambda: short.lost)
+    eventually(lambda: total(keeper.samples(), "rendezvous_lost_leases_total", store="scripted"))
     samples = keeper.samples()
     assert 1 == total(samples, "rendezvous_lost_leases_total", store="scripted")
     assert not long.lost or 2 == total(samples, "rendezvous_lost_leases_total")
@@ -59,16 +53,16 @@ def test_a_defect_of_a_store_costs_a_try_and_not_the_leases_of_others(caplog):
     keeper, kept = Keeper(), []
     first, other = (Lease(name, 1.2, time.monotonic()) for name in ("a", "b"))
     keeper.hold(first, Broken())
-    until(lambda: len(kept) >= 2)
+    eventually(lambda: len(kept) >= 2)
     keeper.hold(other, Store())
-    until(lambda: first.lost)
+    eventually(lambda: first.lost)
     assert "it was not kept for 1.2 s" == first.lost and not other.lost
     assert 1 == sum("ZeroDivisionError" in record.getMessage() for record in caplog.records)
     time.sleep(other.ttl)
     assert not other.lost and time.monotonic() - other._kept < other.ttl
     assert 1 == keeper._threads
     keeper.let_go(other, "the test is over")
-    until(lambda: not keeper._threads)
+    eventually(lambda: not keeper._threads)
 
 
 def test_a_thread_that_cannot_begin_is_not_counted_and_its_lease_not_held(monkeypatch):

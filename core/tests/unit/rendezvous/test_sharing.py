@@ -13,7 +13,8 @@ import tensorway
 from tensorway.errors import DeadlineExceeded, Unauthenticated
 from tensorway.rendezvous import leases
 from tensorway.rendezvous.leases import Keeper, Lease
-from tensorway.testing.rendezvous import collect, eventually
+from tensorway.testing.rendezvous import collect
+from tensorway.testing.waiting import eventually
 
 SECRET = "a secret of the tests"
 MANY = 24

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
-from pathlib import Path
 
 import pytest
 
 from tensorway.testing.campaign import RATES, campaign
 from tensorway.testing.faults import POSTS, SENDS
+from tensorway.testing.possessions import grown_since
+from tensorway.testing.waiting import settled
 from tensorway.transport import transfer
-
-
-def open_files() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def test_transfers_over_a_faulty_fabric_keep_the_contract_seed_by_seed():
     campaign(range(1))
-    before = open_files(), threading.active_count()
+    grown = grown_since()
     first = random.SystemRandom().randrange(1 << 32)
     print(f"seeds from {first}")
     report = campaign(range(first, first + 30))
@@ -29,10 +24,7 @@ def test_transfers_over_a_faulty_fabric_keep_the_contract_seed_by_seed():
     assert {"TransferFailed", "DeadlineExceeded", "TransferCancelled"} <= set(report.failed)
     assert {*POSTS, *SENDS} - {"kill"} >= set(report.faults)
     assert 8 <= len(report.faults)
-    until = time.monotonic() + 5
-    while open_files() > before[0] or threading.active_count() > before[1]:
-        assert time.monotonic() < until, f"{before} files and threads before, {open_files()} files now"
-        time.sleep(0.005)
+    assert [] == settled(grown)
 
 
 def test_every_fault_has_a_rate():

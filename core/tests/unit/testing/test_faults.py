@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 
 import attrs
@@ -11,19 +10,12 @@ import pytest
 
 from tensorway.errors import DeadlineExceeded, PeerLost, TransferCancelled, TransferFailed
 from tensorway.testing.faults import POSTS, SENDS, Faults, FaultyFabric
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Endpoint, Route, State
 from tensorway.transport.local import LocalFabric
 
 BLOCK, COUNT = 64, 16
 THEIRS = random.Random(1).randbytes(BLOCK * COUNT)
-
-
-def eventually(condition, seconds=5.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.002)
-    return True
 
 
 @attrs.define(eq=False)

@@ -33,6 +33,7 @@ from tensorway.errors import (
 )
 from tensorway.memory import Region, shared
 from tensorway.testing import TransportSuite
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Endpoint, Route
 from tensorway.transport.contained import MAX_CRASHES, ContainedFabric
 from tensorway.transport.local import LocalFabric
@@ -188,14 +189,6 @@ def rig(module):
         made = Rig(module, endpoint, peer, mine, theirs, None)
         made.connect()
         yield made
-
-
-def eventually(condition, seconds=SOON):
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.005)
-    return value
 
 
 def gone(pid):

@@ -28,6 +28,7 @@ from tensorway.errors import (
 from tensorway.memory import Region
 from tensorway.metrics import total
 from tensorway.testing.faults import Faults, FaultyFabric
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Endpoint, State, endpoint
 from tensorway.transport.local import LocalFabric
 
@@ -36,14 +37,6 @@ SHORT = 0.03
 
 class Memory(bytearray):
     """A bytearray that can be watched."""
-
-
-def eventually(condition, seconds=5.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.002)
-    return True
 
 
 # -- names

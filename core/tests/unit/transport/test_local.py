@@ -35,6 +35,7 @@ from tensorway.errors import (
 from tensorway.memory import Region
 from tensorway.testing import OfferSuite, PeerProcess, TransportSuite
 from tensorway.testing.peer import content, digest
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Endpoint, State, ears, iovec, local
 from tensorway.transport import description as envelope
 from tensorway.transport.local import LocalFabric
@@ -50,14 +51,6 @@ class TestLocalOffer(OfferSuite):
 
 class TestLocal(TransportSuite):
     name = "local"
-
-
-def eventually(condition, seconds=10.0):
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.002)
-    return value
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from tensorway.errors import DescriptionInvalid, MemoryInvalid, PeerLost, Tensor
 from tensorway.memory import Region, SharedFile, map_file, shared
 from tensorway.testing import PeerProcess, TransportSuite
 from tensorway.testing.peer import content, digest
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Endpoint, iovec, local, shm
 from tensorway.transport import description as envelope
 from tensorway.transport.local import LocalFabric
@@ -43,14 +44,6 @@ class TestLocalShared(TransportSuite):
 
     def test_its_lane_is_shared_memory(self, pair):
         assert "shm" == pair[2].peer.lane
-
-
-def eventually(condition, seconds=10.0):
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.002)
-    return value
 
 
 @pytest.fixture

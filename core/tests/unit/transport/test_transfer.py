@@ -15,17 +15,10 @@ from tensorway.errors import (
     TransferCancelled,
     TransferFailed,
 )
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, State
 
 SHORT = 0.03
-
-
-def eventually(condition, seconds=5.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.002)
-    return True
 
 
 # -- posting

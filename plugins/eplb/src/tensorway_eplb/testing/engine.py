@@ -41,6 +41,8 @@ class Model:
     patience: float = 0.7
     #: Whether each expert can be loaded from a copy.
     copies: bool = True
+    #: As of `Rebalancer`: whether what arrives is compared with digests.
+    verify: bool | None = None
 
     def row(self, layer: int, expert: int, tensor: int) -> NDArray[np.uint8]:
         """What an expert is."""
@@ -130,6 +132,7 @@ def join(rank: Rank, place: Place, model: Model, start: Placement | None) -> Non
     rank.notes["rebalancer"] = found = Rebalancer(
         rank.rendezvous(), group, engine.layout, engine, placement=start, communicator=model.communicator,
         options=model.options, source=engine, patience=model.patience,
+        verify=model.verify,
     )  # fmt: skip
     engine.maps = found.placement.map.copy()
 
