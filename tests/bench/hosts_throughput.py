@@ -2,11 +2,12 @@
 
     python tests/bench/hosts_throughput.py [--short] [--kib=64] [--json]
 
-Two hosts of a lab on this machine (docs/netlab.md), UCX over TCP between them. All ways move the same number of equally
-long blocks, in random order on both sides, in turns: each round has one of each, and what is printed are medians of
-ratios within a round, because the machine is shared. The agent is driven by the shortest loop there is: lists prepared,
-one request, polling; no check of anything, and no deadline. A hand-over is timed from `reserve` to the step that says
-`received`, between engines that are connected, and every byte of it is compared.
+Two hosts of a lab on this machine (docs/netlab.md), UCX over TCP between them. All ways move the same number of
+equally long blocks, in random order on both sides. Each kind of way takes turns with the agent, one of each in a
+round, and what is printed are medians of ratios within a round, because the machine is shared. The agent is driven by
+the shortest loop there is: lists prepared, one request, polling; no check of anything, and no deadline. A hand-over is
+timed from `reserve` to the step that says `received`, between engines that are connected, and every byte of it is
+compared.
 """
 
 from __future__ import annotations
