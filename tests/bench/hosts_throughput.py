@@ -446,19 +446,23 @@ def measured(size: Size, rounds: int) -> list[dict[str, list[float]]]:
 
     Kinds have no processes of others beside them: also one that idles takes turns of two cores.
     """
-    kinds: list[dict[str, list[float]]] = []
-    for kind in (Pair.transport, Pair.handover, Pair.rebalance, Pair.stream):
-        with Lab(2) as lab, ExitStack() as stack:
-            pair = Pair(lab.hosts, size, stack)
-            ways = {**pair.agent(), **kind(pair)}
-            took: dict[str, list[float]] = {name: [] for name in ways}
-            order = list(ways)
-            for number in range(rounds + 1):
-                random.Random(number).shuffle(order)
-                for name in order:
-                    took[name].append(ways[name]())
-            kinds.append({name: each[1:] for name, each in took.items()})
-    return kinds
+    kinds = (Pair.transport, Pair.handover, Pair.rebalance, Pair.stream)
+    return [_beside_the_agent(kind, size, rounds) for kind in kinds]
+
+
+def _beside_the_agent(
+    kind: Callable[[Pair], dict[str, Callable[[], float]]], size: Size, rounds: int
+) -> dict[str, list[float]]:
+    with Lab(2) as lab, ExitStack() as stack:
+        pair = Pair(lab.hosts, size, stack)
+        ways = {**pair.agent(), **kind(pair)}
+        took: dict[str, list[float]] = {name: [] for name in ways}
+        order = list(ways)
+        for number in range(rounds + 1):
+            random.Random(number).shuffle(order)
+            for name in order:
+                took[name].append(ways[name]())
+        return {name: each[1:] for name, each in took.items()}
 
 
 def ratios(kinds: list[dict[str, list[float]]]) -> Iterator[tuple[str, list[float]]]:
@@ -486,6 +490,7 @@ def main() -> None:
     for kib in given.kib or ((64,) if given.short else (64, 256, 1024)):
         size = Size(block := kib * KIB, total // (kib * KIB))
         kinds = measured(size, rounds)
+        # The agent's rates are those beside the last kind, one stream.
         rates = {name: size.nbytes / statistics.median(each) / 1e9 for took in kinds for name, each in took.items()}
         found = {name: (statistics.median(each), each[0], each[-1]) for name, each in ratios(kinds)}
         load = os.getloadavg()[0]

@@ -124,10 +124,13 @@ class Endurance:
             if number % max(1, times // 5) == 0:
                 self.say(f"{what}: {number:,} of {times:,} after {time.monotonic() - started:.1f} s")
         for where, pid in pids.items():
-            most = attrs.evolve(before[where], files=before[where].files + self.kept_files)
-            grown = settled(lambda most=most, pid=pid: most.grown(Count.of(pid)), _SETTLING)  # type: ignore[misc]
+            grown = self._grown(before[where], pid)
             self.say(f"{what}: {where} {before[where]}, and at the end {Count.of(pid)}")
             self.breaches += [f"{what}: {where} had {text}" for text in grown]
+
+    def _grown(self, before: Count, pid: int) -> list[str]:
+        most = attrs.evolve(before, files=before.files + self.kept_files)
+        return settled(lambda: most.grown(Count.of(pid)), _SETTLING)
 
     def _transfer(self, endpoint: Transport, peer: PeerProcess, route: Route, mine: bytearray) -> Callable[[int], None]:
         """Reads, each of some other blocks; one in a hundred is checked, and tells the peer."""

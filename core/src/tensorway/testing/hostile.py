@@ -108,7 +108,7 @@ class Hostile:
             service.look()
             caller.close()
             # What insiders wrote without a lease is kept, and that is memory.
-            grown = settled(lambda: before.grown(attrs.evolve(Count.of(service.pid), kib=before.kib)))
+            grown = settled(lambda: before.grown(attrs.evolve(Count.of(service.pid), kib=before.kib)), SLACK)
             self.breaches += [f"frames: the service had {text}" for text in grown]
 
     def _answers(self) -> None:

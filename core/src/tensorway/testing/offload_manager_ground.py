@@ -104,9 +104,12 @@ class ManagerGround(Suite):
 
     def settled(self, manager: OffloadingManager, keys: Sequence[OffloadKey], req: ReqContext) -> int:
         """How many are ready, when nothing is to come any more."""
-        step, why = partial(self.step, manager), "they are not known for ever"
-        eventually(lambda: not manager.lookup_prefix(keys, req).later, self.patience, why, step)
-        return manager.lookup_prefix(keys, req).ready
+
+        until = time.monotonic() + self.patience
+        while (found := manager.lookup_prefix(keys, req)).later:
+            assert time.monotonic() < until, f"{found} for ever"
+            self.step(manager)
+        return found.ready
 
     def quiet(self, manager: OffloadingManager) -> None:
         """Wait until it has nothing to do."""

@@ -443,11 +443,7 @@ class TierSuite(Suite):
         assert "" == reading.wrong(["done"] * 5)
         if one.capabilities.deletes:
             assert 5 == one.delete(keys, LONG)
-            eventually(
-                lambda: {"missing"} == {*other.get(Reading(keys).items, LONG)},
-                PATIENCE,
-                "the other tier reads it for ever",
-            )
+            eventually(lambda: {"missing"} == {*other.get(Reading(keys).items, LONG)}, PATIENCE, "it is read for ever")
             eventually(lambda: not any(other.contains(keys, LONG)), PATIENCE, "the other tier has it for ever")
 
     def test_statistics_are_values_of_the_vocabulary(self, tier: Tier) -> None:

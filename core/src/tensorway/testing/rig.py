@@ -49,7 +49,7 @@ class Rig:
 
     def __exit__(self, kind: object, *exception: object) -> None:
         if kind is None:
-            self.run.breaches += [f"this process had {text}" for text in settled(self._grown)]
+            self.run.breaches += [f"this process had {text}" for text in settled(self._grown, SLACK)]
         for each in (self.endpoint, self.honest, self.other):
             each.close()
 

@@ -41,6 +41,8 @@ COUNT = 64
 NBYTES = BLOCK * COUNT
 #: How much later than its deadline a failure may be seen on a busy machine.
 SLACK = 2.0
+#: Seconds in which what is due without a deadline of its own comes about.
+PATIENCE = 10.0
 
 
 class TransportSuite(Suite):
@@ -227,7 +229,7 @@ class TransportSuite(Suite):
             pytest.skip("needs the capability notify")
         peer.connect(transport.describe())
         peer.notify(b"from there")
-        seen = eventually(transport.notifications)
+        seen = eventually(transport.notifications, PATIENCE)
         other = transport.connect(peer.describe())
         assert [(other.name, other.incarnation, b"from there")] == [(n.peer, n.incarnation, n.payload) for n in seen]
 
@@ -334,7 +336,7 @@ class TransportSuite(Suite):
         with pytest.raises((PeerLost, DeadlineExceeded), match=route.peer.name):
             transport.read(route, range(COUNT), range(COUNT), deadline=3).wait()
         with pytest.raises(TensorwayError):
-            eventually(lambda: transport.notify(route.peer, b"x", deadline=3))
+            eventually(lambda: transport.notify(route.peer, b"x", deadline=3), PATIENCE)
         assert time.monotonic() - started < 6 + SLACK
 
     def test_a_stopped_peer_costs_a_deadline_and_no_more(self, pair: Any) -> None:
@@ -388,7 +390,7 @@ class TransportSuite(Suite):
         if transfer.state is State.FAILED:
             with pytest.raises(TransferCancelled):
                 transfer.wait()
-        eventually(lambda: transfer.released)
+        eventually(lambda: transfer.released, PATIENCE)
         mine[:] = bytes(NBYTES)
         time.sleep(0.2)
         assert bytes(NBYTES) == mine
@@ -471,9 +473,9 @@ class TransportSuite(Suite):
         *If this fails:* count what `connect` opens, and close it in `disconnect`.
         """
         self._used(pair, 3)  # the first of each may open what stays: a connection, the thread that minds the pending
-        grown = settled(self._used(pair, 30))
+        grown = settled(self._used(pair, 30), PATIENCE)
         # A library may open one thing more, whenever it likes; what is left of each adds up.
-        again = grown and settled(self._used(pair, 30))
+        again = grown and settled(self._used(pair, 30), PATIENCE)
         assert not again, f"{grown}, and then {again}"
 
     def _used(self, pair: Any, times: int) -> Callable[[], list[str]]:
@@ -510,8 +512,9 @@ class TransportSuite(Suite):
         with pytest.raises(TensorwayError):
             transport.read(route, range(COUNT), range(COUNT), deadline=3).wait()
         # A transfer is counted when it is released, which may be a while after it failed.
-        eventually(lambda: any(key.startswith("failed_") for key in transport.statistics().get(route.peer.name, ())))
-        counts = transport.statistics()[route.peer.name]
+        name = route.peer.name
+        eventually(lambda: any(key.startswith("failed_") for key in transport.statistics().get(name, ())), PATIENCE)
+        counts = transport.statistics()[name]
         assert (1, 10 * BLOCK) == (counts["transfers"], counts["read_bytes"])
         assert 1 == sum(value for key, value in counts.items() if key.startswith("failed_"))
 

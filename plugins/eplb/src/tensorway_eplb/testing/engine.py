@@ -131,8 +131,7 @@ def join(rank: Rank, place: Place, model: Model, start: Placement | None) -> Non
     rank.notes["engine"] = engine
     rank.notes["rebalancer"] = found = Rebalancer(
         rank.rendezvous(), group, engine.layout, engine, placement=start, communicator=model.communicator,
-        options=model.options, source=engine, patience=model.patience,
-        verify=model.verify,
+        options=model.options, source=engine, patience=model.patience, verify=model.verify,
     )  # fmt: skip
     engine.maps = found.placement.map.copy()
 
