@@ -178,7 +178,7 @@ class Directory:
         """Reach a member: waits until it is live, and tries again while it cannot be reached.
 
         Raises `Incompatible` with the facts that differ, `PeerLost` when it drains or is replaced for good, and
-        `DeadlineExceeded` with the last reason.
+        `DeadlineExceeded` with the last reason that is more than a lack of time.
         """
         until, pause = time.monotonic() + deadline, _BACK_OFF[0]
         last: TensorwayError | None = None
@@ -189,13 +189,14 @@ class Directory:
             try:
                 return self._reach(member, until - time.monotonic())
             except (PeerLost, DeadlineExceeded) as error:
-                last = error  # it may be starting, or starting again
+                # It may be starting, or starting again. A try that time cuts short says less than those before.
+                last = error if last is None or time.monotonic() < until else last
             with self._seen:
                 self._seen.wait(min(pause * random.uniform(0.5, 1.5), max(0.0, until - time.monotonic())))
             pause = min(2 * pause, _BACK_OFF[1])
         other = self._others.get(name)
         state = other.member.state if other is not None else "unknown"
-        why = f"The last try ended so: {last.true}" if last else f"It is {state}, not live."
+        why = f"What was learned in trying: {last.true}" if last else f"It is {state}, not live."
         raise DeadlineExceeded(
             f"Member {name} of {self._prefix} was to be connected to.",
             f"It could not be reached within {deadline:g} s. {why}",

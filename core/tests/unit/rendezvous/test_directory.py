@@ -182,14 +182,37 @@ def test_a_description_that_is_of_another_moment_than_the_member_is_read_again(j
     described = service.get("/default~/two").value
     service.put("/default~/two", described + b"?")
     with pytest.raises(DeadlineExceeded, match="what it described itself with is replaced"):
-        one.connect("two", 0.3)
+        one.connect("two", 1)
     service.delete("/default~/two")
     with pytest.raises(DeadlineExceeded, match="it describes itself with nothing"):
-        one.connect("two", 0.3)
+        one.connect("two", 1)
     healing = threading.Timer(0.3, service.put, ("/default~/two", described))
     healing.start()
     assert read(one, one.connect("two", 5)) == b"two"
     healing.join()
+
+
+def test_a_try_that_is_cut_short_hides_no_reason(join, service, monkeypatch):
+    one, _ = join("one"), join("two")
+    eventually(lambda: "two" in one.members())
+    service.delete("/default~/two")
+    asked = []
+
+    def slow(key, seconds):
+        asked.append(key)
+        time.sleep(min(0.3, seconds))
+        if seconds < 0.3:
+            raise DeadlineExceeded("What two says was to be read.", f"Cut short after {seconds:.1f} s.", "-")
+        return None
+
+    monkeypatch.setattr(one._rendezvous, "get", slow)
+    with pytest.raises(DeadlineExceeded, match="it describes itself with nothing"):
+        one.connect("two", 0.5)
+    assert len(asked) == 2
+    asked.clear()
+    with pytest.raises(DeadlineExceeded, match=r"Cut short after 0\.1 s"):
+        one.connect("two", 0.1)
+    assert len(asked) == 1
 
 
 def test_what_is_no_member_is_passed_over(join, service):
