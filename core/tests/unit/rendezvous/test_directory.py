@@ -203,7 +203,6 @@ def test_a_try_that_is_cut_short_hides_no_reason(join, service, monkeypatch):
         time.sleep(min(0.3, seconds))
         if seconds < 0.3:
             raise DeadlineExceeded("What two says was to be read.", f"Cut short after {seconds:.1f} s.", "-")
-        return None
 
     monkeypatch.setattr(one._rendezvous, "get", slow)
     with pytest.raises(DeadlineExceeded, match="it describes itself with nothing"):
