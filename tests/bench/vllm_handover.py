@@ -25,7 +25,6 @@ import os
 import random
 import secrets
 import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -47,12 +46,6 @@ def missing(way: str) -> str:
         # vLLM imports the distribution that finds NIXL, not the one that is NIXL.
         return "nixl, which vLLM imports" if way == "vllm" and "nixl" not in found else ""
     return "NIXL"
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def asks(way: str) -> dict[str, Any]:
@@ -79,6 +72,7 @@ class Pair:
     """Two engines."""
 
     def __init__(self, way: str, given: argparse.Namespace, folder: Path, address: str, secret: str) -> None:
+        from tensorway.testing.servers import free_port
         from tensorway_vllm.testing.deployment import VARIABLES
         from tensorway_vllm.testing.disaggregated import Served, transfer
 

@@ -106,10 +106,11 @@ class TestManagerOverTiers(OffloadingManagerSuite):
 
     def make_over(self, capacity, tier):
         from tensorway_offload.below import Below
-        from tensorway_offload.limits import NamedTier
+        from tensorway_offload.limits import BelowOptions, NamedTier, TierLimits
 
         rows = [bytearray(64) for _ in range(capacity)]
-        below = Below([NamedTier("shelves", tier)], lambda _key, row: memoryview(rows[row]))
+        named = NamedTier("shelves", tier, TierLimits(lookup_seconds=30.0))
+        below = Below([named], lambda _key, row: memoryview(rows[row]), BelowOptions(lookup_deadline=30.0))
         return self._manager(capacity, time.monotonic, below)
 
     def pass_time(self, seconds):

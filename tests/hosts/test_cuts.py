@@ -222,10 +222,14 @@ def test_who_is_silent_holds_up_nobody_else(trio, silence):
         (2.0, "DeadlineExceeded", "did not answer by the deadline"),
         (3 * TIMEOUT, "PeerLost", "no connection to it came about"),
     ]:
-        (raised, why, took), slowest, count = trio.one.call(cuts.reads_while_connecting, "two", deadline, BLOCK)
+        most = max(20 * usual, TIMEOUT / 2)
+        for _ in range(3):  # a busy machine holds up one once; who holds up others does so each time
+            (raised, why, took), slowest, count = trio.one.call(cuts.reads_while_connecting, "two", deadline, BLOCK)
+            if slowest < most:
+                break
         assert (raised, says in why) == (error, True), why
         assert took < min(deadline, TIMEOUT) + TIMEOUT
-        assert slowest < max(20 * usual, TIMEOUT / 2), count
+        assert slowest < most, count
     wall.heal()
     assert "tcp" == trio.one.call(cuts.meet, "two", PATIENCE)
     trio.one.call(cuts.route)

@@ -69,9 +69,12 @@ def test_two_hundred_dists_are_walked_once_for_all_questions(site):
 import json, time, tensorway
 from tensorway import plugins
 started = time.perf_counter(); plugins.host(); first = time.perf_counter() - started
-started = time.perf_counter()
-for kind in ("transport", "offloading", "platform"): plugins.host().slots(kind)
-second = time.perf_counter() - started
+seconds = []
+for turn in range(5):  # the best of some: nobody else is to be measured
+    started = time.perf_counter()
+    for kind in ("transport", "offloading", "platform"): plugins.host().slots(kind)
+    seconds.append(time.perf_counter() - started)
+second = min(seconds)
 tensorway.create("transport", "alpha"); tensorway.create("transport", "beta"); tensorway.decide("transport")
 print(json.dumps([Counter.walks, first, second]))
 """
@@ -118,6 +121,9 @@ def test_a_remembered_decision_costs_far_less_than_the_probe_behind_it(site):
     started = time.perf_counter()
     host.decide("transport")
     first = time.perf_counter() - started
-    started = time.perf_counter()
-    host.decide("transport")
-    assert time.perf_counter() - started < first / 10
+    again = []
+    for _ in range(5):
+        started = time.perf_counter()
+        host.decide("transport")
+        again.append(time.perf_counter() - started)
+    assert min(again) < first / 10

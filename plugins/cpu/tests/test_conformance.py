@@ -7,8 +7,8 @@ from tensorway.testing import OffloadingManagerSuite, OffloadingWorkerSuite
 
 class TestManager(OffloadingManagerSuite):
     name = "cpu"
-    options = {"manager": {"lease_seconds": 0.5}}
-    lease = 0.5
+    options = {"manager": {"lease_seconds": 3.0}}
+    lease = 3.0
 
 
 class TestWorker(OffloadingWorkerSuite):

@@ -35,6 +35,10 @@ class Rig:
     def answers(self, keys, req=REQ):
         return until(lambda: (found := self.below.ask(keys, req)) and RETRY not in found and found)
 
+    def known(self, place, keys):
+        """Wait until a tier has answered that it has them: `answers` does for the first that does."""
+        until(lambda: all(map(self.below._answers.known[place].had, keys)), self.below.poll)
+
     def done(self, job):
         return until(lambda: next((done for done in self.below.poll() if done.job == job), None))
 
@@ -201,6 +205,7 @@ def test_what_one_tier_cannot_read_the_next_one_gives(rig, fault):
     r.has(0, keys)
     r.has(1, keys)
     assert [HIT] * 4 == r.answers(keys)
+    r.known(1, keys)
     assert dict.fromkeys(keys, "done") == r.promoted(keys)
     assert r.right(keys)
     assert 4 == r.counted("offload_failures_total", medium="t0", what="load")
@@ -252,6 +257,7 @@ def test_a_read_that_never_began_goes_to_the_next_tier_at_its_deadline(rig):
     r.has(0, keys)
     r.has(1, keys)
     r.answers(keys)
+    r.known(1, keys)
     stuck = r.below.promote([(keys[0], 40)], REQ)
     r.hung()
     behind = r.below.promote([(keys[1], 41)], REQ)
@@ -498,7 +504,7 @@ def test_closing_says_whether_a_thread_is_left_that_can_touch_a_row():
     job = r.below.promote([(keys[0], 40)], REQ)
     r.hung()
     assert not r.below.close(0.0)
-    assert r.tiers[1].closed
+    until(lambda: r.tiers[1].closed)
     r.tiers[0].release()
     assert r.below.close(PATIENCE)
     assert [job] == [done.job for done in r.below.poll()]

@@ -7,7 +7,7 @@ import time
 from tensorway.offload import PolicyContext
 from tensorway.testing import OffloadingManagerSuite
 from tensorway_offload.below import Below
-from tensorway_offload.limits import BelowOptions, NamedTier
+from tensorway_offload.limits import BelowOptions, NamedTier, TierLimits
 from tensorway_offload.manager import Manager
 from tensorway_offload.manager_options import ManagerOptions
 from tensorway_offload.policies.lru import Lru
@@ -31,8 +31,9 @@ class TestByRows(OffloadingManagerSuite):
 
     def make_over(self, capacity, tier):
         memory = bytearray(BLOCK * capacity)
-        named = NamedTier("below", tier)
-        below = Below([named], lambda key, row: memoryview(memory)[row * BLOCK : (row + 1) * BLOCK], BelowOptions())
+        named = NamedTier("below", tier, TierLimits(lookup_seconds=30.0))
+        options = BelowOptions(lookup_deadline=30.0)
+        below = Below([named], lambda key, row: memoryview(memory)[row * BLOCK : (row + 1) * BLOCK], options)
         return self._make(capacity, below, time.monotonic)
 
     def pass_time(self, seconds):

@@ -179,7 +179,7 @@ def test_what_fails_costs_its_own_rows_and_says_why(site, name, state, rows, why
 
 def test_what_hangs_is_killed_by_its_deadline_with_all_that_it_started(site):
     started = time.monotonic()
-    (hung,) = command(site, "run", "hangs", "--short", "--deadline", "5", code=1)["benchmarks"]
+    (hung,) = command(site, "run", "hangs", "--short", "--deadline", "15", code=1)["benchmarks"]
     assert time.monotonic() - started < 60
     assert ("failed", ["first"]) == (hung["state"], [row["name"] for row in hung["rows"]])
     assert "had not ended after" in hung["why"]
@@ -213,7 +213,7 @@ def test_who_is_told_to_end_takes_along_what_is_measured(site):
 def zombie(pid):
     try:
         return results.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 

@@ -111,7 +111,7 @@ def by_pid(rows):
 
 def test_what_endpoints_move_is_what_they_say_they_moved(live, folder):
     lives = [live("moves"), live("moves")]
-    answer = seen(folder)
+    answer = seen(folder, "--interval", "4")
     assert {each.pid for each in lives} < {row["pid"] for row in answer["processes"] if row["state"] == "answers"}
     rows, peers = by_pid(answer["endpoints"]), by_pid(answer["peers"])
     for each in lives:
@@ -133,10 +133,10 @@ def test_what_hurts_comes_first(live, folder):
 
 def test_leases_are_seen_and_one_that_is_lost(live, folder):
     service = live("serves")
-    member = live("holds", service.said["address"], "0.6")
+    member = live("holds", service.said["address"], "5")
     (row,) = seen(folder)["leases"]
     assert (member.pid, 1, 0) == (row["pid"], row["held"], row["lost"])
-    assert 0 < row["left"] <= 0.6
+    assert 0 < row["left"] <= 5
     service.signal(signal.SIGKILL)
     until = time.monotonic() + 30
     while not row["lost"] and time.monotonic() < until:
@@ -258,7 +258,7 @@ def test_prometheus_endpoints_are_looked_at_as_well():
                 return [row for row in counts.samples() if ("peer", peer) in row.labels]
 
             server.add("source", growing)
-        words = ["--json", "--url", urls[0], "--url", urls[1], "--interval", "0.5"]
+        words = ["--json", "--url", urls[0], "--url", urls[1], "--interval", "0.5", "--deadline", "20"]
         answer = json.loads(top(*words)[0])
     assert set(urls) == {row["source"] for row in answer["endpoints"]}
     for row in answer["endpoints"]:
@@ -271,9 +271,9 @@ def test_a_source_that_raises_is_named():
     with MetricsServer({}) as server:
         server.add("a broken one", lambda: 1 / 0)
         url = "http://{}:{}/metrics".format(*server.address)
-        answer = json.loads(top("--json", "--url", url)[0])
+        answer = json.loads(top("--json", "--url", url, "--deadline", "20")[0])
         assert [["a broken one"]] == [row["failing"] for row in answer["processes"]]
-        assert "raise when they are asked: a broken one" in top("--once", "--url", url)[0]
+        assert "raise when they are asked: a broken one" in top("--once", "--url", url, "--deadline", "20")[0]
 
 
 def test_only_some_processes(live, folder):

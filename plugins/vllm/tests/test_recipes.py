@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tensorway.testing.servers import free_port
 from tensorway_vllm.doctor_config import checked_transfer
 
 PAGE = Path(__file__).parents[3] / "docs" / "vllm.md"
@@ -360,8 +361,6 @@ def shell(place, name, text, port, **environment):
 
 @pytest.mark.long
 def test_a_prompt_is_handed_over_behind_the_router(place):
-    from tensorway_vllm.testing.servers import free_port
-
     meeting, prefill, decode, router = COMMANDS["Prefill and decode apart"]
     ports = dict(zip(("7400", "8100", "8200", "8000"), (str(free_port()) for _ in range(4)), strict=True))
     secret = {"TENSORWAY_SECRET_FILE": str(place[0] / "secret")}

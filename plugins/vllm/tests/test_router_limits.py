@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("aiohttp", reason='needs aiohttp: pip install "tensorway-vllm[router]"')
 
 from tensorway.metrics import Counters
+from tensorway.testing.servers import free_port
 from tensorway_vllm.router import headers
 from tensorway_vllm.router.engines import Engines
 from tensorway_vllm.router.options import options_of
@@ -345,8 +346,6 @@ def test_an_engine_that_starts_later_than_the_router_is_found():
 
     async def ready(stage):
         return (await stage.get("/health"))[0] == 200
-
-    from tensorway_vllm.testing.servers import free_port
 
     late, port = Engine(), free_port()
     late.url = f"http://127.0.0.1:{port}"

@@ -197,11 +197,9 @@ class Directory:
         other = self._others.get(name)
         state = other.member.state if other is not None else "unknown"
         why = f"What was learned in trying: {last.true}" if last else f"It is {state}, not live."
-        raise DeadlineExceeded(
-            f"Member {name} of {self._prefix} was to be connected to.",
-            f"It could not be reached within {deadline:g} s. {why}",
-            f"Known here: {', '.join(sorted(self._others)) or 'nobody'}. See whether it has started, in this group.",
-        ) from last
+        asked = f"Member {name} of {self._prefix} was to be connected to."
+        known = f"Known here: {', '.join(sorted(self._others)) or 'nobody'}. See whether it has started, in this group."
+        raise DeadlineExceeded(asked, f"It could not be reached within {deadline:g} s. {why}", known) from last
 
     def connect_all(
         self, names: Iterable[str] | None = None, deadline: float = 30.0
@@ -357,15 +355,17 @@ class Directory:
         if record.key != self._prefix + member.name:
             return  # of a group below this one
         if record.key == self._key:
-            if member.incarnation != self._endpoint.incarnation:
+            if member.state == "gone":
+                self._vanished()  # one of this name that was there before said goodbye late
+            elif member.incarnation != self._endpoint.incarnation:
                 self._end(f"another process joined as {self.name}, with incarnation {member.incarnation[:12]}")
             return
-        if member.state == "gone":
-            self._lose(member.name, "it said goodbye")
+        known, left = self._others.get(member.name), member.state == "gone"
+        if known is not None and left == (known.member.incarnation == member.incarnation):  # else of one before
+            replaced = f"it was replaced by its incarnation {member.incarnation[:12]}"
+            self._lose(member.name, "it said goodbye" if left else replaced)
+        if left:
             return
-        known = self._others.get(member.name)
-        if known is not None and known.member.incarnation != member.incarnation:
-            self._lose(member.name, f"it was replaced by its incarnation {member.incarnation[:12]}")
         with self._seen:
             other = self._others[member.name] = self._others.get(member.name) or _Other(member)
             other.member, other.missed = member, None
@@ -439,8 +439,6 @@ class Directory:
 
     def _check(self) -> None:
         if self._ended:
-            raise Closed(
-                f"Member {self.name} of {self._prefix} was to do something.",
-                f"It is not of the group any more: {self._ended}.",
-                "Give each member a name of its own, and join anew.",
-            )
+            asked = f"Member {self.name} of {self._prefix} was to do something."
+            true = f"It is not of the group any more: {self._ended}."
+            raise Closed(asked, true, "Give each member a name of its own, and join anew.")

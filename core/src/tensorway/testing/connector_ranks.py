@@ -6,9 +6,7 @@ Room `testing`; may import `kv` and the rooms below. The functions are called in
 
 from __future__ import annotations
 
-import gc
 import random
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -20,7 +18,7 @@ from tensorway.kv import METRICS, Capabilities, Event, KVContext, RequestView, R
 from tensorway.metrics import Sample, total
 from tensorway.references import resolve
 from tensorway.testing.connector_memory import Memory, Shape
-from tensorway.testing.possessions import open_files
+from tensorway.testing.possessions import fewest
 from tensorway.testing.ranks import Rank
 
 #: Seconds that opening, or one wait for a layer, may take.
@@ -239,8 +237,7 @@ def misnamed(rank: Rank, role: str) -> list[str]:
 
 def possessions(rank: Rank) -> tuple[int, int]:
     """Threads and open files."""
-    gc.collect()
-    return threading.active_count(), open_files().total()
+    return fewest()
 
 
 def look_up(rank: Rank, request: RequestView, have: int) -> Any:

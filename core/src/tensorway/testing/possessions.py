@@ -6,9 +6,12 @@ Room `testing`; may import the standard library only.
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -19,6 +22,22 @@ def open_files() -> Counter[str]:
         with contextlib.suppress(OSError):  # it was the listing itself
             found[str(each.readlink()).partition(":")[0]] += 1
     return found
+
+
+def fewest() -> tuple[int, int]:
+    """Threads, those of libraries among them, and open files: of some looks, for what ended is seen a moment more."""
+    gc.collect()
+    threads, files = [], []
+    for _ in range(10):
+        threads.append(len(list(Path("/proc/self/task").iterdir())))
+        files.append(open_files().total())
+        time.sleep(0.02)
+    return min(threads), min(files)
+
+
+def kept_growing(looks: Iterable[Sequence[int]]) -> bool:
+    """Whether a count grew from each look to the next; a library may begin something once, whenever it likes."""
+    return any(all(a < b for a, b in itertools.pairwise(counts)) for counts in zip(*looks, strict=True))
 
 
 def grown_since(more_threads: int = 0) -> Callable[[], list[str]]:

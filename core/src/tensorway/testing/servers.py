@@ -7,6 +7,7 @@ all tests share and none harms, and some of a test's own. `rendezvous.ServedRend
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
 import signal
 import socket
@@ -133,7 +134,9 @@ def program(name: str, install: str, required: bool) -> str:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listened at a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port of 127.0.0.1 that nobody listened at a moment ago, and that no system gives to who asks for any."""
+    while True:
+        port = 15_000 + secrets.randbelow(17_000)  # what systems give begins above; `random` may be seeded, twice
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port

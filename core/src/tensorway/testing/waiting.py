@@ -22,15 +22,19 @@ def eventually(
 ) -> Any:
     """What `condition` returns once it is true; a failure if that is not in time. `step` comes between two looks."""
     until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, f"within {seconds:g} s: {otherwise}"
+    while True:
+        late = time.monotonic() >= until  # before the look: who was kept from looking looks once more
+        if value := condition():
+            return value
+        assert not late, f"within {seconds:g} s: {otherwise}"
         step()
-    return value
 
 
 def settled(grown: Callable[[], list[str]], seconds: float = 5.0) -> list[str]:
     """What has grown, and does not come back by itself."""
     until = time.monotonic() + seconds
-    while (found := grown()) and time.monotonic() < until:
+    while True:
+        late = time.monotonic() >= until
+        if not (found := grown()) or late:
+            return found
         _pause()
-    return found

@@ -89,8 +89,8 @@ class Peer:
     @property
     def lost(self) -> str:
         """Why it is lost, as whoever found out first says; empty while it is not known to be. Stays as it is."""
-        if not self._lost:
-            self._lost = self._ask()
+        if not self._lost and (found := self._ask()):
+            self._lost = self._lost or found  # another thread may have found out meanwhile
         return self._lost
 
     @lost.setter

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import pytest
 
 from tensorway.plugins import probing
 from tensorway.plugins.probing import ProbeFailure
+from tensorway.testing.possessions import grown_since
+from tensorway.testing.waiting import settled
 from tensorway.types import Offer, ProbeResult
 
 PROBES = """
@@ -169,11 +170,11 @@ def processes():
 def test_fifty_probes_leave_no_file_no_process_and_no_thread_behind():
     ask("passes")
     gc.collect()
-    files, threads, children = len(os.listdir("/proc/self/fd")), threading.active_count(), processes()
+    grown, children = grown_since(), processes()
     for name in ("passes", "raises", "illegal", "exits_at_once", "leaves_a_helper") * 5:
         ask(name)
     gc.collect()
-    assert (files, threads) == (len(os.listdir("/proc/self/fd")), threading.active_count())
+    assert [] == settled(grown)
     assert processes() <= children, "who was started is not waited for"
 
 

@@ -19,6 +19,7 @@ from tensorway.rendezvous.directory import Directory
 from tensorway.rendezvous.leases import Lease
 from tensorway.rendezvous.negotiation import Fact
 from tensorway.rendezvous.rendezvous import Rendezvous, Watch
+from tensorway.testing.servers import free_port
 from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Endpoint, Peer
 from tensorway.transport.local import LocalFabric
@@ -28,7 +29,7 @@ SECRET = "a secret of the tests"
 
 @pytest.fixture
 def service():
-    with tensorway.create("rendezvous", "direct", {"secret": SECRET}) as rendezvous:
+    with tensorway.create("rendezvous", "direct", {"secret": SECRET, "port": free_port()}) as rendezvous:
         yield rendezvous
 
 
@@ -37,7 +38,7 @@ def join(service):
     """Join a group with an endpoint of its own; what it registered is `memory`."""
     with contextlib.ExitStack() as stack:
 
-        def joined(name, facts=None, live=True, ttl=1.0):
+        def joined(name, facts=None, live=True, ttl=30.0):
             endpoint = stack.enter_context(Endpoint(LocalFabric(), name))
             options = {"address": service.address, "secret": SECRET}
             rendezvous = stack.enter_context(tensorway.create("rendezvous", "direct", options))
@@ -91,7 +92,7 @@ def test_many_are_connected_at_once(join):
 
 def test_one_that_cannot_be_reached_hurts_no_other(join):
     one, _ = join("one"), join("two")
-    result = one.connect_all(["two", "never"], deadline=1)
+    result = one.connect_all(["two", "never"], deadline=3)
     assert isinstance(result["two"], Peer)
     assert isinstance(result["never"], DeadlineExceeded)
     assert "unknown, not live" in str(result["never"])
@@ -99,6 +100,7 @@ def test_one_that_cannot_be_reached_hurts_no_other(join):
 
 def test_a_member_that_is_joining_is_waited_for(join):
     one, two = join("one"), join("two", live=False)
+    eventually(lambda: "two" in one.members())
     with pytest.raises(DeadlineExceeded, match="It is joining, not live"):
         one.connect("two", 0.3)
     two.live()
@@ -125,12 +127,12 @@ def test_a_draining_member_gets_nothing_new(join):
 
 
 def test_a_goodbye_is_heard_at_once(join):
-    one, two = join("one", ttl=30), join("two", ttl=30)
+    one, two = join("one"), join("two")
     peer = one.connect("two", 5)
     two.close()
     two.close()
     eventually(lambda: "two" not in one.members(), 3)
-    assert peer.lost == "it said goodbye"
+    eventually(lambda: peer.lost == "it said goodbye", 3)  # a moment after it is no member any more
     with pytest.raises(Closed):
         two.live()
 
@@ -156,6 +158,16 @@ def test_the_older_of_two_of_one_name_gives_way_and_is_told(join):
     assert second.members()
 
 
+def test_a_late_goodbye_of_one_of_the_same_name_ends_nobody(join, service):
+    one, two = join("one"), join("two")
+    peer = one.connect("two", 5)
+    written = service.get("/default/two")
+    service.put("/default/two", members.encode("two", "0" * 32, "gone", {}, b""))
+    eventually(lambda: service.get("/default/two").value == written.value)
+    assert one.connect("two", 5) is peer and not peer.lost
+    assert two.members()
+
+
 def test_a_group_is_told_little_of_a_member_and_who_connects_reads_the_rest(join, service):
     """Else all of a thousand are told what one of them connects with."""
     one = join("one")
@@ -165,6 +177,7 @@ def test_a_group_is_told_little_of_a_member_and_who_connects_reads_the_rest(join
         for at in range(0, 1 << 20, 1 << 12):
             two.endpoint.register(memoryview(two.many)[at : at + 100])
         two.live()
+        eventually(lambda: "two" in one.members())
         eventually(lambda: one.members()["two"].described == members.digest(two.endpoint.describe()))
         told = watch.next(1)
     described = two.endpoint.describe()
@@ -182,10 +195,10 @@ def test_a_description_that_is_of_another_moment_than_the_member_is_read_again(j
     described = service.get("/default~/two").value
     service.put("/default~/two", described + b"?")
     with pytest.raises(DeadlineExceeded, match="what it described itself with is replaced"):
-        one.connect("two", 1)
+        one.connect("two", 3)
     service.delete("/default~/two")
     with pytest.raises(DeadlineExceeded, match="it describes itself with nothing"):
-        one.connect("two", 1)
+        one.connect("two", 3)
     healing = threading.Timer(0.3, service.put, ("/default~/two", described))
     healing.start()
     assert read(one, one.connect("two", 5)) == b"two"
@@ -196,21 +209,21 @@ def test_a_try_that_is_cut_short_hides_no_reason(join, service, monkeypatch):
     one, _ = join("one"), join("two")
     eventually(lambda: "two" in one.members())
     service.delete("/default~/two")
-    asked = []
+    asked, answered = [], 1
 
     def slow(key, seconds):
         asked.append(key)
-        time.sleep(min(0.3, seconds))
-        if seconds < 0.3:
-            raise DeadlineExceeded("What two says was to be read.", f"Cut short after {seconds:.1f} s.", "-")
+        if len(asked) > answered:
+            time.sleep(max(0.0, seconds))
+            raise DeadlineExceeded("What two says was to be read.", "Cut short.", "-")
 
     monkeypatch.setattr(one._rendezvous, "get", slow)
     with pytest.raises(DeadlineExceeded, match="it describes itself with nothing"):
-        one.connect("two", 0.5)
+        one.connect("two", 2)
     assert len(asked) == 2
-    asked.clear()
-    with pytest.raises(DeadlineExceeded, match=r"Cut short after 0\.1 s"):
-        one.connect("two", 0.1)
+    asked, answered = [], 0
+    with pytest.raises(DeadlineExceeded, match="Cut short"):
+        one.connect("two", 1)
     assert len(asked) == 1
 
 
@@ -307,7 +320,7 @@ def test_a_member_that_is_killed_is_missed_by_its_lease(join, service):
 
 
 def test_members_survive_a_rendezvous_that_is_restarted(join, service):
-    one, two = join("one", ttl=2.0), join("two", ttl=2.0)
+    one, two = join("one", ttl=10.0), join("two", ttl=10.0)
     peer = one.connect("two", 5)
     port = int(service.address.rpartition(":")[2])
     service.close()

@@ -26,8 +26,8 @@ def test_leases_that_are_held_that_end_soonest_and_that_were_lost():
     keeper, store = Keeper(), Store()
     assert [] == keeper.samples()
     short, long = (Lease(name, ttl, time.monotonic()) for name, ttl in (("a", 0.3), ("b", 60.0)))
-    for lease in (short, long):
-        keeper.hold(lease, store)
+    for lease, its in ((short, store), (long, Store())):
+        keeper.hold(lease, its)
     samples = keeper.samples()
     assert 2 == total(samples, "rendezvous_held_leases", store="scripted")
     assert 0 < total(samples, "rendezvous_lease_seconds", store="scripted") <= 0.3
@@ -37,7 +37,7 @@ def test_leases_that_are_held_that_end_soonest_and_that_were_lost():
     eventually(lambda: total(keeper.samples(), "rendezvous_lost_leases_total", store="scripted"))
     samples = keeper.samples()
     assert 1 == total(samples, "rendezvous_lost_leases_total", store="scripted")
-    assert not long.lost or 2 == total(samples, "rendezvous_lost_leases_total")
+    assert not long.lost
     assert keeper.let_go(long, "the test is over") and 0 == total(keeper.samples(), "rendezvous_held_leases")
     assert 1 == total(keeper.samples(), "rendezvous_lost_leases_total"), "who lets go has lost nothing"
 
@@ -58,9 +58,10 @@ def test_a_defect_of_a_store_costs_a_try_and_not_the_leases_of_others(caplog):
     eventually(lambda: first.lost)
     assert "it was not kept for 1.2 s" == first.lost and not other.lost
     assert 1 == sum("ZeroDivisionError" in record.getMessage() for record in caplog.records)
-    time.sleep(other.ttl)
-    assert not other.lost and time.monotonic() - other._kept < other.ttl
-    assert 1 == keeper._threads
+    kept_at = other._kept
+    eventually(lambda: other._kept > kept_at)
+    assert not other.lost
+    eventually(lambda: 1 == keeper._threads)
     keeper.let_go(other, "the test is over")
     eventually(lambda: not keeper._threads)
 

@@ -82,9 +82,9 @@ def test_a_connection_that_is_cut_is_closed_and_begun_anew_with_a_reset():
 def test_a_server_that_stays_away_costs_the_time_that_was_given():
     changes = opened(Connection())
     started = time.monotonic()
-    assert [] == changes.next(0.3)
-    assert 0.3 <= time.monotonic() - started < 2
-    assert len(changes.asked) > 2 and max(changes.asked[1:]) <= 0.3
+    assert [] == changes.next(0.9)
+    assert 0.9 <= time.monotonic() - started < 5
+    assert len(changes.asked) > 2 and max(changes.asked[1:]) <= 0.9
 
 
 def test_an_attempt_takes_a_second_at_most_so_that_it_can_be_closed():

@@ -24,13 +24,14 @@ from tensorway.rendezvous.direct import DirectStore
 from tensorway.rendezvous.frames import Request
 from tensorway.testing.crowd import SECRET as CROWDED
 from tensorway.testing.crowd import direct
+from tensorway.testing.servers import free_port
 
 SECRET = "a secret of the tests"
 
 
 @pytest.fixture
 def service():
-    with tensorway.create("rendezvous", "direct", {"secret": SECRET}) as rendezvous:
+    with tensorway.create("rendezvous", "direct", {"secret": SECRET, "port": free_port()}) as rendezvous:
         rendezvous.put("/kept", b"value")
         yield rendezvous
 
@@ -189,9 +190,7 @@ def test_an_address_that_is_none_is_told():
 
 
 def test_a_service_that_comes_late_is_found():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with enter(f"127.0.0.1:{port}") as early:
         with pytest.raises(DeadlineExceeded, match=r"Nothing answered there within 0\.3 s"):
             early.get("/a", deadline=0.3)
@@ -337,10 +336,10 @@ def test_changes_of_one_turn_that_are_too_large_for_one_frame_all_arrive(service
 
 
 def test_who_watches_and_says_nothing_else_is_not_forgotten_by_the_service(service, monkeypatch):
-    monkeypatch.setattr("tensorway.rendezvous.service._SILENCE", 1.0)
+    monkeypatch.setattr("tensorway.rendezvous.service._SILENCE", 3.0)
     monkeypatch.setattr("tensorway.rendezvous.lines._PING", 0.2)
     with enter(service.address) as client, client.watch("/quiet") as watch:
-        time.sleep(2.5)
+        time.sleep(4.0)
         service.put("/quiet", b"x")
         assert [event.kind for event in watch.next(10)] == ["put"]
 

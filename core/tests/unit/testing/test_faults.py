@@ -71,6 +71,7 @@ def test_without_faults_it_is_the_fabric_that_it_wraps(pair):
 
 
 def test_a_delayed_post_is_done_later(pair):
+    pair.fabric.faults.delay = 1.0
     transfer = pair.read("delay")
     assert (State.PENDING, bytes(BLOCK * COUNT)) == (transfer.state, pair.mine)
     transfer.wait()
@@ -78,7 +79,7 @@ def test_a_delayed_post_is_done_later(pair):
 
 
 def test_a_stalled_post_moves_nothing_until_it_is_released(pair):
-    transfer = pair.read("stall", deadline=0.05)
+    transfer = pair.read("stall", deadline=0.5)
     with pytest.raises(DeadlineExceeded):
         transfer.wait()
     assert (False, bytes(BLOCK * COUNT)) == (transfer.released, pair.mine)

@@ -10,6 +10,7 @@ import attrs
 import pytest
 
 from tensorway.memory import Region
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Capabilities, Endpoint, Notification, Peer, Route
 from tensorway.transport.contract import Description
 from tensorway.transport.description import encode
@@ -192,8 +193,4 @@ def rig(fabric: ScriptedFabric) -> Iterator[Rig]:
         job.done, job.settled = True, None
     endpoint.close()
     assert [] == fabric.breaches
-    for _ in range(1000):
-        if threading.active_count() <= threads:
-            break
-        threading.Event().wait(0.001)
-    assert threading.active_count() <= threads
+    eventually(lambda: threading.active_count() <= threads)

@@ -6,6 +6,7 @@ post what a file says: fault, abort, exit, hang, or send nonsense.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import mmap
 import os
@@ -181,7 +182,7 @@ def module(tmp_path, monkeypatch):
 
 @pytest.fixture
 def rig(module):
-    fabric = ContainedFabric("local", "crashing:Crashing", {"folder": str(module)}, patience=1.0)
+    fabric = ContainedFabric("local", "crashing:Crashing", {"folder": str(module)})
     with Endpoint(fabric, "engine") as endpoint, Endpoint(LocalFabric(), "other") as peer:
         theirs, mine = bytearray(os.urandom(NBYTES)), shared(NBYTES)
         peer.register(theirs)
@@ -203,7 +204,10 @@ def possessions():
     """Open files, threads and children of this process."""
     gc.collect()
     children = Path(f"/proc/self/task/{os.getpid()}/children").parent.parent
-    owned = sum(len((task / "children").read_text().split()) for task in children.iterdir())
+    owned = 0
+    for task in children.iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            owned += len((task / "children").read_text().split())
     return len(os.listdir("/proc/self/fd")), threading.active_count(), owned
 
 
@@ -222,6 +226,8 @@ def possessions():
     ],
 )
 def test_a_crash_fails_what_is_under_way_and_costs_nothing_else(rig, fault, said, caplog):
+    if fault == "hang":
+        rig.fabric._patience = 1.0
     rig.read().wait()
     first, incarnation, description = rig.mover, rig.endpoint.incarnation, rig.endpoint.describe()
     rig.order(fault)
@@ -296,6 +302,7 @@ def test_memory_is_not_released_before_the_mover_is_dead(rig, monkeypatch):
 
 
 def test_a_call_that_hangs_ends_at_its_deadline(rig):
+    rig.fabric._patience = 1.0
     rig.order("hang", "describe")
     started = time.monotonic()
     with pytest.raises(TransferFailed, match="did not answer within 1 s and was killed"):
@@ -311,7 +318,7 @@ def test_what_had_arrived_is_kept(rig):
     seen = []
     eventually(lambda: seen.extend(rig.endpoint.notifications()) or len(seen) == 10)
     rig.peer.notify(back, b"late")
-    eventually(lambda: rig.fabric._heard)
+    eventually(lambda: rig.fabric._heard or rig.fabric._look(rig.fabric._life))
     os.kill(rig.mover, signal.SIGKILL)
     eventually(lambda: rig.fabric.crashes)
     assert [b"late"] == [note.payload for note in rig.endpoint.notifications()]
@@ -486,7 +493,7 @@ def test_the_mover_ends_with_its_engine(module, busy):
         engine.kill()
         engine.wait()
         try:
-            eventually(lambda: gone(mover), 11.0 if busy else 1.0)
+            eventually(lambda: gone(mover), 20.0 if busy else 6.0)
         finally:
             os.kill(child, signal.SIGKILL)
 
@@ -524,7 +531,7 @@ def test_closing_leaves_no_file_thread_or_process(module):
         with Endpoint(ContainedFabric("local", "crashing:Crashing", {"folder": str(module)})) as endpoint:
             endpoint.register(shared(NBYTES))
             pid = endpoint._fabric._life.process.pid
-        assert gone(pid)
+        eventually(lambda pid=pid: gone(pid))
     assert not (module / "left").exists()  # nothing was under way: no teardown of a library that might crash in it
     del endpoint  # which keeps the memory
     eventually(lambda: possessions() <= before)

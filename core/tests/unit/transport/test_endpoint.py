@@ -32,7 +32,7 @@ from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Endpoint, State, endpoint
 from tensorway.transport.local import LocalFabric
 
-SHORT = 0.03
+SHORT = 0.2
 
 
 class Memory(bytearray):
@@ -109,10 +109,10 @@ def test_a_registration_is_closed_at_the_end_of_its_block(rig):
 
 def test_deregistering_waits_for_the_transfers_that_use_the_memory(rig):
     transfer = rig.endpoint.read(rig.route, [0], [0])
-    threading.Timer(0.05, rig.finish).start()
     started = time.monotonic()
+    threading.Timer(0.05, rig.finish).start()
     rig.registration.close()
-    assert time.monotonic() - started > 0.02
+    assert time.monotonic() - started > 0.045
     assert (State.DONE, []) == (transfer.state, rig.fabric.attached)
 
 
@@ -515,24 +515,36 @@ def test_statistics_are_a_copy(rig):
 
 def test_closing_cancels_waits_until_the_fabric_has_let_go_and_closes_it_once(rig):
     transfer = rig.endpoint.read(rig.route, [0], [0])
-    threading.Timer(0.05, rig.finish).start()
+
+    def finish() -> None:
+        eventually(lambda: not transfer.pending)  # closing has cancelled it
+        time.sleep(0.05)
+        rig.finish()
+
+    thread = threading.Thread(target=finish)
+    thread.start()
     rig.endpoint.close()
     rig.endpoint.close()
+    thread.join(40)
     assert (TransferCancelled, True) == (type(transfer.error), transfer.released)
     assert (["disconnect", "close"], 1) == (rig.fabric.calls[-2:], rig.fabric.calls.count("close"))
 
 
-def test_its_thread_has_ended_before_the_fabric_is_closed(rig):
+def test_its_thread_has_ended_before_the_fabric_is_closed(rig, monkeypatch):
+    monkeypatch.setattr(endpoint, "_PUMP_ENDS", 30.0)
+    monkeypatch.setattr(endpoint, "_abandoned", [])
     rig.endpoint.read(rig.route, [0], [0])
     thread = next(thread for thread in threading.enumerate() if thread.name == "tensorway-scripted")
     alive: list[bool] = []
     rig.fabric.hooks["close"] = lambda: alive.append(thread.is_alive())
     rig.endpoint.close(0)
     assert [False] == alive
-    endpoint._abandoned.clear()
 
 
-def test_closing_does_not_wait_for_ever_and_memory_that_may_be_written_to_stays_alive(fabric, describe_peer):
+def test_closing_does_not_wait_for_ever_and_memory_that_may_be_written_to_stays_alive(
+    fabric, describe_peer, monkeypatch
+):
+    monkeypatch.setattr(endpoint, "_abandoned", [])
     here = Endpoint(fabric)
     data = Memory(512)
     watched, region = weakref.ref(data), here.register(data).regions[0]
@@ -548,10 +560,10 @@ def test_closing_does_not_wait_for_ever_and_memory_that_may_be_written_to_stays_
     del here
     gc.collect()
     assert watched() is not None and abandoned() is not None
-    endpoint._abandoned.clear()
 
 
-def test_a_closed_endpoint_keeps_nothing_alive(fabric, describe_peer):
+def test_a_closed_endpoint_keeps_nothing_alive(fabric, describe_peer, monkeypatch):
+    monkeypatch.setattr(endpoint, "_abandoned", [])
     here = Endpoint(fabric)
     data = Memory(512)
     watched, region = weakref.ref(data), here.register(data).regions[0]

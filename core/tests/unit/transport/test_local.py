@@ -285,6 +285,7 @@ def test_each_refusal_of_the_kernel_is_an_error_with_its_remedy(here, other, cod
 
 def test_a_kernel_that_refuses_is_seen_when_connecting(here, other):
     description = other.describe()
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     refuse_with(here, errno.EPERM)
     with pytest.raises(TransferFailed, match=r"ptrace_scope"):
@@ -292,7 +293,7 @@ def test_a_kernel_that_refuses_is_seen_when_connecting(here, other):
     refuse_with(here, errno.ESRCH)
     with pytest.raises(PeerLost, match=r"process ended"):
         here.connect(description)
-    assert before == len(os.listdir("/proc/self/fd"))
+    assert before >= len(os.listdir("/proc/self/fd"))
 
 
 FREES = """
@@ -466,7 +467,7 @@ def test_a_thousand_strangers_that_come_and_go_hurt_nobody(here, there):
         knock(there, *((), (HELLO,), (b"garbage",))[index % 3]).close()
     here.notify(peer, b"still here")
     assert [b"still here"] == [note.payload for note in heard(there, 1)]
-    eventually(lambda: before == len(os.listdir("/proc/self/fd")))
+    eventually(lambda: before >= len(os.listdir("/proc/self/fd")))
 
 
 def test_there_is_an_end_to_how_many_may_be_connected(here, there, monkeypatch):
@@ -540,10 +541,16 @@ def test_what_nobody_fetches_is_bounded_in_bytes_and_goes_on_once_it_is_fetched(
             here.notify(peer, bytes(60_000), deadline=0.2)
             sent += 1
 
-    with pytest.raises(DeadlineExceeded, match="full"):
-        send()
-    held = sum(len(note.payload) for note in there._fabric._ears._queue)
-    assert 1 << 20 <= held < (1 << 20) + 2 * 60_000
+    def held() -> int:
+        return sum(len(note.payload) for note in there._fabric._ears._queue)
+
+    def full() -> bool:
+        with pytest.raises(DeadlineExceeded, match="full"):
+            send()
+        return held() >= 1 << 20  # else its thread was late
+
+    eventually(full)
+    assert held() < (1 << 20) + 2 * 60_000
     assert sent == len(heard(there, sent))
     here.notify(peer, b"again", deadline=5)
     assert [b"again"] == [note.payload for note in heard(there, 1)]
@@ -729,7 +736,7 @@ def test_failed_connections_leave_no_file(here, other):
     for attempt in attempts:
         with pytest.raises(TensorwayError):
             here.connect(attempt())
-    assert before == len(os.listdir("/proc/self/fd"))
+    assert before >= len(os.listdir("/proc/self/fd"))
 
 
 def test_a_transfer_over_a_link_that_was_disconnected_is_lost_and_says_by_whom(here, there):

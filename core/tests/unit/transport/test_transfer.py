@@ -18,7 +18,7 @@ from tensorway.errors import (
 from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, State
 
-SHORT = 0.03
+SHORT = 0.2
 
 
 # -- posting
@@ -202,8 +202,9 @@ def test_a_job_that_fails_fails_the_transfer_and_the_others_are_waited_for(rig):
 @pytest.mark.parametrize("fails", [0, 1])
 def test_what_was_let_go_of_is_not_asked_about_again(rig, fails):
     transfer = rig.endpoint.read(rig.route, range(16), range(16))
-    rig.finish()
-    rig.fabric.jobs[fails].failure = TransferFailed("A job was looked at.", "It failed.", "Nothing.")
+    with transfer._lock:  # else the endpoint's own thread may look in between
+        rig.finish()
+        rig.fabric.jobs[fails].failure = TransferFailed("A job was looked at.", "It failed.", "Nothing.")
     assert State.FAILED is transfer.poll()
     assert transfer.released
     assert [] == rig.fabric.breaches
@@ -240,8 +241,8 @@ def test_a_fabric_that_cannot_say_whether_it_has_let_go_keeps_the_memory_in_quar
 
     transfer = rig.endpoint.read(rig.route, [0], [0])
     transfer.cancel()
-    rig.finish()
     rig.fabric.hooks["settled"] = break_it
+    rig.finish()
     assert not transfer.released
     assert 0 == rig.endpoint.poll()
     del rig.fabric.hooks["settled"]
@@ -298,10 +299,12 @@ def test_a_longer_wait_does_not_lengthen_the_deadline(rig):
 def test_waiting_looks_less_and_less_often(rig):
     rig.fabric.capabilities = attrs.evolve(rig.fabric.capabilities, max_in_flight=1)
     transfer = rig.endpoint.read(rig.route, [0], [0])
+    started = time.monotonic()
     with pytest.raises(DeadlineExceeded):
-        transfer.wait(0.2)
+        transfer.wait(1.0)
     # Twenty at once, then every half millisecond, and the endpoint's own thread every millisecond.
-    assert 20 < rig.fabric.calls.count("done") < 700
+    count, took = rig.fabric.calls.count("done"), time.monotonic() - started
+    assert 20 < count < 3500 * took
 
 
 def test_several_threads_may_wait_for_one(rig):
@@ -358,11 +361,11 @@ def test_a_peer_that_takes_no_notification_holds_up_nobody_longer_than_a_slice(r
     rig.fabric.synchronous = True
     rig.fabric.hooks["send"] = full
     started = time.monotonic()
-    transfer = rig.endpoint.read(rig.route, [0], [0], notify=b"x", deadline=1)
+    transfer = rig.endpoint.read(rig.route, [0], [0], notify=b"x", deadline=3)
     with pytest.raises(DeadlineExceeded, match="still under way"):
         transfer.wait(0.1)
-    assert time.monotonic() - started < 0.6
+    assert time.monotonic() - started < 2.5
     with pytest.raises(DeadlineExceeded):
         transfer.wait()
-    assert 0.9 < time.monotonic() - started < 3
+    assert 2.9 < time.monotonic() - started < 10
     assert transfer.released

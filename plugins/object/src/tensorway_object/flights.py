@@ -25,8 +25,8 @@ End = Literal["done", "late", "closed"]
 #: Loops that are kept for the next call; each is three open files.
 _IDLE: Final = 8
 #: Seconds in which the library's threads let go of what a call has left to them: Python values, for which they need an
-#: interpreter. One process of seven aborted without, and none of hundreds with a fifth of it.
-_SETTLES: Final = 0.1
+#: interpreter. One process of seven aborted without, and none of hundreds with a tenth of it.
+_SETTLES: Final = 0.2
 #: Those of this process that have been used, and are not closed.
 _used: Final[weakref.WeakSet[Flights]] = weakref.WeakSet()
 #: The process that waits when it ends.

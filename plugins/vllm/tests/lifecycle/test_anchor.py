@@ -18,6 +18,7 @@ import tensorway
 from tensorway.errors import TensorwayError
 from tensorway.geometry import Group, Part, Plane, RankGeometry
 from tensorway.offload import OffloadContext
+from tensorway.testing.servers import free_port
 from tensorway_vllm import probes, versions
 
 with warnings.catch_warnings():  # those of importing vLLM are not ours
@@ -48,19 +49,13 @@ NIXL = next(
 known = pytest.mark.skipif(NIXL is None, reason="vLLM's handshakes are answered elsewhere")
 
 
-def unused_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 # -- a handshake thread that one bad message ends
 
 
 @pytest.fixture
 def listener():
     """vLLM's thread that answers handshakes; whether it answers, and a way to say anything to it."""
-    port, ready, stop, context = unused_port(), threading.Event(), threading.Event(), zmq.Context()
+    port, ready, stop, context = free_port(), threading.Event(), threading.Event(), zmq.Context()
 
     def run():
         try:
@@ -169,7 +164,7 @@ def test_an_engine_of_ours_whose_rendezvous_does_not_answer_starts_and_computes(
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
             "rendezvous": "direct",
-            "rendezvous_options": {"address": f"127.0.0.1:{unused_port()}", "secret": "s" * 32},
+            "rendezvous_options": {"address": f"127.0.0.1:{free_port()}", "secret": "s" * 32},
             "options": {"transport": "local", "secret": "s" * 32},
             "open_seconds": 2.0,
         },

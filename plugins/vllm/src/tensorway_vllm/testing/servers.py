@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import attrs
 
 import tensorway
 from tensorway.errors import DeadlineExceeded, PeerLost
+from tensorway.testing.servers import free_port
 
 #: What the model is called in requests.
 MODEL: Final = "tiny"
@@ -186,13 +186,6 @@ def route(folder: Path, prefill: Sequence[Process], decode: Sequence[Process], *
     for word, engines in (("--prefill", prefill), ("--decode", decode)):
         command += [text for engine in engines for text in (word, engine.url)]
     return Process("router", command, f"http://127.0.0.1:{port}", folder)
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 @attrs.frozen
