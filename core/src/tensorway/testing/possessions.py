@@ -1,6 +1,6 @@
 """What this process holds, for tests of what must not stay: open files by kind, and threads.
 
-Room `testing`; may import the standard library only.
+Room `testing`; may import the standard library and `waiting`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from tensorway.testing.waiting import settled
 
 
 def open_files() -> Counter[str]:
@@ -53,3 +55,17 @@ def grown_since(more_threads: int = 0) -> Callable[[], list[str]]:
         return [f"{now - files} are open, and {running} threads run, not {threads}"] if much else []
 
     return grown
+
+
+def left_of(use: Callable[[], object], seconds: float, more_threads: int = 0) -> list[list[str]]:
+    """What is left of using something, if something is both times: a library may open a thing once, whenever."""
+    found = []
+    for _ in range(2):
+        gc.collect()
+        grown = grown_since(more_threads)
+        use()
+        gc.collect()
+        if not (left := settled(grown, seconds)):
+            return []
+        found.append(left)
+    return found

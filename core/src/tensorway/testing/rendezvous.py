@@ -33,10 +33,10 @@ from tensorway.errors import (
 )
 from tensorway.rendezvous.contract import MAX_VALUE
 from tensorway.rendezvous.rendezvous import Rendezvous
-from tensorway.testing.possessions import grown_since
+from tensorway.testing.possessions import left_of
 from tensorway.testing.servers import Server
 from tensorway.testing.suite import Suite
-from tensorway.testing.waiting import eventually, settled
+from tensorway.testing.waiting import eventually
 
 #: The shortest lease of the suite; stores count in seconds.
 TTL = 2.0
@@ -363,15 +363,8 @@ class RendezvousSuite(Suite):
                 client.watch(root)
             client.close()
 
-        def used() -> list[str]:
-            grown = grown_since()
-            for _ in range(5):
-                once()
-            return settled(grown, SLACK)
-
         once()
-        again = (grown := used()) and used()  # a library may open one thing more, whenever it likes
-        assert not again, f"{grown}, and then {again}"
+        assert [] == left_of(lambda: [once() for _ in range(5)], SLACK)
 
 
 class ServedRendezvousSuite(RendezvousSuite):

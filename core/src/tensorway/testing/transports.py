@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import gc
 import os
 import random
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -31,9 +30,9 @@ from tensorway.errors import (
     Unsupported,
 )
 from tensorway.testing.peer import PeerProcess, allocated, content, digest
-from tensorway.testing.possessions import grown_since
+from tensorway.testing.possessions import left_of
 from tensorway.testing.suite import Suite
-from tensorway.testing.waiting import eventually, settled
+from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Peer, Route, State, Transport
 
 BLOCK = 4096
@@ -472,23 +471,17 @@ class TransportSuite(Suite):
 
         *If this fails:* count what `connect` opens, and close it in `disconnect`.
         """
-        self._used(pair, 3)  # the first of each may open what stays: a connection, the thread that minds the pending
-        grown = settled(self._used(pair, 30), PATIENCE)
-        # A library may open one thing more, whenever it likes; what is left of each adds up.
-        again = grown and settled(self._used(pair, 30), PATIENCE)
-        assert not again, f"{grown}, and then {again}"
-
-    def _used(self, pair: Any, times: int) -> Callable[[], list[str]]:
-        """Make some transfers and a connection so many times; what asks what is left of them."""
         transport, peer, route, _ = pair
-        gc.collect()
-        grown = grown_since(more_threads=1)  # the one that minds the pending starts when a transfer is, which any may
-        for _ in range(times):
-            for _ in range(33):
-                transport.read(route, [0, 5], [1, 2]).wait()
-            transport.disconnect(transport.connect(peer.describe()))
-        gc.collect()
-        return grown
+
+        def used(times: int) -> None:
+            for _ in range(times):
+                for _ in range(33):
+                    transport.read(route, [0, 5], [1, 2]).wait()
+                transport.disconnect(transport.connect(peer.describe()))
+
+        used(3)  # the first of each may open what stays: a connection, the thread that minds the pending
+        # That thread starts when a transfer is pending, which any may be.
+        assert [] == left_of(lambda: used(30), PATIENCE, more_threads=1)
 
     def test_an_idle_endpoint_leaves_the_processor_alone(self, pair: Any) -> None:
         """A second of nothing costs less than a twentieth of one.
