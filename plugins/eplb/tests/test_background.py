@@ -46,8 +46,8 @@ class Lockstep:
         return min(int(store.wait(f"{prefix}/{name}", 10.0).value) for name in self.group.members)
 
 
-def serve(rank, path, rows, steps, cancel_at=0, slow=0.0, deadline=20.0):
-    """Serve so many steps with a rebalance beside them; at which step each layer changed, and how it ended."""
+def serve(rank, path, rows, serves=True, cancel_at=None, slow=0.0, deadline=20.0):
+    """Serve while a rebalance goes on anywhere; at which step each layer changed, and how it ended."""
     rebalancer, held = rank.notes["rebalancer"], rank.notes["engine"]
     background = Background(rebalancer, held, Lockstep(rank, path))
     changed = []
@@ -57,10 +57,12 @@ def serve(rank, path, rows, steps, cancel_at=0, slow=0.0, deadline=20.0):
         return Placement(rows, MODEL.experts, 3)
 
     background.start(propose, deadline)
-    for step in range(steps):
-        if step and step == cancel_at:
+    everybody, step = Lockstep(rank, f"{path}/over"), 0
+    while serves and not everybody(int(background.state not in (State.PLANNING, State.MOVING))):
+        if step == cancel_at:
             background.cancel()
         changed += [(layer, step) for layer in background.step()]
+        step += 1
     error = ""
     try:
         background.wait(30.0)
@@ -80,17 +82,18 @@ def serve(rank, path, rows, steps, cancel_at=0, slow=0.0, deadline=20.0):
 def test_every_layer_changes_at_the_same_step_everywhere(world):
     entered(world, "/background/experts")
     rows = campaign.random_rows(random.Random(1), MODEL, 3)
-    answers = world.each([0, 1, 2], serve, "/background", rows, 150, 0, 0.05)
+    answers = world.each([0, 1, 2], serve, "/background", rows, True, None, 0.05)
     changed = answers[0][0]
     assert list(range(6)) == [layer for layer, _ in changed]
     for answer in answers:
         assert (changed, "", "idle", rows.tobytes(), []) == answer
 
 
-def test_a_cancelled_rebalance_stops_between_layers_and_alike_everywhere(world):
+@pytest.mark.parametrize("slow", [0.0, 0.3], ids=["moving", "still planning on some"])
+def test_a_cancelled_rebalance_stops_between_layers_and_alike_everywhere(world, slow):
     start = entered(world, "/cancelled/experts")
     rows = campaign.random_rows(random.Random(2), MODEL, 3)
-    answers = world.each([0, 1, 2], serve, "/cancelled", rows, 120, 1)
+    answers = world.each([0, 1, 2], serve, "/cancelled", rows, True, 1, slow)
     layers = [layer for layer, _ in answers[0][0]]
     expected = start.map.copy()
     expected[layers] = rows[layers]
@@ -102,7 +105,7 @@ def test_a_layer_that_the_engine_does_not_take_over_in_time_is_taken_back(world)
     """The engines make no step: nothing may change behind their backs, and the deadline ends it."""
     start = entered(world, "/stuck/experts")
     rows = campaign.random_rows(random.Random(3), MODEL, 3)
-    for answer in world.each([0, 1, 2], serve, "/stuck", rows, 0, 0, 0.0, 2.0):
+    for answer in world.each([0, 1, 2], serve, "/stuck", rows, False, None, 0.0, 2.0):
         assert ([], "idle", start.map.tobytes(), []) == (answer[0], *answer[2:])
 
 

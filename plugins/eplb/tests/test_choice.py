@@ -15,6 +15,7 @@ from tensorway.eplb import Capabilities, Failed, Filled, Group, Staging
 from tensorway.errors import BackendUnavailable, OptionsInvalid
 from tensorway.plugins import register
 from tensorway.testing.ranks import Place, RankFailed
+from tensorway.testing.waiting import eventually
 from tensorway.types import Offer, ProbeResult
 from tensorway_eplb import choice
 from tensorway_eplb.choice import Candidate
@@ -229,7 +230,8 @@ def test_a_member_that_dies_meanwhile_costs_the_deadline_and_is_named(world, cho
     members = ("p0", "p1", "p2")
     for me in range(3):
         world[me].start(choose_one, Place("/dies/experts", members, me), [odd("slow", 0.4)], 8.0)
-    time.sleep(1.5)
+    began = "/slow/0/p2"  # it measures the slow one
+    eventually(lambda: any(row.key.endswith(began) for row in world.rendezvous.list("/dies/experts/trial/")))
     world[2].signal(signal.SIGKILL)
     for me in (0, 1):
         with pytest.raises(RankFailed, match=r"slow: .*p2"):

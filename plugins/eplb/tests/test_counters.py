@@ -162,7 +162,10 @@ def test_a_copy_that_comes_late_is_a_stall_and_one_that_does_not_come_is_the_dea
     entered(world, "/too-late/experts")
     world[0].call(spoil, 2, 1)
     world[1].call(load_slowly, 5.0)
-    world.each([0, 1], engine.rebalance, rows, 2.0)
+    world[0].start(engine.rebalance, rows, 10.0)  # it waits for the other, whose time is over first
+    world[1].start(engine.rebalance, rows, 2.0)
+    for process in (0, 1):
+        world[process].result()
     assert Cause.DEADLINE in causes(world[1].call(counted))
 
 

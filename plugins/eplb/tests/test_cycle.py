@@ -63,20 +63,21 @@ class Later:
 
 
 class Engine:
-    def __init__(self, looks):
-        self.looks = looks
+    def __init__(self, looks, seconds):
+        self.looks, self.seconds = looks, seconds
 
     def commit(self, layer, experts, write):
+        time.sleep(self.seconds)
         return Later(write, self.looks)
 
 
-def run(turns, looks=1, patience=2.0):
+def run(turns, looks=1, patience=2.0, commits=0.0):
     weights = np.arange(2, dtype=np.uint8).repeat(64).reshape(2, 64)
     layout = ExpertLayout.of([{"w13": weights}], 4)
     staging = Staging.on_host(layout.kinds, 4)
     plan = TransferPlan.make(OLD, NEW, Topology.flat(2))
     other = Other(plan, turns)
-    terms = Terms(other, other, staging, Rows(layout, staging), Engine(looks), 0, 1, 0, patience=patience)
+    terms = Terms(other, other, staging, Rows(layout, staging), Engine(looks, commits), 0, 1, 0, patience=patience)
     outcome = Cycle(plan, terms, 5.0).run()
     return outcome, weights[:, 0].tolist()
 
@@ -111,5 +112,10 @@ def test_who_leaves_before_its_part_is_lost():
 
 
 def test_who_has_ended_may_be_silent():
-    outcome, rows = run([BEGUN, READY, DONE], looks=300, patience=0.1)
+    outcome, rows = run([BEGUN, ((), (Status.READY, Status.COMMITTED))], looks=300, patience=0.1)
+    assert ((0,), {}, [1, 0]) == (outcome.committed, outcome.lost, rows)
+
+
+def test_who_stood_still_itself_misses_nobody_whose_words_lie_unread():
+    outcome, rows = run([BEGUN, READY, DONE], patience=0.2, commits=0.4)
     assert ((0,), {}, [1, 0]) == (outcome.committed, outcome.lost, rows)

@@ -153,11 +153,11 @@ def test_ranks_with_different_targets_say_so_and_change_nothing(world):
 
 
 def join_late(rank, *joining):
-    """Be seen for half a second before looking who else is there."""
+    """Be seen for a while before looking who else is there."""
     connect_all = Directory.connect_all
 
     def late(self, *names):
-        time.sleep(0.5)
+        time.sleep(0.1)
         return connect_all(self, *names)
 
     Directory.connect_all = late

@@ -164,7 +164,8 @@ class Background:
         until = time.monotonic() + deadline
         try:
             new = propose(self._rebalancer.placement)
-            if new is not None and not self._stop.is_set():
+            # Who was told to stop meanwhile begins, too, and gives up all layers at once: others may have begun.
+            if new is not None and not self._closed:
                 self._enter(State.MOVING)
                 left = max(1e-3, until - time.monotonic())
                 self.outcome = self._rebalancer.rebalance(new, left, engine=self, stop=self._stop)

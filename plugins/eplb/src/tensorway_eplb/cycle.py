@@ -216,6 +216,7 @@ class Cycle:
         self._heard = dict.fromkeys(self._heard, time.monotonic())
 
     def _step(self) -> None:
+        listened = time.monotonic()
         self._hear(self.terms.session.poll(0.0 if self._post() else _LOOK))
         for arrivals in list(self._open.values()):
             arrivals.look()
@@ -228,7 +229,7 @@ class Cycle:
         self._tell()  # while rows are written here, the others can go on
         self._settle()
         self._take_over()
-        self._miss()
+        self._miss(listened)
         self._stalls.look(self._progress(), self._waits_for)
         self._tell()
 
@@ -297,11 +298,11 @@ class Cycle:
             del self._pending[layer]
             self._release(self._open[layer])
 
-    def _miss(self) -> None:
-        """Members that are silent, and what to do when the time is up."""
+    def _miss(self, listened: float) -> None:
+        """Members that were silent until this one listened last, and what to do when the time is up."""
         now = time.monotonic()
         for rank, heard in self._heard.items():
-            if rank in self._agreement.alive - self._ended and now - heard > self._patience:
+            if rank in self._agreement.alive - self._ended and listened - heard > self._patience:
                 self._lose(rank, f"it was silent for {self._patience:.1f} s")
         if now < self._until:
             return

@@ -24,7 +24,7 @@ from tensorway_eplb.placement import Map, Placement
 from tensorway_eplb.testing import engine
 from tensorway_eplb.testing.engine import Model, Report
 
-DEADLINE: Final = 3.0
+DEADLINE: Final = 6.0
 #: How much later than the deadline a survivor may return, as the issue of operators has it.
 SLACK: Final = 1.0
 

@@ -38,7 +38,7 @@ class Model:
     tensors: tuple[tuple[str, int], ...] = (("w13", 8192), ("w2", 4096), ("w2_scale", 64))
     communicator: str = "onesided"
     options: Mapping[str, object] = attrs.field(factory=lambda: {"transport": "local"})
-    patience: float = 0.7
+    patience: float = 2.0
     #: Whether each expert can be loaded from a copy.
     copies: bool = True
     #: As of `Rebalancer`: whether what arrives is compared with digests.
