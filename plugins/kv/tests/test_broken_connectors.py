@@ -56,7 +56,7 @@ class Broken(ConnectorSuite):
     """Not collected: its tests are called here."""
 
     name = "handover"
-    options = {"transport": "local", "lease": 1.5, "deadline": 1.5, "presence": 1.5}
+    options = {"transport": "local", "lease": 3.0, "deadline": 3.0, "presence": 10.0}
     any_geometry = True
 
 

@@ -34,11 +34,12 @@ def test_hand_overs_that_are_disturbed_end_as_they_should(transport, options, sh
     running = campaign.Campaign(seed, {"transport": transport, **options})
     began = time.monotonic()
     try:
-        while not running.counts["requests"] or time.monotonic() - began < share * SLICE:
+        while not running.counts["received"] or time.monotonic() - began < share * SLICE:
+            # Some may all meet a fault that ends them; that so many do is no chance.
+            assert running.counts["received"] or running.counts["requests"] < 60, running.counts
             running.run(running.counts["requests"] + 6)
     finally:
         running.close()
-    assert running.counts["received"], running.counts
 
 
 def test_a_byte_that_is_not_as_promised_is_told():

@@ -213,12 +213,12 @@ def subscribed(context, publisher, topic=b""):
     socket = context.socket(zmq.SUB)
     socket.setsockopt(zmq.SUBSCRIBE, topic)
     socket.connect(publisher.address)
-    until_ = time.monotonic() + 60
+    until_, last = time.monotonic() + 60, -1
     while not socket.poll(20):
         assert time.monotonic() < until_
-        publisher.publish([Event("cleared")])
-    while socket.poll(200):
-        socket.recv_multipart()
+        last = publisher.publish([Event("cleared")])
+    while int.from_bytes(receive(socket)[1], "big") < last:
+        pass  # each of them, however late it comes
     return socket
 
 

@@ -104,7 +104,8 @@ def test_two_hundred_requests_leave_nothing_behind(deployment):
         until(lambda number=number: len(producer.released) > number, producer)
         before = before or used()
     consumer.each(verify, OURS, 0, TOKENS, 199)
-    assert all(now <= then for now, then in zip(chain(*used()), chain(*before), strict=True))
+    # Of each request something would be two hundred; a library may open a thing or two whenever it likes.
+    assert all(now <= then + 3 for now, then in zip(chain(*used()), chain(*before), strict=True))
     names = [f"q{number}" for number in range(200)]
     assert (names, names, {}) == (consumer.received, producer.released, consumer.failed)
     assert 0 == producer.planner.call(counted, "planner", "kv_leases")

@@ -253,12 +253,12 @@ def test_what_a_killed_consumer_read_comes_back_when_its_lease_ends(ranks, trans
 
 
 def test_who_waits_keeps_the_blocks_beyond_their_lease(ranks, transport):
-    deployment = Deployment(ranks, transport=transport, lease=1.2)
+    deployment = Deployment(ranks, transport=transport, lease=3.0)
     producer, consumer = deployment.engine("prefill", Shape()), deployment.engine("decode", Shape())
     ticket = producer.finish("one", THEIRS, TOKENS)
     producer.step()
     connected(consumer, ticket)
-    until(lambda: sum(not one.request for one in producer.heard) > 12, producer, consumer)  # two leases' time
+    until(lambda: sum(not one.request for one in producer.heard) > 7, producer, consumer)  # longer than it
     assert [] == producer.released
     reserve(consumer, ticket)
     until(lambda: consumer.received and producer.released, producer, consumer)

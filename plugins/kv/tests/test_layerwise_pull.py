@@ -228,7 +228,7 @@ def test_without_the_option_the_first_layer_is_here_when_all_are(ranks):
 
 
 def test_a_request_whose_producer_is_gone_is_waited_for_until_it_has_failed(ranks):
-    made = Deployment(ranks, deadline=1.5, layerwise=True)
+    made = Deployment(ranks, deadline=4.0, layerwise=True)
     producer, consumer = made.engine("prefill", SHAPE), made.engine("decode", SHAPE)
     ticket = producer.finish("one", THEIRS, TOKENS)
     for mover in producer.movers:

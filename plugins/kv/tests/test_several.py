@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from types import SimpleNamespace
 
@@ -638,15 +639,18 @@ def test_no_page_is_given_to_another_before_one_that_is_out_of_use_is_closed(ben
     made.reserve(view)
     made.step()
     holding = [made.movers[1]._by_name["a"]]
-    close, closed = holding[0].side.close, []
-    monkeypatch.setattr(holding[0].side, "close", lambda deadline: (time.sleep(0.3), close(deadline), closed.append(1)))
+    close, closed, may_end = holding[0].side.close, [], threading.Event()
+    slow = lambda deadline: (may_end.wait(30), close(deadline), closed.append(1))  # noqa: E731
+    monkeypatch.setattr(holding[0].side, "close", slow)
     made.world.scripts["a"].raises = {"plan_step": 1.0}
     made.step()
     with pytest.raises(DeadlineExceeded, match="a is not closed"):
         made.movers[1].flush(0.01)
-    while not closed:
+    for _ in range(20):
         made.step()
-        assert closed or ["a"] == [child for child, *_ in made.world.fetched]
+        assert ["a"] == [child for child, *_ in made.world.fetched]
+    may_end.set()
+    made.until(lambda: closed)
     made.movers[1].flush(5.0)
     assert made.ends() is None and made.whole(view)
 

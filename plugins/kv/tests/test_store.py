@@ -157,7 +157,9 @@ def test_routers_hear_what_is_stored_and_operators_what_was_moved(store):
     producer, consumer = store.pair(Shape(2))
     view = asking("one", TOKENS, tenant="red")
     save(producer, view, THEIRS)
-    (event,) = producer.ask("events")
+    told = []
+    until(lambda: told.extend(producer.ask("events")) or told, producer)
+    (event,) = told
     assert ("stored", view.hashes, 0, "files", 4, "red") == (
         event.what, event.hashes, event.group, event.medium, event.block_tokens, event.salt,
     )  # fmt: skip

@@ -197,7 +197,7 @@ def test_another_decode_engine_is_asked_while_the_client_has_heard_nothing(behav
         tickets = ["kv_transfer_params" in body for body in stage.decode[1].bodies]
         assert tickets == [keeps_the_ticket, True]
 
-    first = 0.5 if cause == "late" else 30.0
+    first = 2.0 if cause == "late" else 30.0
     play(scene, [Engine()], [Engine(behave), Engine()], first_seconds=first, health_backoff=30.0)
 
 

@@ -378,6 +378,8 @@ class Link(Generic[BoundT]):
         """Tell those that are watched what is due; how long nothing else will be."""
         with self._changed:
             self._watched = {key: one for key, one in self._watched.items() if now < one.until}
+            if self.bound is None:
+                return 1.0  # what is due stays so: nobody can be told yet
             due = [one for one in self._watched.values() if one.at <= now]
             for one in due:
                 one.at, one.pause = now + one.pause, min(2 * one.pause, one.longest)

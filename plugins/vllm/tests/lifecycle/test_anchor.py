@@ -228,15 +228,17 @@ def slowest(manager):
         part = keys[begin : begin + 1000]
         assert manager.prepare_store(part, stored) is not None
         manager.complete_store(set(part), stored)
-    request, took = theirs.ReqContext("touching"), []
+    request, rounds = theirs.ReqContext("touching"), []
     manager.on_new_request(request)
-    for begin in range(0, 2 * BLOCKS, TOUCHED):
-        part = keys[begin % BLOCKS : begin % BLOCKS + TOUCHED]
-        began = time.thread_time()
-        manager.touch(part, request)
-        took.append(time.thread_time() - began)
-    took.sort()
-    return took[-1], took[len(took) // 2]
+    for _ in range(3):  # a stall is in each
+        took = []
+        for begin in range(0, 2 * BLOCKS, TOUCHED):
+            part = keys[begin % BLOCKS : begin % BLOCKS + TOUCHED]
+            began = time.thread_time()
+            manager.touch(part, request)
+            took.append(time.thread_time() - began)
+        rounds.append(sorted(took))
+    return min(took[-1] for took in rounds), min(took[len(took) // 2] for took in rounds)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 from tensorway.testing.ranks import Place, Ranks
@@ -64,8 +65,7 @@ class Endurance:
         self.rebalance()
         self.ranks[goes].start(engine.join, Place(self.path, (f"p{goes}",), 0), self.model, None)
         left, self.order = self.order, [*self.order, goes]
-        self._regroup(left)
-        self.ranks[goes].result(DEADLINE)
+        self._regroup(left, [goes])
 
     def held(self) -> list[dict[str, int]]:
         """What each process holds, by its number."""
@@ -75,9 +75,12 @@ class Endurance:
         """The largest share of a processor that a resting rank takes."""
         return float(max(self.ranks.each(range(self.count), engine.rest, REST)))
 
-    def _regroup(self, who: list[int]) -> None:
+    def _regroup(self, who: list[int], joins: Sequence[int] = ()) -> None:
         self.regroups += 1
-        for report in self.ranks.each(who, engine.regroup, [f"p{index}" for index in self.order], DEADLINE):
+        reports = self.ranks.each(who, engine.regroup, [f"p{index}" for index in self.order], DEADLINE)
+        for rank in joins:  # what one that joins raised says more than that the others waited for it
+            self.ranks[rank].result(DEADLINE)
+        for report in reports:
             assert not report.error and not report.wrong, report
 
 

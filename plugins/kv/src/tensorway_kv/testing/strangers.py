@@ -123,9 +123,13 @@ class Strangers:
         before = self._refused()
         sent = self.stranger.movers[0].call(flood, self.rng.randrange(1 << 30), count, self._life)
         heard = self._hear()
-        until(lambda: self._refused() - before + len(heard + self._hear(into=heard)) >= sent, self.stranger)
-        refused = self._refused() - before
-        beats = sum(map(_honest, heard))
+
+        def all_heard() -> bool:
+            self._hear(into=heard)
+            return self._refused() - before + len(heard) - sum(map(_honest, heard)) >= sent
+
+        until(all_heard, self.stranger)
+        refused, beats = self._refused() - before, sum(map(_honest, heard))
         assert refused + len(heard) - beats == sent, (refused, len(heard), beats, sent)
         self.counts.update({"refused by the mover": refused, "heard": len(heard) - beats, "sent": sent})
         kept = {row["request"] for row in self.producer.ask("leases")}
