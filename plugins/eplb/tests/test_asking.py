@@ -154,6 +154,7 @@ def test_nothing_of_the_next_ask_is_in_front_of_the_word_that_the_first_is_done(
     for layer, slots in ((0, [0, 2]), (1, [1, 3])):
         group[0].call(does.post, layer, 1, slots, layer)
     eventually(lambda: 2 == group[1].call(answers))
+    eventually(lambda: 1 in [begun for begun, _ in group[1].call(under_way)])
     time.sleep(0.1)
     (first, second) = group[1].call(under_way)
     assert (1, 0) == (first[0], second[0])

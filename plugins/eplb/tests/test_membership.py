@@ -350,9 +350,8 @@ def test_a_decision_outlives_who_made_it(enter):
 def test_a_group_that_is_killed_and_started_anew_is_one_group(enter):
     joined(enter)  # killed: nobody says goodbye, and their leases last for ten seconds
     a, b, c = (enter(name) for name in MEMBERS)
-    exchange([a], rows=HELD[:1])
-    exchange([b, c], rows=HELD[1:])
-    assert 1 == len({member._run for member in (a, b, c)})
+    exchange([a, b, c])
+    assert 1 == len({member._run for member in (a, b, c)}) and a._run != "start"
 
 
 # -- the rendezvous

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -295,9 +294,6 @@ def test_a_group_of_one_has_nothing_to_tell_after_its_end(enter):
 
 
 def end_without_closing(rank):
-    import threading
-
-    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
 
 
@@ -306,6 +302,7 @@ def test_a_process_that_forgot_to_close_ends_all_the_same(enter):
     group[0].call(does.post, 0, 1, [0])
     group[0].call(end_without_closing)
     group[1].call(does.post, 0, 0, [0])
+    group[0].signal(signal.SIGUSR1)
 
     assert "PeerFailed" in kinds(group[1].call(does.settle, SOON, [0]))
     assert 0 == group[0].wait(SOON)

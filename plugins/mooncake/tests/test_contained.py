@@ -7,7 +7,6 @@ import signal
 import socket
 import struct
 import threading
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -17,6 +16,7 @@ from tensorway.errors import MemoryInvalid, PeerLost, TransferFailed
 from tensorway.memory import shared
 from tensorway.testing import PeerProcess, TransportSuite
 from tensorway.testing.peer import content, digest
+from tensorway.testing.stops import children, stop_whole
 from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable
 from tensorway.transport import description as envelope
@@ -62,14 +62,8 @@ def mover(here):
 
 def mover_of(pid):
     """The one child of a process."""
-    children = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        try:
-            children += (task / "children").read_text().split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # a thread that has ended meanwhile
-    (child,) = children
-    return int(child)
+    (child,) = children(pid)
+    return child
 
 
 def connect(here, description, region):
@@ -89,7 +83,7 @@ def test_the_engine_survives_a_crash_of_mooncake_and_goes_on(start, number, capl
     route = connect(here, peer.describe(), region)
     read(here, route).wait()
     theirs = mover_of(peer.pid)
-    os.kill(theirs, signal.SIGSTOP)  # so that it is under way for sure
+    stop_whole(theirs)  # so that it is under way for sure
     transfer, incarnation = read(here, route), here.incarnation
     os.kill(mover(here), number)
     with pytest.raises(TransferFailed, match=f"he mover of transport mooncake ended by {signal.Signals(number).name}"):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -17,6 +16,7 @@ import tensorway
 from tensorway.errors import DeadlineExceeded, DescriptionInvalid, MemoryInvalid, PeerLost, TransferFailed
 from tensorway.testing import PeerProcess, TransportSuite
 from tensorway.testing.peer import content, digest
+from tensorway.testing.stops import stop_whole
 from tensorway.testing.transports import BLOCK, COUNT, NBYTES, route_to
 from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable
@@ -83,13 +83,6 @@ def large(here, peer):
     return here.prepare(other, BlockTable.over(region, 1 << 16), BlockTable.over(other.regions[-1], 1 << 16)), mine
 
 
-def stop(peer):
-    """Stop it, and wait until no thread of it runs any more: a signal is delivered when its time comes."""
-    peer.signal(signal.SIGSTOP)
-    tasks = Path(f"/proc/{peer.pid}/task")
-    eventually(lambda: all(") T" in (task / "stat").read_text() for task in tasks.iterdir()))
-
-
 def reads(here, route, count, **more):
     return here.read(route, range(count), range(count), **more)
 
@@ -140,13 +133,13 @@ def test_a_stopped_peer_costs_its_deadline_and_nobody_else_anything(pair, start)
     other = start("peer")
     other.register(NBYTES, seed=1)
     route = route_to(here, here.connect(other.describe()), mine := bytearray(NBYTES))
-    stop(peer)
+    stop_whole(peer.pid)
     try:
         started, failed = time.monotonic(), []
 
         def meet():
             try:
-                here.connect(description, deadline=1)
+                here.connect(description, deadline=4)
             except DeadlineExceeded as error:
                 failed.append(error)
 
@@ -158,7 +151,7 @@ def test_a_stopped_peer_costs_its_deadline_and_nobody_else_anything(pair, start)
         assert meeting.is_alive()
         meeting.join()
         assert 1 == len(failed)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 4 + 3
         assert digest(content(1, NBYTES)) == digest(mine)
     finally:
         peer.signal(signal.SIGCONT)
@@ -195,7 +188,7 @@ def test_thousands_of_blocks_that_do_not_touch_stay_within_the_window(start, mon
 def test_a_transfer_that_came_too_late_keeps_its_memory_until_mooncake_is_through(start):
     here, peer = start("here"), start("peer")
     route, mine = large(here, peer)
-    stop(peer)
+    stop_whole(peer.pid)
     try:
         transfer = reads(here, route, route.local.count, deadline=0.3)
         with pytest.raises(DeadlineExceeded):
@@ -214,7 +207,7 @@ def test_no_quarantine_lasts_for_ever(start, monkeypatch):
     monkeypatch.setenv("MC_TCP_PROGRESS_TIMEOUT_SEC", "2")
     here, peer = start("here"), start("peer")
     route, mine = large(here, peer)
-    stop(peer)
+    stop_whole(peer.pid)
     transfer = reads(here, route, route.local.count, deadline=0.3)
     eventually(lambda: transfer.released, 10)
     mine[:] = bytes(LARGE)
@@ -229,7 +222,7 @@ def test_a_peer_killed_in_the_middle_of_a_transfer_is_lost_and_nobody_else(start
     route, mine = large(here, peer)
     other.register(NBYTES, seed=1)
     alive = route_to(here, here.connect(other.describe()), small := bytearray(NBYTES))
-    stop(peer)
+    stop_whole(peer.pid)
     transfer = reads(here, route, route.local.count, deadline=5)
     assert transfer.pending
     peer.signal(signal.SIGKILL)
@@ -287,12 +280,12 @@ def test_a_notification_to_a_killed_peer_is_not_said_to_be_delivered(pair):
 def test_notifications_to_a_stopped_peer_arrive_once_and_in_order_when_it_goes_on(pair):
     here, peer, description = pair
     other = here.connect(description)
-    stop(peer)
+    stop_whole(peer.pid)
     try:
         for payload in (b"one", b"two", b"one"):
             started = time.monotonic()
             with pytest.raises(DeadlineExceeded):
-                here.notify(other, payload, deadline=0.2)
+                here.notify(other, payload, deadline=0.5)
             assert time.monotonic() - started < 2
     finally:
         peer.signal(signal.SIGCONT)
@@ -343,7 +336,7 @@ def test_the_senders_that_are_remembered_are_bounded(monkeypatch):
 def test_closing_with_something_in_flight_stops_the_writing_within_a_bound(start):
     here, peer = start("here"), start("peer")
     route, mine = large(here, peer)
-    stop(peer)
+    stop_whole(peer.pid)
     transfer = reads(here, route, route.local.count)
     time.sleep(0.2)
     started = time.monotonic()
@@ -361,7 +354,7 @@ def test_closing_with_something_in_flight_stops_the_writing_within_a_bound(start
 def test_closing_does_not_wait_for_a_notification_that_is_under_way(pair, caplog):
     here, peer, description = pair
     other = here.connect(description)
-    stop(peer)
+    stop_whole(peer.pid)
     with pytest.raises(DeadlineExceeded):
         here.notify(other, b"x", deadline=0.2)
     started = time.monotonic()

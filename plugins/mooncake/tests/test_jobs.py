@@ -10,6 +10,7 @@ from collections import deque
 import pytest
 
 from tensorway.errors import PeerLost, TransferFailed
+from tensorway.testing.servers import free_port
 from tensorway.transport import BlockTable
 from tensorway_mooncake.engine import DONE, FAILED, PENDING
 from tensorway_mooncake.jobs import WINDOW, Job, Jobs, Remote, pieces
@@ -109,8 +110,7 @@ def test_a_part_that_fails_fails_the_job_and_nothing_more_is_handed_over(engine,
 
 
 def test_a_failure_is_a_lost_peer_when_nobody_listens_any_more(engine):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        remote = Remote("engine-1", "abc", "127.0.0.1", server.getsockname()[1], 1, b"")
+    remote = Remote("engine-1", "abc", "127.0.0.1", free_port(), 1, b"")
     moving, one = Jobs(engine, 60.0), job(remote, 3)
     moving.start(one)
     engine.end(FAILED)
@@ -120,7 +120,8 @@ def test_a_failure_is_a_lost_peer_when_nobody_listens_any_more(engine):
     assert remote.lost
 
 
-def test_a_failure_is_a_lost_peer_when_it_is_being_killed(engine):
+def test_a_failure_is_a_lost_peer_when_it_is_being_killed(engine, monkeypatch):
+    monkeypatch.setattr("tensorway_mooncake.jobs._KNOCK", 10.0)
     server = socket.create_server(("127.0.0.1", 0))
     moving, one = Jobs(engine, 60.0), job(Remote("engine-1", "abc", *server.getsockname(), 1, b""), 3)
     moving.start(one)

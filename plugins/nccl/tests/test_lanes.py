@@ -114,7 +114,13 @@ def test_a_round_is_over_when_nccl_and_the_stream_say_so():
 def test_a_late_round_is_aborted_and_over_when_its_stream_is_idle():
     device = Device(queries=[NOT_READY] * 10_000)
     pair = direct_pair(device)
-    threading.Timer(0.2, device.queries.clear).start()
+
+    def abort(handle):
+        device.calls.append("ncclCommAbort")
+        del device.queries[5:]  # the device has let go a few looks later
+        return SUCCESS
+
+    device.ncclCommAbort = abort
     with pytest.raises(DeadlineExceeded):
         pair.exchange([Piece(4096, 1)], [], time.monotonic() + 0.05)
 
@@ -287,7 +293,7 @@ def test_rows_of_a_batch_that_the_device_keeps_are_not_free(torch_pair, row, mon
 
     monkeypatch.setattr(torch_lane, "LET_GO", 0.05)
     pair = torch_pair(TorchGroup(Work([True])), idle=False)
-    threading.Timer(0.05, pair.stop, ["it is lost"]).start()
+    pair._watch = lambda works: lambda: pair.stop("it is lost")  # while it is on its way
     with pytest.raises(Stuck):
         pair.exchange([of(row, 0, 8)], [], soon())
 

@@ -13,6 +13,7 @@ import tensorway
 from tensorway.errors import DeadlineExceeded, PeerLost, TransferFailed
 from tensorway.memory import shared
 from tensorway.testing import PeerProcess, TransportSuite
+from tensorway.testing.stops import children, stop_whole
 from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable
 
@@ -50,8 +51,8 @@ def start():
 
 def mover_of(pid):
     """The one child of a process."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return next(int(child) for task in tasks for child in (task / "children").read_text().split())
+    (child,) = children(pid)
+    return child
 
 
 def connect(here, peer, region):
@@ -90,7 +91,7 @@ def test_a_peer_whose_reader_was_killed_keeps_its_engine(start):
     region = here.register(mine).regions[0]
     route = connect(here, peer, region)
     before, theirs = peer.describe(), mover_of(peer.pid)
-    os.kill(theirs, signal.SIGSTOP)
+    stop_whole(theirs)
     transfers = [read(here, route) for _ in range(4)]
     time.sleep(0.3)
     here._fabric._life.process.kill()

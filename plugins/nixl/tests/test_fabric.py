@@ -558,7 +558,7 @@ def test_connecting_and_disconnecting_again_and_again_leaves_no_socket(start, op
     before = files()
     for _ in range(30):
         here.disconnect(here.connect(peer.describe()))
-    assert before == files()
+    eventually(lambda: all(now <= then for now, then in zip(files(), before, strict=True)))
 
 
 def test_connections_that_nobody_uses_are_kept_up_to_a_number(start, monkeypatch):
@@ -663,21 +663,23 @@ def test_a_table_that_32_bits_cannot_index_is_refused(pair):
 def test_a_long_post_does_not_stop_the_other_threads(start):
     here, peer = start("here"), start("peer")
     route, _, count = large(here, peer)
-    gaps, stop, last = [0.0], threading.Event(), time.monotonic()
+    ticks, stop = [], threading.Event()
 
     def tick():
-        nonlocal last
         while not stop.is_set():
             time.sleep(0.001)
-            gaps.append(time.monotonic() - last)
-            last = time.monotonic()
+            ticks.append(time.monotonic())
+
+    def went_on_meanwhile():
+        began = time.monotonic()
+        here._fabric.post("read", route.prepared, array("q", range(count)), array("q", range(count)), 5)
+        ended = time.monotonic()
+        return 2 <= sum(began < at < ended for at in ticks)  # once it might have been about to
 
     ticker = threading.Thread(target=tick)
     ticker.start()
-    started = time.monotonic()
-    for _ in range(10):
-        here._fabric.post("read", route.prepared, array("q", range(count)), array("q", range(count)), 5)
-    took = time.monotonic() - started
-    stop.set()
-    ticker.join()
-    assert max(gaps) < max(took / 3, 0.05)
+    try:
+        eventually(went_on_meanwhile)
+    finally:
+        stop.set()
+        ticker.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -86,6 +87,7 @@ def test_what_is_given_up_keeps_its_memory_until_the_fabric_has_let_go(source, r
     faulty.faults.next("stall")
     asked = wanted("a", held, source, [region(b"x" * 1000)])
     coming, (into,) = fetch(reader, asked, [1000])
+    eventually(lambda: coming._transfers)
     with pytest.raises(TimeoutError, match="still on its way"):
         coming.wait(0.3)
     coming.end()
@@ -114,6 +116,8 @@ def test_memory_of_one_that_is_given_up_is_lent_to_nobody_else_until_the_fabric_
     where = into.address
     coming = Fetch(asked, [into], lambda: reader, Sources(), 10)
     del into
+    begun = coming._transfers
+    eventually(lambda: begun)
     with pytest.raises(TimeoutError):
         coming.wait(0.3)
     coming.end()
@@ -128,17 +132,18 @@ def test_memory_of_one_that_is_given_up_is_lent_to_nobody_else_until_the_fabric_
 def test_one_that_is_given_up_before_it_has_begun_begins_nothing(source, reader, held):
     asked = wanted("a", held, source, [region(b"x" * 1000)])
 
+    go = threading.Event()
+
     def slowly():
-        time.sleep(0.5)
+        assert go.wait(30)
         return reader
 
     into = region(bytes(1000))
-    coming = Fetch(asked, [into], slowly, Sources(), 10)
-    started = time.monotonic()
+    coming = Fetch(asked, [into], slowly, Sources(), 40)
     with pytest.raises(TimeoutError):
-        coming.wait(0.1)
-    assert time.monotonic() - started < 0.5
+        coming.wait(0.1)  # which returns although its thread does not go on
     coming.end()
+    go.set()
     eventually(lambda: coming.released, 10)
     assert contents(into) == bytes(1000)
     with pytest.raises(TransferCancelled):

@@ -123,11 +123,17 @@ class Rendezvous:
         self._check()
         until = time.monotonic() + deadline
         changes = self._store.changes(check_key(key), deadline) if "watch" in self.abilities else None
-        pause = _ASK_AGAIN[0]
+        pause, answered = _ASK_AGAIN[0], False
         try:
             while (left := until - time.monotonic()) > 0:
-                if (record := self.get(key, left)) is not None:
-                    return record
+                try:
+                    if (record := self.get(key, left)) is not None:
+                        return record
+                except DeadlineExceeded:
+                    if not answered:
+                        raise  # else what was waited for says more than a try that time cut short
+                    break
+                answered = True
                 if changes is not None:
                     changes.next(until - time.monotonic())
                 else:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tensorway.memory import shared
-from tensorway.testing.stops import send
+from tensorway.testing.stops import children, send
 
 #: Seconds that a peer may take for one command; starting one imports the transport's library.
 PATIENCE: Final = 60.0
@@ -85,8 +85,7 @@ class PeerProcess:
 
     def signal(self, number: int) -> None:
         """Stop it, let it go on, or kill it."""
-        tasks = Path(f"/proc/{self.pid}/task").glob("*/children") if number == signal.SIGKILL else ()
-        helpers = [Path("/proc") / child / "maps" for task in tasks for child in task.read_text().split()]
+        helpers = [Path(f"/proc/{child}/maps") for child in children(self.pid)] if number == signal.SIGKILL else []
         send(self._process, number)
         if number == signal.SIGKILL:
             self._process.wait(PATIENCE)

@@ -1,6 +1,6 @@
 """Signals to a child; one that is stopped is known to be.
 
-Room `testing`; may import the standard library only.
+Room `testing`; may import the standard library and `waiting`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any, Final
+
+from tensorway.testing.waiting import eventually
 
 _SECONDS: Final = 10.0
 
@@ -42,6 +44,22 @@ def stop(process: subprocess.Popen[Any], meant: int | None = None) -> None:
         if time.monotonic() > until:
             raise TimeoutError(f"process {process.pid} did not stop within {_SECONDS:g} s")
         time.sleep(0.001)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that one has started, in whichever thread."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
+            found += map(int, task.read_text().split())
+    return found
+
+
+def stop_whole(pid: int) -> None:
+    """Stop a process that need not be a child; returns when no thread of it runs: each takes the signal in its time."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    eventually(lambda: all(") T" in (task / "stat").read_text() for task in tasks.iterdir()), _SECONDS)
 
 
 def inner(process: subprocess.Popen[Any]) -> int:

@@ -490,9 +490,14 @@ class TransportSuite(Suite):
         """
         transport, _, route, _ = pair
         transport.read(route, [0], [0]).wait()
-        started = time.process_time()
-        time.sleep(1)
-        assert time.process_time() - started < 0.05
+        used = []
+        for _ in range(3):  # something of before may end in one of them; what spins does in each
+            started = time.process_time()
+            time.sleep(1)
+            used.append(time.process_time() - started)
+            if used[-1] < 0.05:
+                return
+        pytest.fail(f"seconds of a processor, each of one: {used}")
 
     def test_statistics_count_what_was_moved_and_what_failed(self, pair: Any) -> None:
         """Bytes by direction, transfers, and failures by cause, per peer.

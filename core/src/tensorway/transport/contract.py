@@ -89,13 +89,13 @@ class Peer:
     @property
     def lost(self) -> str:
         """Why it is lost, as whoever found out first says; empty while it is not known to be. Stays as it is."""
-        if not self._lost and (found := self._ask()):
-            self._lost = self._lost or found  # another thread may have found out meanwhile
+        if not self._lost:
+            self.lost = self._ask()
         return self._lost
 
     @lost.setter
     def lost(self, why: str) -> None:
-        self._lost = why
+        self._lost = self._lost or why  # another thread may have found out meanwhile
 
     @property
     def broken(self) -> str:

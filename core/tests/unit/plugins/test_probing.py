@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from tensorway.plugins import probing
 from tensorway.plugins.probing import ProbeFailure
 from tensorway.testing.possessions import grown_since
+from tensorway.testing.stops import children
 from tensorway.testing.waiting import settled
 from tensorway.types import Offer, ProbeResult
 
@@ -164,18 +164,18 @@ def test_no_interpreter_to_start_is_a_failure_not_an_exception(monkeypatch):
 
 def processes():
     """Our children, those that have ended and were not waited for among them."""
-    return {pid for tasks in Path("/proc/self/task").glob("*/children") for pid in tasks.read_text().split()}
+    return set(children(os.getpid()))
 
 
 def test_fifty_probes_leave_no_file_no_process_and_no_thread_behind():
     ask("passes")
     gc.collect()
-    grown, children = grown_since(), processes()
+    grown, before = grown_since(), processes()
     for name in ("passes", "raises", "illegal", "exits_at_once", "leaves_a_helper") * 5:
         ask(name)
     gc.collect()
     assert [] == settled(grown)
-    assert processes() <= children, "who was started is not waited for"
+    assert processes() <= before, "who was started is not waited for"
 
 
 def test_it_works_in_a_process_with_more_files_open_than_select_can_count(site):

@@ -278,3 +278,21 @@ def test_a_store_of_a_parent_or_one_that_is_closed_is_not_asked_to_watch(monkeyp
     rendezvous.close()
     with pytest.raises(Closed):
         rendezvous.wait("/k", 0.1)
+
+
+def test_who_waits_for_a_record_is_told_that_nobody_put_it_unless_the_store_never_answered(rendezvous):
+    asked = []
+
+    def later(call, *given):
+        asked.append(call)
+        if len(asked) > 1:
+            late()
+
+    rendezvous._store.before = later
+    with pytest.raises(DeadlineExceeded, match="Nobody put it within 1 s"):
+        rendezvous.wait("/k", 1.0)
+    assert ["get", "get"] == asked
+    rendezvous._store.before = late
+    with pytest.raises(DeadlineExceeded, match="It did not answer"):
+        rendezvous.wait("/k", 1.0)
+    rendezvous._store.before = lambda *given: None

@@ -6,7 +6,6 @@ post what a file says: fault, abort, exit, hang, or send nonsense.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import mmap
 import os
@@ -34,6 +33,7 @@ from tensorway.errors import (
 )
 from tensorway.memory import Region, shared
 from tensorway.testing import TransportSuite
+from tensorway.testing.stops import children
 from tensorway.testing.waiting import eventually
 from tensorway.transport import BlockTable, Endpoint, Route
 from tensorway.transport.contained import MAX_CRASHES, ContainedFabric
@@ -203,12 +203,7 @@ def gone(pid):
 def possessions():
     """Open files, threads and children of this process."""
     gc.collect()
-    children = Path(f"/proc/self/task/{os.getpid()}/children").parent.parent
-    owned = 0
-    for task in children.iterdir():
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            owned += len((task / "children").read_text().split())
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), owned
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), len(children(os.getpid()))
 
 
 # -- crashes

@@ -29,7 +29,7 @@ from tensorway.memory import Region
 from tensorway.metrics import total
 from tensorway.testing.faults import Faults, FaultyFabric
 from tensorway.testing.waiting import eventually
-from tensorway.transport import BlockTable, Endpoint, State, endpoint
+from tensorway.transport import BlockTable, Endpoint, Peer, State, endpoint
 from tensorway.transport.local import LocalFabric
 
 SHORT = 0.2
@@ -197,6 +197,11 @@ def test_a_peer_is_what_its_description_says_on_the_lane_that_the_fabric_says(ri
         peer.lost,
     )
     assert 3 == rig.fabric.given
+
+
+def test_a_reason_that_is_found_while_the_fabric_is_asked_is_not_erased(rig):
+    peer = Peer(rig.peer.description, rig.peer.link, "lane", lambda: setattr(peer, "lost", "it said goodbye") or "")
+    assert "it said goodbye" == peer.lost == peer.lost
 
 
 def test_a_peer_says_what_its_fabric_found_out_though_nothing_is_under_way_and_goes_on_saying_it(rig):

@@ -30,7 +30,7 @@ KEPT: Final = {"files": 2, "threads": 1, "mappings": 24, "kilobytes": 6144}
 #: Seconds of rest, and the share of a processor that a rank may take meanwhile.
 REST: Final = 3.0
 IDLE: Final = 0.05
-DEADLINE: Final = 20.0
+DEADLINE: Final = 40.0
 
 
 class Endurance:

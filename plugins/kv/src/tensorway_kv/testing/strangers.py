@@ -126,7 +126,7 @@ class Strangers:
 
         def all_heard() -> bool:
             self._hear(into=heard)
-            return self._refused() - before + len(heard) - sum(map(_honest, heard)) >= sent
+            return bool(self._refused() - before + len(heard) - sum(map(_honest, heard)) >= sent)
 
         until(all_heard, self.stranger)
         refused, beats = self._refused() - before, sum(map(_honest, heard))
