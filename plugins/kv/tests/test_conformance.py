@@ -32,7 +32,7 @@ class TestHandoverByPush(ConnectorSuite):
 
 class TestSharedStore(ConnectorSuite):
     name = "shared-store"
-    options = {"deadline": 6.0, "presence": 3.0}
+    options = {"deadline": 6.0, "presence": 3.0, "lookup_deadline": 30.0}
 
     @classmethod
     def options_in(cls, folder):

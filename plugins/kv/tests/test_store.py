@@ -27,7 +27,7 @@ def groups():
 @pytest.fixture
 def store(groups, tmp_path):
     """Engines `prefill` and `decode` on either side of a folder, as they are asked for."""
-    made = [Deployment(ranks, "shared-store", folder=str(tmp_path)) for ranks in groups]
+    made = [Deployment(ranks, "shared-store", folder=str(tmp_path), lookup_deadline=30.0) for ranks in groups]
 
     def pair(theirs=None, own=None, **options):
         return (

@@ -34,7 +34,7 @@ ROUNDS = 30
 
 @pytest.fixture
 def deployment(ranks, tmp_path):
-    made = Deployment(ranks, "shared-store", folder=str(tmp_path))
+    made = Deployment(ranks, "shared-store", folder=str(tmp_path), lookup_deadline=30.0)
     yield made
     made.close()
 

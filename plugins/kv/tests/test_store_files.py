@@ -294,7 +294,7 @@ def alone(service, tmp_path):
     made = []
 
     def opened(shape=None, device="cpu", copier=None, model="tiny", **options):
-        options = {"folder": str(tmp_path), "path": f"/alone/{next(_numbers)}", **options}
+        options = {"folder": str(tmp_path), "lookup_deadline": 30.0, "path": f"/alone/{next(_numbers)}", **options}
         made.append(Alone(service, shape or Shape(), options, device, copier, model))
         return made[-1]
 

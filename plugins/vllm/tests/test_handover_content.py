@@ -32,7 +32,7 @@ def engines(tmp_path_factory):
         kv = meeting.config(name)
         kv["kv_connector_extra_config"] |= {
             "connector": "shared-store",
-            "options": {"folder": str(folder), "secret": secret},
+            "options": {"folder": str(folder), "secret": secret, "lookup_deadline": 30.0},
         }
         made.append(Engine(model, kv))
     yield made
