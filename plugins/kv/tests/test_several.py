@@ -640,7 +640,12 @@ def test_no_page_is_given_to_another_before_one_that_is_out_of_use_is_closed(ben
     made.step()
     holding = [made.movers[1]._by_name["a"]]
     close, closed, may_end = holding[0].side.close, [], threading.Event()
-    slow = lambda deadline: (may_end.wait(30), close(deadline), closed.append(1))  # noqa: E731
+
+    def slow(deadline):
+        may_end.wait(30)
+        close(deadline)
+        closed.append(1)
+
     monkeypatch.setattr(holding[0].side, "close", slow)
     made.world.scripts["a"].raises = {"plan_step": 1.0}
     made.step()

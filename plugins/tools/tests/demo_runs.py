@@ -16,6 +16,8 @@ from pathlib import Path
 
 import jsonschema
 
+from tensorway.testing.stops import children
+
 #: What a run here has: the transport that is always there, and no more than it needs.
 QUICK = ("demo", "--quick", "--backend", "local")
 SCHEMAS = json.loads((files("tensorway_tools.demo") / "schemas.json").read_text("utf-8"))
@@ -95,14 +97,10 @@ def ranks_below(process):
     """Ranks that a run of the demo has started. What these start is none, though it has their words at first."""
     below, found = [process.pid], []
     while below:
-        for children in Path(f"/proc/{below.pop()}/task").glob("*/children"):
-            try:
-                new = [int(word) for word in children.read_text().split()]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            ranks = [pid for pid in new if b"tensorway.testing.ranks" in command_of(pid)]
-            found += ranks
-            below += [pid for pid in new if pid not in ranks]
+        new = children(below.pop())
+        ranks = [pid for pid in new if b"tensorway.testing.ranks" in command_of(pid)]
+        found += ranks
+        below += [pid for pid in new if pid not in ranks]
     return found
 
 

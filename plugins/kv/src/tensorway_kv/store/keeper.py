@@ -16,7 +16,7 @@ from typing import Final
 import attrs
 
 from tensorway._logging import logger
-from tensorway.errors import DeadlineExceeded, TensorwayError
+from tensorway.errors import TensorwayError
 from tensorway_kv.meeting import Ground
 from tensorway_kv.store.catalogue import Catalogue
 from tensorway_kv.store.folder import Entry, Folder
@@ -140,11 +140,9 @@ class Keeper:
                 else:
                     self._sweep()
                     pause = max(_SWEEP, _REST * (time.monotonic() - begun))
-            except DeadlineExceeded as error:  # ranks that have not said what they hold: that was waited for
+            except TensorwayError as error:  # ranks that have not said what they hold, or a rendezvous that is away
                 _log.debug("%s", error)
-                pause = 0.0 if self.catalogue is None else _TURN
-            except TensorwayError as error:  # a rendezvous that is away
-                _log.debug("%s", error)
+                pause = max(0.0, begun + _TURN - time.monotonic())  # what was waited for is part of the turn
             except OSError as error:
                 if str(error) != self._trouble:  # once, and not as long as it lasts
                     _log.warning("A shared folder does not do what it should: %s", error)
